@@ -1,0 +1,24 @@
+"""Memory-lean Mixture-of-Experts training in PyTorch Lightning.
+
+Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
+"""
+
+from lightning_moe.callback import MoEGateGradCallback
+from lightning_moe.experts import moe_experts
+from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
+from lightning_moe.metrics import GateGradHealth
+from lightning_moe.patching import LayerReport, PatchReport, gategrad, patch_moe, unpatch_moe
+
+__all__ = [
+    "GateGradHealth",
+    "LayerReport",
+    "LayerTape",
+    "MemoryMonitor",
+    "MoEGateGradCallback",
+    "PatchReport",
+    "gategrad",
+    "measure_moe_tape",
+    "moe_experts",
+    "patch_moe",
+    "unpatch_moe",
+]

@@ -1,0 +1,198 @@
+"""MoEGateGradCallback: puts the patch on when a Trainer starts, logs its health, takes it off when the Trainer ends.
+
+Hooks only: what is patched is patching's business, what is counted is health's.
+"""
+
+import os
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_moe.discovery import DownBias
+from lightning_moe.experts import ChunkTokens
+from lightning_moe.health import HealthCounts
+from lightning_moe.metrics import GateGradHealth
+from lightning_moe.patching import PatchReport, check_options, layer_patch, patch_moe, patched_modules, unpatch_moe
+
+ENVIRONMENT_SWITCH = "LIGHTNING_MOE_GATEGRAD"
+
+# An audit's relative error above this is a wrong gradient, not rounding.
+AUDIT_LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class MoEGateGradCallback(Callback):
+    """Takes the gate gradient of a model's MoE layers from an identity that needs no down projection's output.
+
+    Patches in every entry point (fit, validate, test, predict and the tuner), wherever the model was built, and puts
+    the model back at the end, also after an exception. Logs `gategrad/...` at the Trainer's logging interval. Stands
+    first among the Trainer's callbacks, so that another one's failure cannot keep it from putting the model back.
+
+    Attributes:
+        report: what became of each MoE layer; None while nothing is patched.
+
+    Args:
+        enabled: whether to patch. None reads the environment variable `LIGHTNING_MOE_GATEGRAD`, where `0` means no and
+            anything else, or nothing, means yes.
+        down_bias: `"exact"` runs the operation on layers whose down projection has a bias, with the bias's term added;
+            `"fallback"` runs stock code on them and counts them.
+        chunk_tokens: how many tokens' rows are in flight at once; see `moe_experts`.
+        audit_every_n_steps: every so many optimizer steps, the gate gradient of a few tokens of one layer, each layer
+            in turn, is also formed by stock code's own autograd and compared. 0 turns it off.
+        on_missing: what to do where no MoE layer can be patched: `"error"` or `"warn"`.
+
+    Raises:
+        MisconfigurationException: on an argument out of range, here; on a fit without a logger, in `setup`; on a model
+            in which no layer can be patched, when it starts and `on_missing="error"`.
+    """
+
+    def __init__(
+        self,
+        enabled: bool | None = None,
+        *,
+        down_bias: DownBias = "exact",
+        chunk_tokens: ChunkTokens = "auto",
+        audit_every_n_steps: int = 0,
+        on_missing: Literal["error", "warn"] = "error",
+    ) -> None:
+        try:
+            check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
+        except ValueError as error:
+            raise MisconfigurationException(f"MoEGateGradCallback: {error}") from error
+        if enabled not in (None, True, False):
+            raise MisconfigurationException(f"MoEGateGradCallback: enabled must be a bool or None, not {enabled!r}")
+        if type(audit_every_n_steps) is not int or audit_every_n_steps < 0:
+            raise MisconfigurationException(
+                f"MoEGateGradCallback: audit_every_n_steps must be an integer of at least 0, not {audit_every_n_steps!r}"
+            )
+        if on_missing not in ("error", "warn"):
+            raise MisconfigurationException(
+                f"MoEGateGradCallback: on_missing must be 'error' or 'warn', not {on_missing!r}"
+            )
+        self.enabled = os.environ.get(ENVIRONMENT_SWITCH) != "0" if enabled is None else enabled
+        self.down_bias = down_bias
+        self.chunk_tokens = chunk_tokens
+        self.audit_every_n_steps = audit_every_n_steps
+        self.on_missing = on_missing
+        self.report: PatchReport | None = None
+        self._metric = GateGradHealth()
+        self._micro_batches = 0
+        self._step_before_batch = 0
+        self._audited_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Patches what is built by now."""
+        if not self.enabled:
+            return
+        if stage == "fit" and not trainer.loggers:
+            raise MisconfigurationException(
+                "MoEGateGradCallback logs the identity's health and the Trainer has no logger: leave `logger` at its "
+                "default, give it one such as CSVLogger, or patch without a Trainer's help: "
+                "`with lightning_moe.gategrad(model): ...`"
+            )
+        # A new list: Lightning is iterating over the old one.
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        self._attach(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Patches what was built since `setup`; complains if there is nothing."""
+        self._start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_fit_start`, unless this validation is part of a fit."""
+        if trainer.state.fn != "fit":
+            self._start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_fit_start`."""
+        self._start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_fit_start`."""
+        self._start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Asks one layer for an audit on the steps that want one."""
+        step = self._step_before_batch = trainer.global_step
+        every = self.audit_every_n_steps
+        if self.report is None or not every or step % every or step == self._audited_step:
+            return
+        self._audited_step = step
+        modules = patched_modules(pl_module)
+        layer_patch(modules[step // every % len(modules)]).health.audit_due = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs at the Trainer's interval; between log steps nothing is read from the device."""
+        if self.report is None:
+            return
+        self._micro_batches += 1
+        stepped = trainer.global_step != self._step_before_batch
+        if stepped and trainer._logger_connector.should_update_logs:
+            self._log(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts the model back."""
+        self._detach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Puts the model back."""
+        self._detach(pl_module)
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        self.report = patch_moe(pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens)
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        if self.report is not None:
+            unpatch_moe(pl_module)
+            self.report = None
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled:
+            return
+        self._attach(pl_module)
+        assert self.report is not None
+        self._metric.to(pl_module.device)
+        self._metric.reset()
+        self._micro_batches = 0
+        if self.report.fallback:
+            rank_zero_warn(f"MoEGateGradCallback leaves some MoE layers to stock code:\n{self.report}")
+        if self.report.active:
+            rank_zero_info(f"MoEGateGradCallback: {len(self.report.active)} MoE layers patched")
+            return
+        message = (
+            f"MoEGateGradCallback can patch no layer of {type(pl_module).__name__}"
+            + (f":\n{self.report}\n" if self.report.layers else ", which holds no MoE layer that it knows. ")
+            + 'Take the callback out, or pass on_missing="warn" to train with stock code.'
+        )
+        if self.on_missing == "error":
+            self._detach(pl_module)
+            raise MisconfigurationException(message)
+        rank_zero_warn(message)
+
+    def _log(self, pl_module: LightningModule) -> None:
+        assert self.report is not None
+        modules = patched_modules(pl_module)
+        counts = HealthCounts(fallback_layers=(len(self.report.layers) - len(modules)) * self._micro_batches)
+        for module in modules:
+            counts.add(layer_patch(module).health.drain(), self._metric.device)
+        self._metric.update(counts, self._micro_batches)
+        figures = self._metric.compute()
+        pl_module.log_dict({f"gategrad/{name}": value.float() for name, value in figures.items()})
+        self._metric.reset()
+        self._micro_batches = 0
+        if "audit_rel_error" in figures:
+            self._judge(figures["audit_rel_error"].item(), pl_module)
+
+    def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
+        dtype = next(iter(patched_modules(pl_module))).down_proj.dtype
+        limit = AUDIT_LIMIT.get(dtype, 0.1)  # type: ignore[call-overload]
+        if audit_rel_error > limit:
+            rank_zero_warn(
+                f"MoEGateGradCallback's audit found a gate gradient that differs from stock code's by "
+                f"{audit_rel_error:.2g} (relative, limit {limit:g}): something non-linear may stand between the down "
+                f"projection and the gate. Train without the callback and report the model."
+            )

@@ -1,0 +1,210 @@
+"""Discovery: the MoE layers of a model, under whatever wraps it, and whether the operation may run in each.
+
+The only reader of what Transformers' experts classes look like, and the
+three refusals are the one list of why stock code runs instead.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lightning_moe.experts import unsupported
+from lightning_moe.kernels import Activation
+
+DownBias = Literal["exact", "fallback"]
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+DOWN_BIAS = 'the down projection has a bias and down_bias="fallback" asks for stock code'
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """An MoE layer as found in a model.
+
+    Attributes:
+        name: its path in the model, as `get_submodule` takes it.
+        module: the experts module itself, wrappers taken off.
+        reason: why the operation may not run in it, or None if it may.
+        is_dispatched: whether the module's calls go through Transformers' registry, so that it can be patched at all.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str | None
+    is_dispatched: bool
+
+
+@dataclass(frozen=True)
+class ExpertsContract:
+    """How a decorated experts class stores its weights and what it computes between them.
+
+    Attributes:
+        up_name: the name of the first projection's parameter.
+        is_transposed: weights are (E, in, out).
+        has_bias: `<name>_bias` exists for both projections.
+        activation: (R, N) to (R, I).
+    """
+
+    up_name: str
+    is_transposed: bool
+    has_bias: bool
+    activation: Activation
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """The tensors of one call, named as `moe_experts` takes them. Reads each attribute once."""
+        return {
+            "gate_up_proj": getattr(module, self.up_name),
+            "down_proj": module.down_proj,
+            "gate_up_proj_bias": getattr(module, f"{self.up_name}_bias") if self.has_bias else None,
+            "down_proj_bias": module.down_proj_bias if self.has_bias else None,
+        }  # type: ignore[dict-item]
+
+
+def read_contract(module: Any) -> ExpertsContract:
+    """Reads the flags that Transformers' decorator left on an experts module."""
+    return ExpertsContract(
+        up_name="gate_up_proj" if module.has_gate else "up_proj",
+        is_transposed=module.is_transposed,
+        has_bias=module.has_bias,
+        activation=module._apply_gate if module.has_gate else module.act_fn,
+    )
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether Transformers' registry can dispatch this module's forward."""
+    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "config")
+
+
+def stock_forward(module: nn.Module) -> Any:
+    """The class's own forward, before Transformers' decorator, or None where there is none."""
+    return getattr(type(module).forward, "__wrapped__", None)
+
+
+def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[MoELayer]:
+    """Finds every MoE layer, in the model's order, seeing through PEFT, DDP and compiled wrappers.
+
+    Args:
+        model: any module that holds the layers.
+        down_bias: `"fallback"` gives every layer with a down bias a reason to run stock code.
+    """
+    found: dict[str, MoELayer] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if is_decorated(module):
+            elsewhere = _dispatch_refusal(module)
+            reason = elsewhere or refusal(module, down_bias=down_bias) or _content_refusal(module)
+            found[name] = MoELayer(name, module, reason, is_dispatched=elsewhere is None)
+    holders = {ancestor for name in found for ancestor in _ancestors(name)}
+    for name, module in modules.items():
+        inside = name in found or any(ancestor in found for ancestor in _ancestors(name))
+        if not inside and name not in holders and _looks_like_moe(name, module):
+            reason = f"{type(module).__name__} does not go through Transformers' experts registry"
+            found[name] = MoELayer(name, module, reason, is_dispatched=False)
+    return [found[name] for name in modules if name in found]
+
+
+def refusal(module: Any, *, down_bias: DownBias) -> str | None:
+    """Why the operation may not run in a decorated module, judged by its flags alone; None if it may.
+
+    Cheap enough to be asked at every call: no parameter is read.
+    """
+    reasons = (
+        (module.has_post_expert_norm, "a norm stands between the down projection and the gate"),
+        (module._is_expert_parallel, "the experts are spread over devices (expert parallel)"),
+        (module.has_bias and down_bias == "fallback", DOWN_BIAS),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def _dispatch_refusal(module: Any) -> str | None:
+    """Why a decorated module's calls would not reach a function registered with Transformers."""
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
+    if stock_forward(module) is None:
+        return "the class's forward does not carry its undecorated original (__wrapped__)"
+    registry = inspect.getclosurevars(type(module).forward).nonlocals.get("experts_interface")
+    if registry is not ALL_EXPERTS_FUNCTIONS:
+        return "the class dispatches through a registry of its own, such as quantized experts"
+    if not hasattr(module.config, "_experts_implementation_internal"):
+        return "the config has no _experts_implementation_internal to dispatch by"
+    return None
+
+
+def _content_refusal(module: Any) -> str | None:
+    """Why the operation may not run in a decorated module, judged by its parameters and submodules."""
+    contract = read_contract(module)
+    names = {f"{stem}{suffix}" for stem in (contract.up_name, "down_proj") for suffix in ("", "_bias")}
+    extra = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in names]
+    if extra:
+        return f"the activation trains parameters of its own: {', '.join(extra)}"
+    if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules()):
+        return "dropout inside the experts would differ when the activation is recomputed"
+    if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(module.down_proj, Tensor):
+        return f"{contract.up_name} or down_proj is not a tensor"
+    weights = contract.weights(module)
+    return unsupported(weights["gate_up_proj"], weights["down_proj"], is_transposed=contract.is_transposed)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _looks_like_moe(name: str, module: nn.Module) -> bool:
+    """Whether a module's name or class says that it routes tokens to experts."""
+    return name.rpartition(".")[2] == "experts" or re.search(r"(Experts|MoE)$", type(module).__name__) is not None
+
+
+@dataclass(frozen=True)
+class TapeEstimate:
+    """Bytes that one execution keeps on the autograd tape, the layer's input and its weights not counted.
+
+    Attributes:
+        stock_per_row: stock grouped_mm, per (token, slot) row.
+        kept_per_row: the operation, per row.
+    """
+
+    stock_per_row: int
+    kept_per_row: int
+
+
+def estimate_tape(module: nn.Module) -> TapeEstimate:
+    """Estimates a decorated layer's tape where its input and gates want gradients.
+
+    The activation's share is measured by running it on one row; the rest follows from the shapes.
+    """
+    contract = read_contract(module)
+    weights = contract.weights(module)
+    up, down = weights["gate_up_proj"], weights["down_proj"]
+    assert up is not None
+    assert down is not None
+    in_axis, out_axis = (1, 2) if contract.is_transposed else (2, 1)
+    hidden, width, intermediate = up.shape[in_axis], up.shape[out_axis], down.shape[in_axis]
+    size = down.element_size()
+
+    storages: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[Tensor] = []
+    row = torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True)
+    with torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
+        contract.activation(row)
+    routing = 2 * torch.long.itemsize + size
+    trained_rows = hidden * size * up.requires_grad + intermediate * size * down.requires_grad
+    return TapeEstimate(
+        stock_per_row=sum(storages.values()) + hidden * size + trained_rows + routing,
+        kept_per_row=width * size + routing,
+    )

@@ -1,0 +1,315 @@
+"""The operation: a mixture of experts whose gate gradient needs no output of the down projection.
+
+Letters: T tokens, K top_k, S = T x K rows (token, slot) sorted by expert, H hidden, I intermediate, E experts.
+Per row, with gate g, hidden x, weights W1 (gate_up) and W2 (down) and optional biases:
+
+    h = x W1ᵀ + b1        a = act(h)        y = a W2ᵀ + b2        out_t = Σ_k g · y
+
+Stock code keeps y to form dg = <dOut, y>. Linearity of the down projection gives the same number from what the
+backward computes anyway. With G = dOut gathered to the rows, not multiplied by the gate:
+
+    da' = G W2            dg = <a, da'> + <b2, G>            da = g · da'            dh = act'(h) · da
+    dx = Σ_k dh W1        dW1 = dhᵀ x        db1 = Σ dh       dW2 = (g·a)ᵀ G          db2 = Σ g·G
+
+Exact for any gate: nothing is divided by it. Kept for backward: h, the routing, the gates, and x at token level where
+W1 wants a gradient. Not kept: gathered x, a, y, g·y. The down bias is linear at token level too, as the dense (T, E)
+gates times b2, so it never touches a row.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_moe.kernels import (
+    Activation,
+    activation_backward,
+    combine_rows,
+    grouped_linear,
+    grouped_outer,
+    grouped_sum,
+    silu_gated,
+)
+from lightning_moe.routing import Routing, sort_by_expert
+
+ChunkTokens = int | Literal["auto"]
+
+# Rows in flight at "auto": a (rows, H) buffer of at most this many bytes.
+AUTO_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What of a call is not a tensor.
+
+    Attributes:
+        activation: (R, N) to (R, I), row by row.
+        in_first: weights are (E, in, out) rather than (E, out, in).
+        chunk_rows: rows in flight at once.
+        records: whether autograd will want a backward.
+    """
+
+    activation: Activation
+    in_first: bool
+    chunk_rows: int
+    records: bool
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_states: Tensor,
+        gates: Tensor,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        top_k_index: Tensor,
+        plan: _Plan,
+    ) -> Tensor:
+        dtype, routing = down_weight.dtype, sort_by_expert(top_k_index, down_weight.shape[0])
+        inverse = routing.inverse.view_as(top_k_index)
+        total = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
+        kept = []
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            for chunk in routing.chunks(plan.chunk_rows):
+                x = hidden_states[chunk.tokens].to(dtype)
+                h = grouped_linear(x, up_weight, chunk.offsets, in_first=plan.in_first)
+                del x
+                if up_bias is not None:
+                    h += up_bias[chunk.expert_of_row()]
+                a = plan.activation(h).to(dtype)
+                if plan.records:
+                    kept.append(h)
+                del h
+                y = grouped_linear(a, down_weight, chunk.offsets, in_first=plan.in_first)
+                combine_rows(total, y, inverse, chunk.start, gates)
+                del a, y
+            if down_bias is not None:
+                dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
+                total.addmm_(dense_gates, down_bias.to(torch.float32))
+
+        needs_x, _, needs_up, needs_up_bias, needs_down, _ = ctx.needs_input_grad[:6]
+        ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
+        uses_up = needs_x or needs_up
+        ctx.save_for_backward(
+            hidden_states if needs_up else None,
+            gates,
+            up_weight if uses_up else None,
+            up_bias if needs_up_bias else None,
+            down_weight,
+            down_bias,
+            top_k_index if down_bias is not None else None,
+            routing.permutation,
+            routing.inverse,
+            routing.offsets,
+            *kept,
+        )
+        return total.to(hidden_states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *rest) = ctx.saved_tensors
+        permutation, inverse, offsets, *kept = rest
+        needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
+        plan, dtype = ctx.plan, down_weight.dtype
+        routing = Routing(permutation, inverse, offsets, ctx.top_k)
+
+        grad_x = grad_up = grad_up_bias = grad_down = grad_down_bias = None
+        grad_gates = gates.new_zeros(gates.numel(), dtype=torch.float32) if needs_gates else None
+        if needs_x:
+            grad_x = grad_output.new_zeros(grad_output.shape, dtype=torch.float32)
+        if needs_up_bias:
+            grad_up_bias = torch.zeros_like(up_bias, dtype=torch.float32)
+        with torch.autocast(grad_output.device.type, enabled=False):
+            for chunk, h in zip(routing.chunks(plan.chunk_rows), kept, strict=True):
+                grad_rows = grad_output[chunk.tokens].to(dtype)  # G
+                grad_a = grouped_linear(grad_rows, down_weight, chunk.offsets, in_first=not plan.in_first)  # da'
+                grad_h, inner, scaled_a = activation_backward(
+                    plan.activation, h, grad_a, gates.flatten()[chunk.pairs], needs_scaled=needs_down
+                )
+                grad_h = grad_h.to(dtype)
+                del grad_a
+                if grad_gates is not None:
+                    grad_gates[chunk.pairs] = inner
+                if needs_down:
+                    grad_down = _grad_weight(scaled_a, grad_rows, chunk.offsets, in_first=plan.in_first)
+                del grad_rows, scaled_a
+                if needs_up_bias:
+                    grad_up_bias += grouped_sum(grad_h, chunk.offsets)
+                if needs_up:
+                    x = hidden_states[chunk.tokens].to(dtype)
+                    grad_up = _grad_weight(x, grad_h, chunk.offsets, in_first=plan.in_first)
+                    del x
+                if needs_x:
+                    rows = grouped_linear(grad_h, up_weight, chunk.offsets, in_first=not plan.in_first)
+                    combine_rows(grad_x, rows, inverse.view_as(gates), chunk.start)
+            if down_bias is not None and (needs_gates or needs_down_bias):
+                grad = grad_output.to(torch.float32)
+                if grad_gates is not None:
+                    products = grad @ down_bias.to(torch.float32).t()
+                    grad_gates += products.gather(1, top_k_index).flatten()
+                if needs_down_bias:
+                    dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
+                    grad_down_bias = (dense_gates.t() @ grad).to(down_bias.dtype)
+
+        return (
+            grad_x.to(ctx.hidden_dtype) if grad_x is not None else None,
+            grad_gates.view_as(gates).to(gates.dtype) if grad_gates is not None else None,
+            grad_up,
+            grad_up_bias.to(up_bias.dtype) if grad_up_bias is not None else None,
+            grad_down,
+            grad_down_bias,
+            None,
+            None,
+        )
+
+
+def _grad_weight(inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, *, in_first: bool) -> Tensor:
+    left, right = (inputs, grad_outputs) if in_first else (grad_outputs, inputs)
+    return grouped_outer(left, right, offsets)
+
+
+def _dense(gates: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
+    """The gates as a dense float32 (T, E) matrix; an expert that a token names twice gets both gates."""
+    dense = gates.new_zeros(gates.shape[0], num_experts, dtype=torch.float32)
+    return dense.scatter_add_(1, top_k_index, gates.to(torch.float32))
+
+
+def moe_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_proj_bias: Tensor | None = None,
+    down_proj_bias: Tensor | None = None,
+    activation: Activation = silu_gated,
+    is_transposed: bool = False,
+    chunk_tokens: ChunkTokens = "auto",
+) -> Tensor:
+    """Applies each token's experts and sums their outputs, weighted by the gates.
+
+    Products are computed in the weights' dtype and accumulated over the slots in float32; autocast does not change
+    that. Gradients of first order reach every floating-point argument that asks for one; asking for a second order
+    raises.
+
+    Args:
+        hidden_states: (T, H).
+        top_k_index: (T, K) integer, the experts of each token, in [0, E). Repeats are allowed.
+        top_k_weights: (T, K) floating, the gates: any sign, exact zeros too.
+        gate_up_proj: (E, N, H), or (E, H, N) if `is_transposed`; N is what `activation` takes (2 I for a gated one).
+        down_proj: (E, H, I), or (E, I, H) if `is_transposed`; same dtype as `gate_up_proj`.
+        gate_up_proj_bias: (E, N), the weights' dtype.
+        down_proj_bias: (E, H), the weights' dtype. The gates' gradient stays exact with it.
+        activation: (R, N) to (R, I), row by row, without parameters or randomness; it is called again in backward.
+        is_transposed: the weights' layout.
+        chunk_tokens: rows of about this many tokens are in flight at once, which bounds the (rows, H) buffers.
+            `"auto"` takes as many as fit a buffer of 256 MiB. Rows are cut after sorting by expert, so results differ
+            by rounding only. Not cut where a weight wants a gradient: its product needs all rows.
+
+    Returns:
+        (T, H), the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: on shapes that do not fit each other, an expert out of range (checked where that costs no
+            synchronisation: on the CPU), or `chunk_tokens` below 1.
+        TypeError: on a dtype other than float32, bfloat16 or float16, or sizes that `torch.nn.functional.grouped_mm`
+            does not take (rows of whole multiples of 16 bytes).
+    """
+    check_chunk_tokens(chunk_tokens)
+    if problem := shape_problem(
+        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias,
+        is_transposed=is_transposed,
+    ):  # fmt: skip
+        raise ValueError(f"moe_experts: {problem}")
+    if problem := unsupported(gate_up_proj, down_proj, is_transposed=is_transposed):
+        raise TypeError(f"moe_experts: {problem}")
+    num_tokens, hidden_size = hidden_states.shape
+    top_k, num_rows = top_k_index.shape[1], top_k_index.numel()
+
+    inputs = (hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias)
+    records = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    if records and (gate_up_proj.requires_grad or down_proj.requires_grad):
+        chunk_rows = max(num_rows, 1)
+    elif chunk_tokens == "auto":
+        chunk_rows = max(AUTO_CHUNK_BYTES // (hidden_size * down_proj.element_size()), 1)
+    else:
+        chunk_rows = chunk_tokens * top_k
+    plan = _Plan(activation, is_transposed, chunk_rows, records)
+    return _Experts.apply(*inputs, top_k_index.long(), plan)
+
+
+def check_chunk_tokens(chunk_tokens: ChunkTokens) -> None:
+    """Raises ValueError unless `chunk_tokens` is "auto" or a positive integer."""
+    if chunk_tokens != "auto" and not (type(chunk_tokens) is int and chunk_tokens >= 1):
+        raise ValueError(f"chunk_tokens must be 'auto' or an integer of at least 1, not {chunk_tokens!r}")
+
+
+def shape_problem(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    *,
+    is_transposed: bool,
+) -> str | None:
+    """Says in words which shapes do not fit each other, or None."""
+    if hidden_states.dim() != 2:
+        return f"hidden_states must be (tokens, hidden), got {tuple(hidden_states.shape)}; flatten the batch first"
+    if top_k_index.shape != top_k_weights.shape or top_k_index.dim() != 2:
+        return (
+            "top_k_index and top_k_weights must both be (tokens, top_k), got "
+            f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}"
+        )
+    if top_k_index.shape[0] != hidden_states.shape[0]:
+        return f"top_k_index has {top_k_index.shape[0]} tokens, hidden_states {hidden_states.shape[0]}"
+    if top_k_index.is_floating_point() or not top_k_weights.is_floating_point():
+        return f"top_k_index must be integer and top_k_weights floating, got {top_k_index.dtype}, {top_k_weights.dtype}"
+    if gate_up_proj.dim() != 3 or down_proj.dim() != 3 or gate_up_proj.shape[0] != down_proj.shape[0]:
+        return (
+            "gate_up_proj and down_proj must be three-dimensional with the experts first, got "
+            f"{tuple(gate_up_proj.shape)} and {tuple(down_proj.shape)}"
+        )
+    num_experts, *up_shape = gate_up_proj.shape
+    down_shape = list(down_proj.shape[1:])
+    hidden_in, width = up_shape if is_transposed else reversed(up_shape)
+    hidden_out = down_shape[1] if is_transposed else down_shape[0]
+    hidden = hidden_states.shape[1]
+    if hidden_in != hidden or hidden_out != hidden:
+        return (
+            f"hidden_states have {hidden} features, gate_up_proj takes {hidden_in} and down_proj gives {hidden_out} "
+            f"(is_transposed={is_transposed})"
+        )
+    for name, bias, size in (
+        ("gate_up_proj_bias", gate_up_proj_bias, width),
+        ("down_proj_bias", down_proj_bias, hidden),
+    ):
+        if bias is not None and tuple(bias.shape) != (num_experts, size):
+            return f"{name} must be {(num_experts, size)}, got {tuple(bias.shape)}"
+    if top_k_index.device.type == "cpu" and top_k_index.numel():
+        low, high = top_k_index.aminmax()
+        if low < 0 or high >= num_experts:
+            return f"top_k_index names experts {int(low)} to {int(high)}, but there are {num_experts}"
+    return None
+
+
+def unsupported(gate_up_proj: Tensor, down_proj: Tensor, *, is_transposed: bool) -> str | None:
+    """Says in words what about the weights the grouped products do not take, or None."""
+    dtype = down_proj.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:
+        return f"weights must both be float32, bfloat16 or float16, got {gate_up_proj.dtype} and {dtype}"
+    if any(size * down_proj.element_size() % 16 for size in (*gate_up_proj.shape[1:], *down_proj.shape[1:])):
+        return (
+            f"grouped_mm needs rows of whole multiples of 16 bytes; the weights are {tuple(gate_up_proj.shape)} and "
+            f"{tuple(down_proj.shape)} of {dtype}"
+        )
+    return None

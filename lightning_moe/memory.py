@@ -1,0 +1,206 @@
+"""MemoryMonitor: the memory figures that Lightning's DeviceStatsMonitor does not give, and the MoE layers' tape.
+
+On CUDA they come from PyTorch's allocator; elsewhere from the process's resident memory, so that the same dashboards
+work on a laptop.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_moe.discovery import find_moe_layers
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerTape:
+    """What one execution of one MoE layer kept for backward.
+
+    Attributes:
+        name: the layer's path in the model, PEFT's wrappers included in what was measured.
+        num_tokens: tokens in that execution.
+        num_bytes: bytes kept, parameters not counted, shared storages counted once.
+        shapes: the shape of each tensor kept, views as autograd saw them.
+    """
+
+    name: str
+    num_tokens: int
+    num_bytes: int
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@contextmanager
+def measure_moe_tape(model: nn.Module) -> Iterator[list[LayerTape]]:
+    """Measures, for each MoE layer that runs with gradients inside the block, what its first execution keeps.
+
+    The layer is run once more on the side, on detached inputs, and the copy thrown away; the model's own graph, and
+    activation checkpointing in it, are not touched.
+
+    Args:
+        model: holds the layers, patched or not.
+
+    Yields:
+        A list that fills as layers run.
+    """
+    tapes: list[LayerTape] = []
+    handles = []
+    for layer in find_moe_layers(model):
+        name = layer.name
+        while name.endswith((".base_layer", "._orig_mod")):
+            name = name.rpartition(".")[0]
+        handles.append(_measure_first_run(name, model.get_submodule(name), tapes))
+    try:
+        yield tapes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _measure_first_run(name: str, module: nn.Module, tapes: list[LayerTape]) -> Any:
+    measured = False
+
+    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal measured
+        if measured or not torch.is_grad_enabled():
+            return
+        measured = True
+        parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+        kept: list[Tensor] = []
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in parameters:
+                kept.append(tensor)
+            return tensor
+
+        args, kwargs = _detached(args), _detached(kwargs)
+        with saved_tensors_hooks(record, lambda tensor: tensor):
+            module(*args, **kwargs)
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+        num_tokens = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        shapes = tuple(tuple(tensor.shape) for tensor in kept)
+        tapes.append(LayerTape(name, num_tokens, sum(storages.values()), shapes))
+
+    return module.register_forward_pre_hook(measure, with_kwargs=True)
+
+
+def _detached(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _detached(value) for key, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_detached(value) for value in values)
+    if isinstance(values, Tensor) and values.is_floating_point():
+        return values.detach().requires_grad_(values.requires_grad)
+    return values
+
+
+class MemoryMonitor(Callback):
+    """Logs a training's memory at the Trainer's logging interval, each figure the maximum over the processes.
+
+    - `memory/allocated_gib`: held after the interval's last step.
+    - `memory/peak_allocated_gib`: the most that was held at any time in the interval.
+    - `memory/peak_reserved_gib`: the most that the allocator had taken from the device.
+    - `memory/step_peak_gib`: the largest difference between a step's peak and what was held when it began.
+    - `memory/moe_tape_mib`: on the step `tape_at_step`, what the MoE layers keep for backward, all together.
+
+    GiB are 2^30 bytes. On CUDA the allocator's peak counters are reset at each training step. Elsewhere the figures
+    are the process's resident memory, sampled before and after forward, backward and step; reserved is the same.
+
+    Attributes:
+        tape: what each MoE layer kept on the step `tape_at_step`; empty before it.
+
+    Args:
+        tape_at_step: the optimizer step, from 0, on which each MoE layer is run once more to measure its tape.
+
+    Raises:
+        MisconfigurationException: on an argument out of range, here; on a fit without a logger, in `setup`.
+    """
+
+    def __init__(self, tape_at_step: int | None = None) -> None:
+        if tape_at_step is not None and (type(tape_at_step) is not int or tape_at_step < 0):
+            raise MisconfigurationException(
+                f"MemoryMonitor: tape_at_step must be None or an integer of at least 0, not {tape_at_step!r}"
+            )
+        self.tape_at_step = tape_at_step
+        self.tape: list[LayerTape] = []
+        self._measurement = ExitStack()
+        self._held = self._step_peak = self._step_rise = self._peak = self._peak_reserved = 0
+        self._step_before_batch = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a fit whose figures would go nowhere."""
+        if stage == "fit" and not trainer.loggers:
+            raise MisconfigurationException(
+                "MemoryMonitor has nowhere to log to: give the Trainer a logger such as CSVLogger, or leave this out"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes what is held."""
+        self._step_before_batch = trainer.global_step
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._held = self._step_peak = _allocated(device)
+        if self.tape_at_step == trainer.global_step and not self.tape:
+            self.tape = self._measurement.enter_context(measure_moe_tape(pl_module))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Samples where there is no allocator to ask; the tape is at its longest here."""
+        self._sample(pl_module.device)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples where there is no allocator to ask."""
+        self._sample(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the step's peak and logs at the Trainer's interval."""
+        self._measurement.close()
+        self._sample(pl_module.device)
+        reserved = self._step_peak
+        if pl_module.device.type == "cuda":
+            self._step_peak = torch.cuda.max_memory_allocated(pl_module.device)
+            reserved = torch.cuda.max_memory_reserved(pl_module.device)
+        self._peak = max(self._peak, self._step_peak)
+        self._peak_reserved = max(self._peak_reserved, reserved)
+        self._step_rise = max(self._step_rise, self._step_peak - self._held)
+        if trainer.global_step == self._step_before_batch or not trainer._logger_connector.should_update_logs:
+            return
+        figures = {
+            "memory/allocated_gib": _allocated(pl_module.device) / GIB,
+            "memory/peak_allocated_gib": self._peak / GIB,
+            "memory/peak_reserved_gib": self._peak_reserved / GIB,
+            "memory/step_peak_gib": self._step_rise / GIB,
+        }
+        if self.tape and self.tape_at_step is not None and self._step_before_batch >= self.tape_at_step:
+            figures["memory/moe_tape_mib"] = sum(layer.num_bytes for layer in self.tape) / 2**20
+        pl_module.log_dict(figures, sync_dist=True, reduce_fx="max")
+        self._peak = self._peak_reserved = self._step_rise = 0
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the measurement's hooks off."""
+        self._measurement.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes the measurement's hooks off."""
+        self._measurement.close()
+
+    def _sample(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            self._step_peak = max(self._step_peak, _allocated(device))
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes held now: by PyTorch's allocator on CUDA, else the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,78 @@
+"""Metrics: torchmetrics classes fed by plain counts; they know neither a Trainer nor a model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_moe.health import HealthCounts
+
+_SUMS = (
+    "gates",
+    "nonpositive_gates",
+    "zero_gates",
+    "nonfinite_gate_grads",
+    "active_layers",
+    "fallback_layers",
+    "bias_fallback_layers",
+    "tape_bytes_saved",
+    "micro_batches",
+)
+
+
+class GateGradHealth(Metric):
+    """The health of the gate-gradient identity over the micro-batches since the last reset.
+
+    States are int64 sums over processes, which count exactly where float32 ends at 2^24, and one maximum.
+
+    >>> health = GateGradHealth()
+    >>> health.update(HealthCounts(gates=8, nonpositive_gates=2, active_layers=4), micro_batches=2)
+    >>> {name: value.item() for name, value in health.compute().items() if "nonpositive" in name or "active" in name}
+    {'active_layers': 2.0, 'nonpositive_gates': 2, 'nonpositive_fraction': 0.25}
+    """
+
+    full_state_update = False
+    audit_rel_error: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in _SUMS:
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("audit_rel_error", torch.tensor(-1.0), dist_reduce_fx="max")
+
+    def update(self, counts: HealthCounts, micro_batches: int) -> None:
+        """Adds counts.
+
+        Args:
+            counts: what the layers counted.
+            micro_batches: over how many micro-batches they counted it.
+        """
+        for name in _SUMS[:-1]:
+            setattr(self, name, getattr(self, name) + getattr(counts, name))
+        self.micro_batches = self.micro_batches + micro_batches
+        error = torch.as_tensor(counts.audit_rel_error, device=self.audit_rel_error.device)
+        self.audit_rel_error = torch.fmax(self.audit_rel_error, error.to(torch.float32))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures by name.
+
+        Layers are per micro-batch: those whose backward ran, so a layer that nothing asked a gradient of is in
+        neither figure. Gates and gradients are counts over all micro-batches and processes. `tape_mib_saved` is per
+        micro-batch, MiB. `audit_rel_error` is the largest found, and absent where no audit was made.
+        """
+        sums = {name: getattr(self, name) for name in _SUMS}
+        micro_batches = sums["micro_batches"].clamp_min(1)
+        figures = {
+            "active_layers": sums["active_layers"] / micro_batches,
+            "fallback_layers": sums["fallback_layers"] / micro_batches,
+            "bias_fallback_layers": sums["bias_fallback_layers"] / micro_batches,
+            "nonpositive_gates": sums["nonpositive_gates"],
+            "nonpositive_fraction": sums["nonpositive_gates"] / sums["gates"].clamp_min(1),
+            "zero_gates": sums["zero_gates"],
+            "nonfinite_gate_grads": sums["nonfinite_gate_grads"],
+            "tape_mib_saved": sums["tape_bytes_saved"] / micro_batches / 2**20,
+        }
+        if self.audit_rel_error >= 0:
+            figures["audit_rel_error"] = self.audit_rel_error
+        return figures

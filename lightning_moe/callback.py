@@ -65,7 +65,8 @@ class MoEGateGradCallback(Callback):
             raise MisconfigurationException(f"MoEGateGradCallback: enabled must be a bool or None, not {enabled!r}")
         if type(audit_every_n_steps) is not int or audit_every_n_steps < 0:
             raise MisconfigurationException(
-                f"MoEGateGradCallback: audit_every_n_steps must be an integer of at least 0, not {audit_every_n_steps!r}"
+                "MoEGateGradCallback: audit_every_n_steps must be an integer of at least 0, "
+                f"not {audit_every_n_steps!r}"
             )
         if on_missing not in ("error", "warn"):
             raise MisconfigurationException(
@@ -93,7 +94,8 @@ class MoEGateGradCallback(Callback):
                 "`with lightning_moe.gategrad(model): ...`"
             )
         # A new list: Lightning is iterating over the old one.
-        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,8 +190,8 @@ class MoEGateGradCallback(Callback):
             self._judge(figures["audit_rel_error"].item(), pl_module)
 
     def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
-        dtype = next(iter(patched_modules(pl_module))).down_proj.dtype
-        limit = AUDIT_LIMIT.get(dtype, 0.1)  # type: ignore[call-overload]
+        dtype: Any = patched_modules(pl_module)[0].down_proj.dtype
+        limit = AUDIT_LIMIT.get(dtype, 0.1)
         if audit_rel_error > limit:
             rank_zero_warn(
                 f"MoEGateGradCallback's audit found a gate gradient that differs from stock code's by "

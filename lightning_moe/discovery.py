@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +57,23 @@ class ExpertsContract:
     has_bias: bool
     activation: Activation
 
-    def weights(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """The tensors of one call, named as `moe_experts` takes them. Reads each attribute once."""
-        return {
-            "gate_up_proj": getattr(module, self.up_name),
-            "down_proj": module.down_proj,
-            "gate_up_proj_bias": getattr(module, f"{self.up_name}_bias") if self.has_bias else None,
-            "down_proj_bias": module.down_proj_bias if self.has_bias else None,
-        }  # type: ignore[dict-item]
+    def weights(self, module: Any) -> "ExpertWeights":
+        """The tensors of one call. Reads each attribute once: a parametrized one is computed at every reading."""
+        return ExpertWeights(
+            gate_up_proj=getattr(module, self.up_name),
+            down_proj=module.down_proj,
+            gate_up_proj_bias=getattr(module, f"{self.up_name}_bias") if self.has_bias else None,
+            down_proj_bias=module.down_proj_bias if self.has_bias else None,
+        )
+
+
+class ExpertWeights(NamedTuple):
+    """An experts module's tensors, named and shaped as `moe_experts` takes them."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate_up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
 
 
 def read_contract(module: Any) -> ExpertsContract:
@@ -149,7 +158,7 @@ def _content_refusal(module: Any) -> str | None:
     if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(module.down_proj, Tensor):
         return f"{contract.up_name} or down_proj is not a tensor"
     weights = contract.weights(module)
-    return unsupported(weights["gate_up_proj"], weights["down_proj"], is_transposed=contract.is_transposed)
+    return unsupported(weights.gate_up_proj, weights.down_proj)
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -183,9 +192,7 @@ def estimate_tape(module: nn.Module) -> TapeEstimate:
     """
     contract = read_contract(module)
     weights = contract.weights(module)
-    up, down = weights["gate_up_proj"], weights["down_proj"]
-    assert up is not None
-    assert down is not None
+    up, down = weights.gate_up_proj, weights.down_proj
     in_axis, out_axis = (1, 2) if contract.is_transposed else (2, 1)
     hidden, width, intermediate = up.shape[in_axis], up.shape[out_axis], down.shape[in_axis]
     size = down.element_size()

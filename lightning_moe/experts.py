@@ -119,12 +119,11 @@ class _Experts(torch.autograd.Function):
         plan, dtype = ctx.plan, down_weight.dtype
         routing = Routing(permutation, inverse, offsets, ctx.top_k)
 
-        grad_x = grad_up = grad_up_bias = grad_down = grad_down_bias = None
-        grad_gates = gates.new_zeros(gates.numel(), dtype=torch.float32) if needs_gates else None
-        if needs_x:
-            grad_x = grad_output.new_zeros(grad_output.shape, dtype=torch.float32)
-        if needs_up_bias:
-            grad_up_bias = torch.zeros_like(up_bias, dtype=torch.float32)
+        float32 = torch.float32
+        grad_up = grad_down = grad_down_bias = None
+        grad_x = grad_output.new_zeros(grad_output.shape, dtype=float32) if needs_x else None
+        grad_gates = gates.new_zeros(gates.numel(), dtype=float32) if needs_gates else None
+        grad_up_bias = torch.zeros_like(up_bias, dtype=float32) if needs_up_bias else None
         with torch.autocast(grad_output.device.type, enabled=False):
             for chunk, h in zip(routing.chunks(plan.chunk_rows), kept, strict=True):
                 grad_rows = grad_output[chunk.tokens].to(dtype)  # G
@@ -136,16 +135,16 @@ class _Experts(torch.autograd.Function):
                 del grad_a
                 if grad_gates is not None:
                     grad_gates[chunk.pairs] = inner
-                if needs_down:
+                if scaled_a is not None:
                     grad_down = _grad_weight(scaled_a, grad_rows, chunk.offsets, in_first=plan.in_first)
                 del grad_rows, scaled_a
-                if needs_up_bias:
+                if grad_up_bias is not None:
                     grad_up_bias += grouped_sum(grad_h, chunk.offsets)
                 if needs_up:
                     x = hidden_states[chunk.tokens].to(dtype)
                     grad_up = _grad_weight(x, grad_h, chunk.offsets, in_first=plan.in_first)
                     del x
-                if needs_x:
+                if grad_x is not None:
                     rows = grouped_linear(grad_h, up_weight, chunk.offsets, in_first=not plan.in_first)
                     combine_rows(grad_x, rows, inverse.view_as(gates), chunk.start)
             if down_bias is not None and (needs_gates or needs_down_bias):
@@ -228,7 +227,7 @@ def moe_experts(
         is_transposed=is_transposed,
     ):  # fmt: skip
         raise ValueError(f"moe_experts: {problem}")
-    if problem := unsupported(gate_up_proj, down_proj, is_transposed=is_transposed):
+    if problem := unsupported(gate_up_proj, down_proj):
         raise TypeError(f"moe_experts: {problem}")
     num_tokens, hidden_size = hidden_states.shape
     top_k, num_rows = top_k_index.shape[1], top_k_index.numel()
@@ -302,7 +301,7 @@ def shape_problem(
     return None
 
 
-def unsupported(gate_up_proj: Tensor, down_proj: Tensor, *, is_transposed: bool) -> str | None:
+def unsupported(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
     """Says in words what about the weights the grouped products do not take, or None."""
     dtype = down_proj.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:

@@ -32,7 +32,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, in_first: b
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Sum over each expert's rows of `left ⊗ right`: (R, P) and (R, Q) to (E, P, Q); zeros for an expert with no row."""
+    """Sum over each expert's rows of `left ⊗ right`: (R, P), (R, Q) to (E, P, Q); zeros for an expert with no row."""
     return F.grouped_mm(left.t(), right, offs=offsets)
 
 

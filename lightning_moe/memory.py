@@ -15,10 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 
-from lightning_moe.discovery import find_moe_layers
+from lightning_moe.discovery import MoELayer, find_moe_layers
+from lightning_moe.patching import stock_code
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class LayerTape:
         name: the layer's path in the model, PEFT's wrappers included in what was measured.
         num_tokens: tokens in that execution.
         num_bytes: bytes kept, parameters not counted, shared storages counted once.
+        stock_num_bytes: what stock code keeps for the same execution; the same number where the layer runs it anyway.
         shapes: the shape of each tensor kept, views as autograd saw them.
     """
 
     name: str
     num_tokens: int
     num_bytes: int
+    stock_num_bytes: int
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -42,8 +46,8 @@ class LayerTape:
 def measure_moe_tape(model: nn.Module) -> Iterator[list[LayerTape]]:
     """Measures, for each MoE layer that runs with gradients inside the block, what its first execution keeps.
 
-    The layer is run once more on the side, on detached inputs, and the copy thrown away; the model's own graph, and
-    activation checkpointing in it, are not touched.
+    The layer is run on the side, on detached inputs, as it is and with stock code, and both copies thrown away; the
+    model's own graph, and activation checkpointing in it, are not touched.
 
     Args:
         model: holds the layers, patched or not.
@@ -54,10 +58,10 @@ def measure_moe_tape(model: nn.Module) -> Iterator[list[LayerTape]]:
     tapes: list[LayerTape] = []
     handles = []
     for layer in find_moe_layers(model):
-        name = layer.name
-        while name.endswith((".base_layer", "._orig_mod")):
-            name = name.rpartition(".")[0]
-        handles.append(_measure_first_run(name, model.get_submodule(name), tapes))
+        outermost = layer.name
+        while outermost.endswith((".base_layer", "._orig_mod")):
+            outermost = outermost.rpartition(".")[0]
+        handles.append(_measure_first_run(layer, model.get_submodule(outermost), tapes))
     try:
         yield tapes
     finally:
@@ -65,7 +69,7 @@ def measure_moe_tape(model: nn.Module) -> Iterator[list[LayerTape]]:
             handle.remove()
 
 
-def _measure_first_run(name: str, module: nn.Module, tapes: list[LayerTape]) -> Any:
+def _measure_first_run(layer: MoELayer, outermost: nn.Module, tapes: list[LayerTape]) -> RemovableHandle:
     measured = False
 
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,23 +77,33 @@ def _measure_first_run(name: str, module: nn.Module, tapes: list[LayerTape]) -> 
         if measured or not torch.is_grad_enabled():
             return
         measured = True
-        parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-        kept: list[Tensor] = []
-
-        def record(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in parameters:
-                kept.append(tensor)
-            return tensor
-
-        args, kwargs = _detached(args), _detached(kwargs)
-        with saved_tensors_hooks(record, lambda tensor: tensor):
-            module(*args, **kwargs)
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+        num_bytes, shapes = _kept_by(module, args, kwargs)
+        stock_num_bytes = num_bytes
+        if layer.is_dispatched:
+            with stock_code(layer.module):
+                stock_num_bytes, _ = _kept_by(module, args, kwargs)
         num_tokens = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        shapes = tuple(tuple(tensor.shape) for tensor in kept)
-        tapes.append(LayerTape(name, num_tokens, sum(storages.values()), shapes))
+        tapes.append(LayerTape(layer.name, num_tokens, num_bytes, stock_num_bytes, shapes))
 
-    return module.register_forward_pre_hook(measure, with_kwargs=True)
+    return outermost.register_forward_pre_hook(measure, with_kwargs=True)
+
+
+def _kept_by(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Bytes and shapes of what a call of `module` keeps for backward."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: list[Tensor] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in parameters:
+            kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(record, lambda tensor: tensor):
+        module(*_detached(args), **_detached(kwargs))
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(storages.values()), tuple(tuple(tensor.shape) for tensor in kept)
 
 
 def _detached(values: Any) -> Any:
@@ -109,7 +123,8 @@ class MemoryMonitor(Callback):
     - `memory/peak_allocated_gib`: the most that was held at any time in the interval.
     - `memory/peak_reserved_gib`: the most that the allocator had taken from the device.
     - `memory/step_peak_gib`: the largest difference between a step's peak and what was held when it began.
-    - `memory/moe_tape_mib`: on the step `tape_at_step`, what the MoE layers keep for backward, all together.
+    - `memory/moe_tape_mib`: what the MoE layers kept for backward on the step `tape_at_step`, all together, and
+      `memory/moe_tape_stock_mib`: what stock code would have kept.
 
     GiB are 2^30 bytes. On CUDA the allocator's peak counters are reset at each training step. Elsewhere the figures
     are the process's resident memory, sampled before and after forward, backward and step; reserved is the same.
@@ -118,7 +133,7 @@ class MemoryMonitor(Callback):
         tape: what each MoE layer kept on the step `tape_at_step`; empty before it.
 
     Args:
-        tape_at_step: the optimizer step, from 0, on which each MoE layer is run once more to measure its tape.
+        tape_at_step: the optimizer step, from 0, on which each MoE layer is run on the side to measure its tape.
 
     Raises:
         MisconfigurationException: on an argument out of range, here; on a fit without a logger, in `setup`.
@@ -182,7 +197,8 @@ class MemoryMonitor(Callback):
             "memory/step_peak_gib": self._step_rise / GIB,
         }
         if self.tape and self.tape_at_step is not None and self._step_before_batch >= self.tape_at_step:
-            figures["memory/moe_tape_mib"] = sum(layer.num_bytes for layer in self.tape) / 2**20
+            figures["memory/moe_tape_mib"] = sum(layer.num_bytes for layer in self.tape) / MIB
+            figures["memory/moe_tape_stock_mib"] = sum(layer.stock_num_bytes for layer in self.tape) / MIB
         pl_module.log_dict(figures, sync_dist=True, reduce_fx="max")
         self._peak = self._peak_reserved = self._step_rise = 0
 

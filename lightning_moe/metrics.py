@@ -33,6 +33,7 @@ class GateGradHealth(Metric):
     """
 
     full_state_update = False
+    micro_batches: Tensor
     audit_rel_error: Tensor
 
     def __init__(self, **kwargs: Any) -> None:

@@ -180,6 +180,18 @@ def gategrad(
         unpatch_moe(model)
 
 
+@contextmanager
+def stock_code(module: Any) -> Iterator[None]:
+    """Has one experts module run what it would without its patch, if it carries one, inside the block."""
+    config = module.config
+    if _PATCH in vars(module):
+        module.config = layer_patch(module).config
+    try:
+        yield
+    finally:
+        module.config = config
+
+
 def check_options(*, down_bias: DownBias, chunk_tokens: ChunkTokens) -> None:
     """Raises ValueError on an option out of range, naming it."""
     if down_bias not in ("exact", "fallback"):
@@ -245,7 +257,7 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     reason = patch.reason or refusal(module, down_bias=patch.down_bias)
     if reason is None:
         weights = contract.weights(module)
-        reason = unsupported(weights["gate_up_proj"], weights["down_proj"], is_transposed=contract.is_transposed)
+        reason = unsupported(weights.gate_up_proj, weights.down_proj)
     if reason is not None:
         if patch.reason is None:
             patch.reason = reason
@@ -258,7 +270,7 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
         hidden_states,
         top_k_index,
         gates,
-        **weights,
+        **weights._asdict(),
         activation=contract.activation,
         is_transposed=contract.is_transposed,
         chunk_tokens=patch.chunk_tokens,

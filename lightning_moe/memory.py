@@ -123,17 +123,18 @@ class MemoryMonitor(Callback):
     - `memory/peak_allocated_gib`: the most that was held at any time in the interval.
     - `memory/peak_reserved_gib`: the most that the allocator had taken from the device.
     - `memory/step_peak_gib`: the largest difference between a step's peak and what was held when it began.
-    - `memory/moe_tape_mib`: what the MoE layers kept for backward on the step `tape_at_step`, all together, and
+    - `memory/moe_tape_mib`: what the MoE layers kept for backward on the chosen step, all together, and
       `memory/moe_tape_stock_mib`: what stock code would have kept.
 
     GiB are 2^30 bytes. On CUDA the allocator's peak counters are reset at each training step. Elsewhere the figures
     are the process's resident memory, sampled before and after forward, backward and step; reserved is the same.
 
     Attributes:
-        tape: what each MoE layer kept on the step `tape_at_step`; empty before it.
+        tape: what each MoE layer kept on the chosen step; empty before it.
 
     Args:
-        tape_at_step: the optimizer step, from 0, on which each MoE layer is run on the side to measure its tape.
+        tape_at_step: the optimizer step, from 0, on which each MoE layer is run on the side to measure its tape; a run
+            that resumes after it measures at once. None leaves that out.
 
     Raises:
         MisconfigurationException: on an argument out of range, here; on a fit without a logger, in `setup`.
@@ -164,7 +165,7 @@ class MemoryMonitor(Callback):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._held = self._step_peak = _allocated(device)
-        if self.tape_at_step == trainer.global_step and not self.tape:
+        if self.tape_at_step is not None and trainer.global_step >= self.tape_at_step and not self.tape:
             self.tape = self._measurement.enter_context(measure_moe_tape(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -196,7 +197,7 @@ class MemoryMonitor(Callback):
             "memory/peak_reserved_gib": self._peak_reserved / GIB,
             "memory/step_peak_gib": self._step_rise / GIB,
         }
-        if self.tape and self.tape_at_step is not None and self._step_before_batch >= self.tape_at_step:
+        if self.tape:
             figures["memory/moe_tape_mib"] = sum(layer.num_bytes for layer in self.tape) / MIB
             figures["memory/moe_tape_stock_mib"] = sum(layer.stock_num_bytes for layer in self.tape) / MIB
         pl_module.log_dict(figures, sync_dist=True, reduce_fx="max")

@@ -104,10 +104,14 @@ class PatchReport:
 
     def __rich__(self) -> Table:
         """The report as a table for rich."""
-        title = f"MoE layers: {len(self.active)} active, {len(self.fallback)} fallback"
+        title = f"MoE layers: {len(self.active)} active, {len(self.fallback)} fallback; bytes kept for backward per token"
         table = Table(title=title, title_justify="left", title_style="bold")
-        for header in ("layer", "class", "status", "kept per token, stock", "now", "reason"):
-            table.add_column(header, justify="right" if header in ("kept per token, stock", "now") else "left")
+        for header in ("layer", "class", "status"):
+            table.add_column(header, overflow="fold")
+        for header in ("stock", "now"):
+            table.add_column(f"{header},\nKiB/token", justify="right")
+        if self.fallback:
+            table.add_column("reason", overflow="fold")
         groups: dict[tuple[Any, ...], list[str]] = {}
         for layer in self.layers:
             alike = (re.sub(r"\d+", "*", layer.name), layer.class_name, layer.status, layer.bytes_before,
@@ -115,12 +119,12 @@ class PatchReport:
             groups.setdefault(alike, []).append(layer.name)
         for (pattern, class_name, status, before, after, reason), names in groups.items():
             name = names[0] if len(names) == 1 else f"{pattern} ({len(names)} layers)"
-            table.add_row(name, class_name, status, _kib(before), _kib(after), reason)
+            table.add_row(name, class_name, status, _kib(before), _kib(after), *[reason] * bool(self.fallback))
         return table
 
 
 def _kib(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / 1024:.1f} KiB"
+    return "" if num_bytes is None else f"{num_bytes / 1024:.1f}"
 
 
 def patch_moe(model: nn.Module, *, down_bias: DownBias = "exact", chunk_tokens: ChunkTokens = "auto") -> PatchReport:

@@ -23,7 +23,7 @@ MODULES = (
     "configparser", "contextlib", "copy", "csv", "datetime", "decimal", "difflib", "email.message", "enum", "fractions",
     "functools", "glob", "gzip", "heapq", "html", "http.client", "inspect", "io", "itertools", "json", "logging",
     "math", "os", "os.path", "pathlib", "pickle", "queue", "random", "re", "shlex", "shutil", "socket", "statistics",
-    "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tokenize", "typing", "unittest",
+    "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tokenize", "unittest",
     "urllib.parse", "uuid", "weakref", "zipfile",
 )  # fmt: skip
 

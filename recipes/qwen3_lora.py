@@ -29,6 +29,14 @@ from lightning_moe import MemoryMonitor, MoEGateGradCallback
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 GENERATED_TOKENS = 48
 
+UNHELPFUL_WARNINGS = (
+    ".*does not have many workers",  # the data is in memory: worker processes would only cost
+    # Deprecations inside the libraries, which a user of this program cannot mend:
+    ".*is_gradient_checkpointing. is deprecated",
+    ".*set_vital. is deprecated",
+    ".*isinstance.treespec, LeafSpec.",
+)
+
 
 class Qwen3LoRA(LightningModule):
     """A Qwen3-MoE causal language model with LoRA adapters; only the adapters train.
@@ -81,7 +89,9 @@ class Qwen3LoRA(LightningModule):
         base = self.build_base()
         base.config.use_cache = False
         if options["activation_checkpointing"]:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # The older name in Transformers below 5.2x, deprecated above.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         adapter = LoraConfig(
             r=options["rank"],
             lora_alpha=options["alpha"],
@@ -211,14 +221,16 @@ class RunSummary(Callback):
 
 def main(args: list[str] | None = None) -> LightningCLI:
     """Runs the command line; without arguments, the embedded default."""
-    args = sys.argv[1:] if args is None else args
-    # The data is in memory: worker processes would only cost.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    if args is None and len(sys.argv) == 1:
+        args = ["fit", "--config", str(DEFAULT_CONFIG)]
+    for message in UNHELPFUL_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     return LightningCLI(
         Qwen3LoRA,
         InstructionData,
-        args=args or ["fit", "--config", str(DEFAULT_CONFIG)],
+        args=args,
         seed_everything_default=0,
+        parser_kwargs={"description": f"LoRA on a Qwen3 MoE. Without arguments: fit --config {DEFAULT_CONFIG.name}."},
         save_config_kwargs={"overwrite": True},
     )
 

@@ -1,0 +1,323 @@
+"""The truth that the tests compare with: a float64 loop over tokens and slots, and stock Transformers beside it.
+
+Every tensor is of scale 1 (weights are divided by the root of their fan-in), so that no error hides in small numbers.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from lightning_moe.experts import moe_experts
+
+WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+DIFFERENTIABLE = ("hidden_states", "top_k_weights", *WEIGHTS)
+
+# Norm-wise; several times what two orders of summation of some tens of float32 terms differ by.
+FLOAT32_TOLERANCE = 2e-6
+
+GATE_KINDS = ("positive", "negative", "zero", "subnormal", "mixed")
+
+
+def silu_concatenated(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gpt_oss_interleaved(gate_up):
+    gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def relu_squared(hidden):
+    return F.relu(hidden).square()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an experts class stores its weights and what it computes between them."""
+
+    activation: object = silu_concatenated
+    is_gated: bool = True
+    is_transposed: bool = False
+    has_bias: bool = False
+
+
+LAYOUTS = {
+    "default": Layout(),
+    "transposed": Layout(is_transposed=True),
+    "interleaved": Layout(gpt_oss_interleaved),
+    "no_gate_projection": Layout(relu_squared, is_gated=False),
+    "biased": Layout(has_bias=True),
+    "transposed_biased": Layout(is_transposed=True, has_bias=True),
+    "gpt_oss": Layout(gpt_oss_interleaved, is_transposed=True, has_bias=True),
+    "no_gate_projection_transposed_biased": Layout(relu_squared, False, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: its tensors, the incoming gradient, and which tensors want one of their own."""
+
+    layout: Layout
+    tensors: dict
+    top_k_index: torch.Tensor
+    grad_output: torch.Tensor
+    requires_grad: frozenset = field(default_factory=frozenset)
+
+    @property
+    def num_experts(self):
+        return self.tensors["gate_up_proj"].shape[0]
+
+    def wanting(self, *names):
+        return replace(self, requires_grad=frozenset(names) & self.tensors.keys())
+
+    def with_tensors(self, **tensors):
+        return replace(self, tensors=self.tensors | tensors)
+
+    def leaves(self):
+        """Fresh leaves, so that runs share neither gradients nor tape."""
+        return {
+            name: tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in self.requires_grad)
+            for name, tensor in self.tensors.items()
+        }
+
+
+def make_gates(kind, shape, dtype, generator):
+    sizes = torch.rand(shape, generator=generator) + 0.5
+    smallest_normal = torch.finfo(dtype).tiny
+    gates = {
+        "positive": sizes,
+        "negative": -sizes,
+        "zero": torch.zeros(shape),
+        "subnormal": (sizes * smallest_normal / 4).to(dtype),
+    }
+    if kind != "mixed":
+        return gates[kind].to(dtype)
+    choice = torch.arange(shape[0] * shape[1]).view(shape) % 4
+    stacked = torch.stack([gates[name].to(dtype) for name in ("positive", "negative", "zero", "subnormal")])
+    return stacked.gather(0, choice.unsqueeze(0)).squeeze(0)
+
+
+def make_problem(
+    layout="default",
+    *,
+    seed=0,
+    dtype=torch.float32,
+    hidden_dtype=None,
+    gate_dtype=None,
+    gates="positive",
+    num_tokens=7,
+    top_k=3,
+    num_experts=5,
+    hidden_size=16,
+    intermediate_size=24,
+    requires_grad=DIFFERENTIABLE,
+):
+    layout = LAYOUTS[layout] if isinstance(layout, str) else layout
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    width = intermediate_size * (2 if layout.is_gated else 1)
+    gate_up_proj = normal(num_experts, width, hidden_size) / hidden_size**0.5
+    down_proj = normal(num_experts, hidden_size, intermediate_size) / intermediate_size**0.5
+    if layout.is_transposed:
+        gate_up_proj, down_proj = gate_up_proj.mT.contiguous(), down_proj.mT.contiguous()
+    tensors = {"gate_up_proj": gate_up_proj.to(dtype), "down_proj": down_proj.to(dtype)}
+    if layout.has_bias:
+        tensors["gate_up_proj_bias"] = normal(num_experts, width).to(dtype)
+        tensors["down_proj_bias"] = normal(num_experts, hidden_size).to(dtype)
+    hidden_dtype = hidden_dtype or dtype
+    tensors["hidden_states"] = normal(num_tokens, hidden_size).to(hidden_dtype)
+    tensors["top_k_weights"] = make_gates(gates, (num_tokens, top_k), gate_dtype or dtype, generator)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    top_k_index = scores.argsort(dim=1)[:, :top_k].contiguous()
+    grad_output = normal(num_tokens, hidden_size).to(hidden_dtype)
+    return Problem(layout, tensors, top_k_index, grad_output).wanting(*requires_grad)
+
+
+def loop(layout, top_k_index, leaves):
+    """The definition, one token and one slot at a time."""
+    experts = {name: leaves[name].unbind() for name in WEIGHTS if name in leaves}
+    rows = []
+    for x, gates, chosen in zip(
+        leaves["hidden_states"].unbind(), leaves["top_k_weights"].unbind(), top_k_index.tolist(), strict=True
+    ):
+        total = torch.zeros_like(x)
+        for gate, expert in zip(gates.unbind(), chosen, strict=True):
+            weights = {name: tensors[expert] for name, tensors in experts.items()}
+            up, down = weights["gate_up_proj"], weights["down_proj"]
+            if layout.is_transposed:
+                up, down = up.t(), down.t()
+            hidden = up @ x
+            if layout.has_bias:
+                hidden = hidden + weights["gate_up_proj_bias"]
+            result = down @ layout.activation(hidden)
+            if layout.has_bias:
+                result = result + weights["down_proj_bias"]
+            total = total + gate * result
+        rows.append(total)
+    return torch.stack(rows) if rows else leaves["hidden_states"] * 1.0
+
+
+def gradients(problem, leaves, output):
+    """The output and every gradient asked for. A tensor that no row touched has a gradient of zeros."""
+    results = {"output": output.detach()}
+    if problem.requires_grad:
+        output.backward(problem.grad_output.to(output.dtype))
+    for name in DIFFERENTIABLE:
+        if name in problem.requires_grad:
+            grad = leaves[name].grad
+            results[name] = torch.zeros_like(leaves[name]) if grad is None else grad
+        elif name in leaves:
+            assert leaves[name].grad is None
+    return results
+
+
+def run_loop(problem):
+    """The truth, on the problem's own rounded inputs."""
+    leaves = {
+        name: tensor.detach().double().requires_grad_(name in problem.requires_grad)
+        for name, tensor in problem.tensors.items()
+    }
+    return gradients(problem, leaves, loop(problem.layout, problem.top_k_index, leaves))
+
+
+def call(problem, leaves, **options):
+    return moe_experts(
+        top_k_index=problem.top_k_index,
+        activation=problem.layout.activation,
+        is_transposed=problem.layout.is_transposed,
+        **leaves,
+        **options,
+    )
+
+
+def run(problem, **options):
+    """The operation under test."""
+    leaves = problem.leaves()
+    return gradients(problem, leaves, call(problem, leaves, **options))
+
+
+class StockExperts(nn.Module):
+    """What Transformers' experts functions read from an experts module."""
+
+    def __init__(self, layout, leaves):
+        super().__init__()
+        self.has_gate = layout.is_gated
+        self.has_bias = layout.has_bias
+        self.is_transposed = layout.is_transposed
+        self.has_post_expert_norm = False
+        self._is_expert_parallel = False
+        self._apply_gate = self.act_fn = layout.activation
+        up_name = "gate_up_proj" if layout.is_gated else "up_proj"
+        setattr(self, up_name, leaves["gate_up_proj"])
+        self.down_proj = leaves["down_proj"]
+        self.num_experts = self.down_proj.shape[0]
+        if layout.has_bias:
+            setattr(self, f"{up_name}_bias", leaves["gate_up_proj_bias"])
+            self.down_proj_bias = leaves["down_proj_bias"]
+
+
+class SiluEager(StockExperts):
+    """Qwen3-MoE's eager loop applies the activation to the gate half itself."""
+
+    def __init__(self, layout, leaves):
+        super().__init__(layout, leaves)
+        self.act_fn = F.silu
+
+
+# The eager loops are class bodies: each is right for the layouts of its own class only.
+EAGER = {
+    "default": (SiluEager, Qwen3MoeExperts),
+    "no_gate_projection": (StockExperts, NemotronHExperts),
+    "gpt_oss": (StockExperts, GptOssExperts),
+}
+
+
+def call_stock(problem, leaves, implementation="grouped_mm"):
+    inputs = leaves["hidden_states"], problem.top_k_index, leaves["top_k_weights"]
+    if implementation == "eager":
+        module_class, donor = next(EAGER[name] for name in EAGER if LAYOUTS[name] == problem.layout)
+        return donor.forward.__wrapped__(module_class(problem.layout, leaves), *inputs)
+    functions = {"grouped_mm": grouped_mm_experts_forward, "batched_mm": batched_mm_experts_forward}
+    return functions[implementation](StockExperts(problem.layout, leaves), *inputs)
+
+
+def run_stock(problem, implementation="grouped_mm"):
+    """Transformers' own function and its autograd, on the same problem."""
+    leaves = problem.leaves()
+    return gradients(problem, leaves, call_stock(problem, leaves, implementation))
+
+
+def relative_error(actual, expected):
+    """Norm of the difference over the norm of `expected`, in float64: 0 for equal zeros, inf for a missed zero."""
+    actual, expected = actual.double(), expected.double()
+    difference, size = (actual - expected).norm().item(), expected.norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 else float("inf")
+
+
+def assert_agrees(actual, expected, tolerance=FLOAT32_TOLERANCE):
+    """Every result is there, of the same shape, and within `tolerance`."""
+    assert actual.keys() == expected.keys()
+    for name, truth in expected.items():
+        assert actual[name].shape == truth.shape, name
+        error = relative_error(actual[name], truth)
+        assert error <= tolerance, f"{name} is off by {error:.3g}, allowed {tolerance:.3g}"
+
+
+# In 16 bits, both codes round the same number of times, in different places, so which of them lies nearer to the truth
+# is chance: over the draws of `low_precision_problems` the pooled errors' ratio scatters by some hundredths around 1 where
+# the operation is not plainly better. A lost or added rounding step changes the ratio by 1.2 or more.
+LOW_PRECISION_SLACK = 1.05
+
+
+def pooled_error(results, truths, name):
+    errors = [relative_error(result[name], truth[name]) for result, truth in zip(results, truths, strict=True)]
+    return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+
+
+def assert_no_worse(actual, stock, truths, slack=LOW_PRECISION_SLACK):
+    """Over several problems, every result is as close to the truth as stock code's is, up to `slack`."""
+    for name in truths[0]:
+        assert actual[0][name].dtype == stock[0][name].dtype, name
+        error, allowed = pooled_error(actual, truths, name), slack * pooled_error(stock, truths, name)
+        assert error <= allowed, f"{name} is off by {error:.4g}, stock code with slack by {allowed:.4g}"
+
+
+def low_precision_problems(layout="default", **options):
+    """Draws large enough that rounding errors average out."""
+    sizes = {"num_tokens": 160, "top_k": 2, "num_experts": 3, "hidden_size": 64, "intermediate_size": 64}
+    return [make_problem(layout, seed=seed, **(sizes | options)) for seed in range(4)]
+
+
+def corrupt(problem, results, name, how):
+    """What a broken operation would have given for one result; `how` is one of CORRUPTIONS."""
+    corrupted = dict(results)
+    if how == "zeros":
+        corrupted[name] = torch.zeros_like(results[name])
+    elif how == "permuted rows":
+        corrupted[name] = results[name].roll(1, dims=0)
+    else:
+        factor = {"dropped gate": 0.0, "doubled gate": 2.0}[how]
+        if name == "top_k_weights":  # does not depend on its own gate: its entry is what would be lost
+            gates = results[name].clone()
+            gates[1, 0] *= factor
+            corrupted[name] = gates
+        else:
+            gates = problem.tensors["top_k_weights"].clone()
+            gates[1, 0] *= factor
+            corrupted[name] = run(problem.with_tensors(top_k_weights=gates))[name]
+    return corrupted
+
+
+CORRUPTIONS = ("zeros", "permuted rows", "dropped gate", "doubled gate")

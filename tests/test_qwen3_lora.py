@@ -1,0 +1,179 @@
+"""The recipe as its users run it: the tiny configuration, from the command line's arguments to the files it leaves."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import qwen3_lora
+import torch
+from lightning.pytorch.cli import LightningCLI
+from peft import PeftModel
+from qwen3_lora import InstructionData, Qwen3LoRA, main
+
+from lightning_moe import patch_moe
+
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's use of jsonargparse, not ours
+
+CONFIGS = Path(qwen3_lora.__file__).parent / "configs"
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in qwen3_lora.UNHELPFUL_WARNINGS),
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),  # pytest's own arguments are in sys.argv
+    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    # Lightning asks torch for a scheduler's order in a way that torch warns about on a resume.
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),
+]
+
+
+def fit(folder, *overrides, steps):
+    """A short run of the tiny configuration that logs every step under `folder`; returns the command line's objects."""
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "log"}}
+    return main(
+        ["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--trainer.max_steps={steps}", f"--trainer.logger={logger}",
+         "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", *overrides]
+    )  # fmt: skip
+
+
+def logged(folder, name, version=0):
+    """The values of one column, in order."""
+    with open(folder / "log" / f"version_{version}" / "metrics.csv") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.fixture(scope="module")
+def twenty_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twenty")
+    return folder, fit(folder, steps=20)
+
+
+def test_losses_equal_those_without_the_callback(twenty_steps, tmp_path, monkeypatch):
+    folder, _ = twenty_steps
+    monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", "0")
+    fit(tmp_path, steps=20)
+    ours, stock = logged(folder, "train/loss"), logged(tmp_path, "train/loss")
+    assert len(ours) == len(stock) == 20
+    assert max(abs(a - b) for a, b in zip(ours, stock, strict=True)) < 1e-4
+    assert logged(folder, "gategrad/active_layers") == [4.0] * 20
+    with open(tmp_path / "log" / "version_0" / "metrics.csv") as file:
+        assert "gategrad" not in file.readline()
+
+
+def test_two_runs_are_bit_identical_and_losses_fall(twenty_steps, tmp_path):
+    folder, _ = twenty_steps
+    fit(tmp_path, steps=20)
+    losses = logged(folder, "train/loss")
+    assert losses == logged(tmp_path, "train/loss")
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_logs_health_and_memory(twenty_steps):
+    folder, _ = twenty_steps
+    assert logged(folder, "gategrad/nonpositive_gates") == [0.0] * 20
+    assert min(logged(folder, "gategrad/tape_mib_saved")) > 0
+    assert min(logged(folder, "memory/peak_allocated_gib")) > 0
+    kept, stock = logged(folder, "memory/moe_tape_mib")[0], logged(folder, "memory/moe_tape_stock_mib")[0]
+    assert kept <= 0.45 * stock
+
+
+def test_nothing_stays_patched(twenty_steps):
+    _, cli = twenty_steps
+    configs = {id(m.config) for m in cli.model.modules() if type(m).__name__ == "Qwen3MoeExperts"}
+    assert configs == {id(cli.model.network.base_model.model.config)}
+
+
+def test_resumed_losses_equal_the_uninterrupted_runs(twenty_steps, tmp_path):
+    folder, _ = twenty_steps
+    fit(tmp_path, "--trainer.val_check_interval=8", steps=8)
+    checkpoint = tmp_path / "log" / "version_0" / "checkpoints" / "last.ckpt"
+    fit(tmp_path, f"--ckpt_path={checkpoint}", steps=12)
+    assert logged(tmp_path, "train/loss", version=0) == logged(folder, "train/loss")[:8]
+    assert logged(tmp_path, "train/loss", version=1) == logged(folder, "train/loss")[8:12]
+
+
+def test_checkpoint_holds_the_adapter_only(twenty_steps):
+    folder, cli = twenty_steps
+    checkpoint = torch.load(folder / "log" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = {name for name, parameter in cli.model.named_parameters() if parameter.requires_grad}
+    assert set(checkpoint["state_dict"]) == trained
+    assert not any("experts" in name for name in trained)
+
+
+def test_adapter_folder_loads_with_peft(twenty_steps):
+    folder, cli = twenty_steps
+    tokens = torch.arange(40).view(1, 40)
+    restored = PeftModel.from_pretrained(cli.model.build_base(), folder / "log" / "version_0" / "adapter").eval()
+    with torch.no_grad():
+        want = cli.model.network.eval()(tokens).logits
+        bare = cli.model.build_base().eval()(tokens).logits
+        assert torch.equal(restored(tokens).logits, want)
+    assert not torch.allclose(bare, want)  # the adapter does something
+
+
+def test_summary_shows_what_a_user_looks_for(tmp_path, capsys):
+    fit(tmp_path, steps=2)
+    printed = capsys.readouterr().out
+    for words in ("4 active, 0 fallback", "loss, first and last", "peak memory", "MoE tape, stock and now",
+                  "answer before", "answer after", "CSVLogger", "PEFT adapter"):  # fmt: skip
+        assert words in printed
+
+
+def test_without_arguments_runs_the_tiny_configuration(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(qwen3_lora, "LightningCLI", lambda *_, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(sys, "argv", ["qwen3_lora.py"])
+    main()
+    assert seen["args"] == ["fit", "--config", str(CONFIGS / "tiny.yaml")]
+
+
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    printed = capsys.readouterr().out
+    assert "--model.rank" in printed
+    assert "--data.batch_size" in printed
+
+
+def test_wrong_key_is_named(tmp_path, capsys):
+    config = tmp_path / "wrong.yaml"
+    config.write_text((CONFIGS / "tiny.yaml").read_text().replace("  rank: 16", "  rnak: 16"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(config)])
+    assert "rnak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"rank": 0}, "model.rank must be positive, not 0"),
+        ({"learning_rate": -1.0}, "model.learning_rate must be positive"),
+        ({"warmup_steps": -1}, "model.warmup_steps must be at least 0"),
+        ({"init": "pretrained"}, "set model.name"),
+    ],
+)
+def test_model_options_out_of_range(override, words):
+    with pytest.raises(ValueError, match=words):
+        Qwen3LoRA(architecture={}, **override)
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+def test_large_configuration_builds_on_the_meta_device():
+    cli = LightningCLI(
+        Qwen3LoRA,
+        InstructionData,
+        run=False,
+        # No hub and no GPU here: the architecture instead of the weights, bytes instead of the tokenizer.
+        args=["--config", str(CONFIGS / "qwen3_30b_a3b.yaml"), "--model.init=random", "--data.tokenizer=null",
+              "--trainer.accelerator=cpu"],  # fmt: skip
+    )
+    with torch.device("meta"):
+        cli.model.configure_model()
+    network = cli.model.network
+    base = sum(p.numel() for name, p in network.named_parameters() if "lora_" not in name)
+    assert round(base / 1e9, 2) == 30.53
+    assert not any("mlp" in name for name, p in network.named_parameters() if p.requires_grad)
+    report = patch_moe(network)
+    assert (len(report.active), len(report.fallback)) == (48, 0)

@@ -194,6 +194,8 @@ class RunSummary(Callback):
         after = pl_module.answer(data, prompt)
 
         table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
         table.add_row("loss, first and last", f"{self._losses[0].item():.4f} → {self._losses[-1].item():.4f}")
         if self._peak_gib is not None:
             kind = "allocated" if pl_module.device.type == "cuda" else "resident"

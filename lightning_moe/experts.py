@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_moe.kernels import (
     Activation,
@@ -47,14 +46,39 @@ class _Plan:
     Attributes:
         activation: (R, N) to (R, I), row by row.
         in_first: weights are (E, in, out) rather than (E, out, in).
+        intermediate: I, what the down projection takes.
         chunk_rows: rows in flight at once.
         records: whether autograd will want a backward.
     """
 
     activation: Activation
     in_first: bool
+    intermediate: int
     chunk_rows: int
     records: bool
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Passes a gradient through and raises when it is itself differentiated.
+
+    `once_differentiable` would not do: where the incoming gradient is a constant it hands out gradients without a
+    graph, and a gradient penalty silently lacks its term.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "moe_experts has no second derivative: for a gradient penalty or a Hessian, train without the callback"
+        )
+
+
+def _anchor(inputs: tuple[Tensor | None, ...]) -> Tensor:
+    """An empty tensor that depends on every input that wants a gradient, without holding on to any of them."""
+    return torch.cat([tensor[:0].reshape(-1) for tensor in inputs if tensor is not None and tensor.requires_grad])
 
 
 class _Experts(torch.autograd.Function):
@@ -68,6 +92,7 @@ class _Experts(torch.autograd.Function):
         down_weight: Tensor,
         down_bias: Tensor | None,
         top_k_index: Tensor,
+        anchor: Tensor | None,
         plan: _Plan,
     ) -> Tensor:
         dtype, routing = down_weight.dtype, sort_by_expert(top_k_index, down_weight.shape[0])
@@ -82,6 +107,11 @@ class _Experts(torch.autograd.Function):
                 if up_bias is not None:
                     h += up_bias[chunk.expert_of_row()]
                 a = plan.activation(h).to(dtype)
+                if a.shape != (chunk.pairs.shape[0], plan.intermediate):
+                    raise ValueError(
+                        f"moe_experts: the activation makes {tuple(a.shape)} of {tuple(h.shape)}, but down_proj takes "
+                        f"{plan.intermediate} features"
+                    )
                 if plan.records:
                     kept.append(h)
                 del h
@@ -96,6 +126,7 @@ class _Experts(torch.autograd.Function):
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
         uses_up = needs_x or needs_up
         ctx.save_for_backward(
+            anchor,
             hidden_states if needs_up else None,
             gates,
             up_weight if uses_up else None,
@@ -111,61 +142,68 @@ class _Experts(torch.autograd.Function):
         return total.to(hidden_states.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *rest) = ctx.saved_tensors
-        permutation, inverse, offsets, *kept = rest
-        needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
-        plan, dtype = ctx.plan, down_weight.dtype
-        routing = Routing(permutation, inverse, offsets, ctx.top_k)
+        anchor, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_output, saved)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = tuple(g if g is None else _FirstOrderOnly.apply(anchor, g) for g in gradients)
+        return *gradients, None, None, None
 
-        float32 = torch.float32
-        grad_up = grad_down = grad_down_bias = None
-        grad_x = grad_output.new_zeros(grad_output.shape, dtype=float32) if needs_x else None
-        grad_gates = gates.new_zeros(gates.numel(), dtype=float32) if needs_gates else None
-        grad_up_bias = torch.zeros_like(up_bias, dtype=float32) if needs_up_bias else None
-        with torch.autocast(grad_output.device.type, enabled=False):
-            for chunk, h in zip(routing.chunks(plan.chunk_rows), kept, strict=True):
-                grad_rows = grad_output[chunk.tokens].to(dtype)  # G
-                grad_a = grouped_linear(grad_rows, down_weight, chunk.offsets, in_first=not plan.in_first)  # da'
-                grad_h, inner, scaled_a = activation_backward(
-                    plan.activation, h, grad_a, gates.flatten()[chunk.pairs], needs_scaled=needs_down
-                )
-                grad_h = grad_h.to(dtype)
-                del grad_a
-                if grad_gates is not None:
-                    grad_gates[chunk.pairs] = inner
-                if scaled_a is not None:
-                    grad_down = _grad_weight(scaled_a, grad_rows, chunk.offsets, in_first=plan.in_first)
-                del grad_rows, scaled_a
-                if grad_up_bias is not None:
-                    grad_up_bias += grouped_sum(grad_h, chunk.offsets)
-                if needs_up:
-                    x = hidden_states[chunk.tokens].to(dtype)
-                    grad_up = _grad_weight(x, grad_h, chunk.offsets, in_first=plan.in_first)
-                    del x
-                if grad_x is not None:
-                    rows = grouped_linear(grad_h, up_weight, chunk.offsets, in_first=not plan.in_first)
-                    combine_rows(grad_x, rows, inverse.view_as(gates), chunk.start)
-            if down_bias is not None and (needs_gates or needs_down_bias):
-                grad = grad_output.to(torch.float32)
-                if grad_gates is not None:
-                    products = grad @ down_bias.to(torch.float32).t()
-                    grad_gates += products.gather(1, top_k_index).flatten()
-                if needs_down_bias:
-                    dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
-                    grad_down_bias = (dense_gates.t() @ grad).to(down_bias.dtype)
 
-        return (
-            grad_x.to(ctx.hidden_dtype) if grad_x is not None else None,
-            grad_gates.view_as(gates).to(gates.dtype) if grad_gates is not None else None,
-            grad_up,
-            grad_up_bias.to(up_bias.dtype) if grad_up_bias is not None else None,
-            grad_down,
-            grad_down_bias,
-            None,
-            None,
-        )
+def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor | None, ...]:
+    """The gradients of the six floating-point arguments, None for one that wants none."""
+    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *routed = saved
+    permutation, inverse, offsets, *kept = routed
+    needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
+    plan, dtype = ctx.plan, down_weight.dtype
+    routing = Routing(permutation, inverse, offsets, ctx.top_k)
+
+    float32 = torch.float32
+    grad_up = grad_down = grad_down_bias = None
+    grad_x = grad_output.new_zeros(grad_output.shape, dtype=float32) if needs_x else None
+    grad_gates = gates.new_zeros(gates.numel(), dtype=float32) if needs_gates else None
+    grad_up_bias = torch.zeros_like(up_bias, dtype=float32) if needs_up_bias else None
+    with torch.autocast(grad_output.device.type, enabled=False):
+        for chunk, h in zip(routing.chunks(plan.chunk_rows), kept, strict=True):
+            grad_rows = grad_output[chunk.tokens].to(dtype)  # G
+            grad_a = grouped_linear(grad_rows, down_weight, chunk.offsets, in_first=not plan.in_first)  # da'
+            grad_h, inner, scaled_a = activation_backward(
+                plan.activation, h, grad_a, gates.flatten()[chunk.pairs], needs_scaled=needs_down
+            )
+            grad_h = grad_h.to(dtype)
+            del grad_a
+            if grad_gates is not None:
+                grad_gates[chunk.pairs] = inner
+            if scaled_a is not None:
+                grad_down = _grad_weight(scaled_a, grad_rows, chunk.offsets, in_first=plan.in_first)
+            del grad_rows, scaled_a
+            if grad_up_bias is not None:
+                grad_up_bias += grouped_sum(grad_h, chunk.offsets)
+            if needs_up:
+                x = hidden_states[chunk.tokens].to(dtype)
+                grad_up = _grad_weight(x, grad_h, chunk.offsets, in_first=plan.in_first)
+                del x
+            if grad_x is not None:
+                rows = grouped_linear(grad_h, up_weight, chunk.offsets, in_first=not plan.in_first)
+                combine_rows(grad_x, rows, inverse.view_as(gates), chunk.start)
+        if down_bias is not None and (needs_gates or needs_down_bias):
+            grad = grad_output.to(torch.float32)
+            if grad_gates is not None:
+                products = grad @ down_bias.to(torch.float32).t()
+                grad_gates += products.gather(1, top_k_index).flatten()
+            if needs_down_bias:
+                dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
+                grad_down_bias = (dense_gates.t() @ grad).to(down_bias.dtype)
+
+    return (
+        grad_x.to(ctx.hidden_dtype) if grad_x is not None else None,
+        grad_gates.view_as(gates).to(gates.dtype) if grad_gates is not None else None,
+        grad_up,
+        grad_up_bias.to(up_bias.dtype) if grad_up_bias is not None else None,
+        grad_down,
+        grad_down_bias,
+    )
 
 
 def _grad_weight(inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, *, in_first: bool) -> Tensor:
@@ -204,8 +242,8 @@ def moe_experts(
         top_k_weights: (T, K) floating, the gates: any sign, exact zeros too.
         gate_up_proj: (E, N, H), or (E, H, N) if `is_transposed`; N is what `activation` takes (2 I for a gated one).
         down_proj: (E, H, I), or (E, I, H) if `is_transposed`; same dtype as `gate_up_proj`.
-        gate_up_proj_bias: (E, N), the weights' dtype.
-        down_proj_bias: (E, H), the weights' dtype. The gates' gradient stays exact with it.
+        gate_up_proj_bias: (E, N), any floating dtype.
+        down_proj_bias: (E, H), any floating dtype. The gates' gradient stays exact with it.
         activation: (R, N) to (R, I), row by row, without parameters or randomness; it is called again in backward.
         is_transposed: the weights' layout.
         chunk_tokens: rows of about this many tokens are in flight at once, which bounds the (rows, H) buffers.
@@ -240,8 +278,8 @@ def moe_experts(
         chunk_rows = max(AUTO_CHUNK_BYTES // (hidden_size * down_proj.element_size()), 1)
     else:
         chunk_rows = chunk_tokens * top_k
-    plan = _Plan(activation, is_transposed, chunk_rows, records)
-    return _Experts.apply(*inputs, top_k_index.long(), plan)
+    plan = _Plan(activation, is_transposed, down_proj.shape[1 if is_transposed else 2], chunk_rows, records)
+    return _Experts.apply(*inputs, top_k_index.long(), _anchor(inputs) if records else None, plan)
 
 
 def check_chunk_tokens(chunk_tokens: ChunkTokens) -> None:
@@ -271,8 +309,10 @@ def shape_problem(
         )
     if top_k_index.shape[0] != hidden_states.shape[0]:
         return f"top_k_index has {top_k_index.shape[0]} tokens, hidden_states {hidden_states.shape[0]}"
-    if top_k_index.is_floating_point() or not top_k_weights.is_floating_point():
-        return f"top_k_index must be integer and top_k_weights floating, got {top_k_index.dtype}, {top_k_weights.dtype}"
+    if not (hidden_states.is_floating_point() and top_k_weights.is_floating_point()):
+        return f"hidden_states and top_k_weights must be floating, got {hidden_states.dtype}, {top_k_weights.dtype}"
+    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
+        return f"top_k_index must be integer, got {top_k_index.dtype}"
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3 or gate_up_proj.shape[0] != down_proj.shape[0]:
         return (
             "gate_up_proj and down_proj must be three-dimensional with the experts first, got "
@@ -306,9 +346,12 @@ def unsupported(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
     dtype = down_proj.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:
         return f"weights must both be float32, bfloat16 or float16, got {gate_up_proj.dtype} and {dtype}"
-    if any(size * down_proj.element_size() % 16 for size in (*gate_up_proj.shape[1:], *down_proj.shape[1:])):
-        return (
-            f"grouped_mm needs rows of whole multiples of 16 bytes; the weights are {tuple(gate_up_proj.shape)} and "
-            f"{tuple(down_proj.shape)} of {dtype}"
-        )
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        # The activations' rows are as long as the weights' sides; a stride of one is the contiguous side's.
+        steps = [*weight.shape[1:], *(stride for stride in weight.stride() if stride != 1)]
+        if any(step * weight.element_size() % 16 for step in steps):
+            return (
+                f"grouped_mm needs rows of whole multiples of 16 bytes; {name} is {tuple(weight.shape)} of {dtype} "
+                f"with strides {weight.stride()}"
+            )
     return None

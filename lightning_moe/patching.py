@@ -104,7 +104,9 @@ class PatchReport:
 
     def __rich__(self) -> Table:
         """The report as a table for rich."""
-        title = f"MoE layers: {len(self.active)} active, {len(self.fallback)} fallback; bytes kept for backward per token"
+        title = (
+            f"MoE layers: {len(self.active)} active, {len(self.fallback)} fallback; bytes kept for backward per token"
+        )
         table = Table(title=title, title_justify="left", title_style="bold")
         for header in ("layer", "class", "status"):
             table.add_column(header, overflow="fold")

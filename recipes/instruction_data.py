@@ -107,14 +107,10 @@ class InstructionData(LightningDataModule):
         fitting = [(pair, example) for pair, example in encoded if example["input_ids"].numel() <= self.max_length]
         self.num_skipped = len(pairs) - len(fitting)
         if len(fitting) < self.validation_every:
-            raise ValueError(
-                f"data.max_length {self.max_length} leaves {len(fitting)} of {len(pairs)} pairs: raise it"
-            )
+            raise ValueError(f"data.max_length {self.max_length} leaves {len(fitting)} of {len(pairs)} pairs: raise it")
         self.held_out = [pair for pair, _ in fitting[:: self.validation_every]]
         self._validation = [example for _, example in fitting[:: self.validation_every]]
-        self._training = [
-            example for position, (_, example) in enumerate(fitting) if position % self.validation_every
-        ]
+        self._training = [example for position, (_, example) in enumerate(fitting) if position % self.validation_every]
 
     def encode(self, pair: Pair) -> dict[str, Tensor]:
         """One pair as `input_ids` and `labels`, (tokens,) int64 each; the prompt's labels are ignored."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from instruction_data import InstructionData
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
@@ -149,7 +150,9 @@ class Qwen3LoRA(LightningModule):
             pad_token_id=data.tokenizer.pad_token_id, eos_token_id=data.tokenizer.eos_token_id,
         )  # fmt: skip
         self.network.train(was_training)
-        return data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert isinstance(answer, str)
+        return answer
 
 
 class RunSummary(Callback):
@@ -188,7 +191,7 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or not self._losses:
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        pl_module.network.save_pretrained(folder / "adapter")
+        pl_module.network.save_pretrained(str(folder / "adapter"))
         data = trainer.datamodule  # type: ignore[attr-defined]
         prompt, wanted = data.held_out[0].prompt, data.held_out[0].answer
         after = pl_module.answer(data, prompt)
@@ -215,8 +218,8 @@ class RunSummary(Callback):
         for logger in trainer.loggers:
             table.add_row(type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or "."))
         checkpoint = trainer.checkpoint_callback
-        if checkpoint is not None and getattr(checkpoint, "last_model_path", ""):
-            table.add_row("checkpoint", os.path.relpath(checkpoint.last_model_path))  # type: ignore[attr-defined]
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
+            table.add_row("checkpoint", os.path.relpath(checkpoint.last_model_path))
         table.add_row("PEFT adapter", os.path.relpath(folder / "adapter"))
         Console().print(table)
 

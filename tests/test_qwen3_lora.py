@@ -31,7 +31,10 @@ pytestmark = [
 
 def fit(folder, *overrides, steps):
     """A short run of the tiny configuration that logs every step under `folder`; returns the command line's objects."""
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "log"}}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(folder), "name": "log"},
+    }
     return main(
         ["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--trainer.max_steps={steps}", f"--trainer.logger={logger}",
          "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", *overrides]
@@ -166,8 +169,13 @@ def test_large_configuration_builds_on_the_meta_device():
         InstructionData,
         run=False,
         # No hub and no GPU here: the architecture instead of the weights, bytes instead of the tokenizer.
-        args=["--config", str(CONFIGS / "qwen3_30b_a3b.yaml"), "--model.init=random", "--data.tokenizer=null",
-              "--trainer.accelerator=cpu"],  # fmt: skip
+        args=[
+            "--config",
+            str(CONFIGS / "qwen3_30b_a3b.yaml"),
+            "--model.init=random",
+            "--data.tokenizer=null",
+            "--trainer.accelerator=cpu",
+        ],  # fmt: skip
     )
     with torch.device("meta"):
         cli.model.configure_model()

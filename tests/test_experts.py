@@ -1,0 +1,759 @@
+"""Tests of the operation: against a float64 loop, against stock Transformers, and of what it leaves on the tape."""
+
+import weakref
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import (
+    CORRUPTIONS,
+    DIFFERENTIABLE,
+    EAGER,
+    FLOAT32_TOLERANCE,
+    GATE_KINDS,
+    LAYOUTS,
+    LOW_PRECISION_SLACK,
+    WEIGHTS,
+    Layout,
+    assert_agrees,
+    assert_no_worse,
+    call,
+    call_stock,
+    corrupt,
+    gradients,
+    loop,
+    low_precision_problems,
+    make_problem,
+    pooled_error,
+    relative_error,
+    run,
+    run_loop,
+    run_stock,
+)
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lightning_moe import experts as experts_module
+from lightning_moe.experts import moe_experts
+
+# A subnormal float32 has fewer bits than a normal one: products with it are rounded more coarsely, by any code.
+SUBNORMAL_TOLERANCE = 1e-5
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+FROZEN_WEIGHTS = ("hidden_states", "top_k_weights")
+
+
+def tolerance_for(gates):
+    return SUBNORMAL_TOLERANCE if gates == "subnormal" else FLOAT32_TOLERANCE
+
+
+# Against stock code and the loop
+
+
+@pytest.mark.parametrize("gates", GATE_KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_results_equal_stock_code_and_the_loop(layout, gates):
+    problem = make_problem(layout, gates=gates)
+    results = run(problem)
+    assert_agrees(results, run_stock(problem), tolerance_for(gates))
+    assert_agrees(results, run_loop(problem), tolerance_for(gates))
+
+
+@pytest.mark.parametrize("gates", ["positive", "mixed"])
+@pytest.mark.parametrize("layout", EAGER)
+def test_float32_results_equal_stock_eager(layout, gates):
+    problem = make_problem(layout, gates=gates)
+    assert_agrees(run(problem), run_stock(problem, "eager"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_results_equal_stock_batched_mm(layout):
+    problem = make_problem(layout)
+    assert_agrees(run(problem), run_stock(problem, "batched_mm"))
+
+
+@pytest.mark.parametrize("gates", ["mixed", "negative"])
+@pytest.mark.parametrize("gate_dtype", [None, torch.float32], ids=["own_gates", "float32_gates"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("layout", ["default", "no_gate_projection", "biased", "gpt_oss"])
+def test_16_bit_results_are_no_further_from_the_loop_than_stock_code(layout, dtype, gate_dtype, gates):
+    problems = low_precision_problems(layout, dtype=dtype, gate_dtype=gate_dtype, gates=gates)
+    assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)])
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "gate_dtype", "slack"),
+    [
+        (1e-9, torch.float16, torch.float32, LOW_PRECISION_SLACK),
+        # The gate meets the activation here and the incoming gradient in stock code. Both products underflow, and here
+        # the activation is the smaller factor; below, the incoming gradient is.
+        (1e-6, torch.float16, torch.float16, 2.0),
+        (1e3, torch.float16, torch.float16, LOW_PRECISION_SLACK),
+        (1e3, torch.float16, torch.float32, LOW_PRECISION_SLACK),
+        (1e-30, torch.bfloat16, torch.bfloat16, LOW_PRECISION_SLACK),
+        (1e30, torch.bfloat16, torch.float32, LOW_PRECISION_SLACK),
+    ],
+)
+def test_extreme_gates_lose_nothing_that_stock_code_keeps(size, dtype, gate_dtype, slack):
+    problems = [
+        scaled(problem, size, gate_dtype) for problem in low_precision_problems(dtype=dtype, gate_dtype=gate_dtype)
+    ]
+    results, truths = [*map(run, problems)], [*map(run_loop, problems)]
+    assert_no_worse(results, [*map(run_stock, problems)], truths, slack)
+    for result, truth in zip(results, truths, strict=True):
+        assert all(tensor.isfinite().all() for tensor in result.values())
+        # Whatever becomes of the gate, its gradient does not contain it.
+        assert relative_error(result["top_k_weights"], truth["top_k_weights"]) <= 4 * torch.finfo(dtype).eps
+
+
+def scaled(problem, size, gate_dtype):
+    gates = problem.tensors["top_k_weights"].double() * size
+    return problem.with_tensors(top_k_weights=gates.to(gate_dtype))
+
+
+def test_small_gates_and_a_small_incoming_gradient_underflow_less_than_in_stock_code():
+    problems = [
+        replace(scaled(problem, 1e-6, torch.float16), grad_output=problem.grad_output / 16)
+        for problem in low_precision_problems(dtype=torch.float16)
+    ]
+    results, stock = [*map(run, problems)], [*map(run_stock, problems)]
+    truths = [*map(run_loop, problems)]
+    assert pooled_error(results, truths, "down_proj") < 0.5 * pooled_error(stock, truths, "down_proj")
+    assert pooled_error(results, truths, "top_k_weights") <= 4 * torch.finfo(torch.float16).eps
+
+
+# The same comparisons find what is wrong
+
+
+@cache
+def float32_results():
+    problem = make_problem("gpt_oss")
+    return problem, run(problem), run_stock(problem)
+
+
+@cache
+def low_precision_results(dtype):
+    problems = low_precision_problems("gpt_oss", dtype=dtype)
+    return problems, [*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)]
+
+
+@pytest.mark.parametrize("how", CORRUPTIONS)
+@pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE])
+def test_the_float32_comparison_fails_on_a_corrupted_result(name, how):
+    problem, results, stock = float32_results()
+    assert_agrees(results, stock)
+    with pytest.raises(AssertionError, match=f"{name} is off"):
+        assert_agrees(corrupt(problem, results, name, how), stock)
+
+
+@pytest.mark.parametrize("how", CORRUPTIONS)
+@pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_the_16_bit_comparison_fails_on_a_corrupted_result(dtype, name, how):
+    problems, results, stock, truths = low_precision_results(dtype)
+    assert_no_worse(results, stock, truths)
+    corrupted = [corrupt(problem, result, name, how) for problem, result in zip(problems, results, strict=True)]
+    with pytest.raises(AssertionError, match=f"{name} is off"):
+        assert_no_worse(corrupted, stock, truths)
+
+
+# Routing
+
+
+def strided(tensor):
+    return tensor.t().contiguous().t()
+
+
+def test_non_contiguous_inputs_change_nothing():
+    problem = make_problem("biased")
+    tensors = problem.tensors
+    other = replace(
+        problem.with_tensors(
+            hidden_states=strided(tensors["hidden_states"]), top_k_weights=strided(tensors["top_k_weights"])
+        ),
+        top_k_index=strided(problem.top_k_index),
+        grad_output=strided(problem.grad_output),
+    )
+    leaves = other.leaves()
+    assert not any(t.is_contiguous() for t in (leaves["hidden_states"], leaves["top_k_weights"], other.top_k_index))
+    assert_agrees(run(other), run_loop(problem))
+
+
+def test_sliced_routing_tensors_change_nothing():
+    problem = make_problem()
+    wide_index, wide_gates = torch.zeros(7, 6, dtype=torch.int64), torch.zeros(7, 6)
+    wide_index[:, ::2], wide_gates[:, ::2] = problem.top_k_index, problem.tensors["top_k_weights"]
+    leaves = problem.leaves() | {"top_k_weights": wide_gates.requires_grad_()[:, ::2]}
+    output = call(replace(problem, top_k_index=wide_index[:, ::2]), leaves)
+    output.backward(problem.grad_output)
+    truth = run_loop(problem)
+    results = {"output": output, "top_k_weights": wide_gates.grad[:, ::2]}
+    assert_agrees(results, {name: truth[name] for name in results})
+    assert wide_gates.grad[:, 1::2].count_nonzero() == 0
+
+
+ROUTINGS = {
+    "an expert without a token": {"index": [[0, 1], [1, 3], [3, 0], [0, 3]], "num_experts": 4},
+    "all tokens on the first expert": {"index": [[0], [0], [0]], "num_experts": 4},
+    "all tokens on the last expert": {"index": [[3], [3], [3]], "num_experts": 4},
+    "one token": {"index": [[2, 0, 1]], "num_experts": 4},
+    "top_k of one": {"index": [[2], [0], [1], [2], [3]], "num_experts": 4},
+    "every expert": {"index": [[3, 2, 1, 0], [0, 1, 2, 3]], "num_experts": 4},
+    "ids that repeat within a token": {"index": [[1, 1, 1], [0, 2, 0], [3, 3, 1]], "num_experts": 4},
+    "a single expert": {"index": [[0, 0], [0, 0]], "num_experts": 1},
+}
+
+
+def problem_with_index(index, num_experts, layout="gpt_oss", **options):
+    index = torch.as_tensor(index)
+    sizes = {"num_tokens": index.shape[0], "top_k": index.shape[1], "num_experts": num_experts}
+    return replace(make_problem(layout, **sizes, **options), top_k_index=index)
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_unusual_routing_equals_the_loop(routing, layout):
+    problem = problem_with_index(**ROUTINGS[routing], layout=layout)
+    assert_agrees(run(problem), run_loop(problem))
+
+
+def test_an_expert_without_a_token_has_gradients_of_exact_zeros():
+    results = run(problem_with_index(**ROUTINGS["an expert without a token"]))
+    for name in WEIGHTS:
+        assert results[name][2].count_nonzero() == 0
+        assert results[name][1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wants", [DIFFERENTIABLE, FROZEN_WEIGHTS, ()], ids=["all", "frozen_weights", "none"])
+def test_zero_tokens_give_an_empty_output_and_zero_gradients(wants, dtype):
+    problem = make_problem("gpt_oss", num_tokens=0, dtype=dtype, requires_grad=wants)
+    results = run(problem, chunk_tokens=2)
+    assert results["output"].shape == (0, 16)
+    assert_agrees(results, run_loop(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_any_integer_dtype_names_experts(dtype):
+    problem = make_problem("gpt_oss")
+    results, expected = run(replace(problem, top_k_index=problem.top_k_index.to(dtype))), run(problem)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+def test_an_incoming_gradient_without_strides(layout):
+    problem = make_problem(layout)
+    problem = replace(problem, grad_output=torch.ones_like(problem.grad_output))
+    leaves = problem.leaves()
+    call(problem, leaves).sum().backward()
+    truth = run_loop(problem)
+    assert_agrees({name: leaves[name].grad for name in leaves}, {name: truth[name] for name in leaves})
+
+
+# Which tensors want a gradient
+
+
+@cache
+def everything_wanted():
+    problem = make_problem("gpt_oss", gates="mixed", num_tokens=4)
+    return problem, run_loop(problem)
+
+
+@pytest.mark.parametrize("wanted", [*product([False, True], repeat=len(DIFFERENTIABLE))])
+def test_every_combination_of_frozen_and_trainable_tensors(wanted):
+    problem, truth = everything_wanted()
+    names = [name for name, wants in zip(DIFFERENTIABLE, wanted, strict=True) if wants]
+    results = run(problem.wanting(*names))
+    assert_agrees(results, {name: truth[name] for name in ("output", *names)})
+
+
+def test_only_the_router_wants_a_gradient():
+    problem = make_problem("biased").wanting("top_k_weights")
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+
+    def router_gradient(function, dtype):
+        router = logits.to(dtype, copy=True).requires_grad_()
+        leaves = {name: tensor.to(dtype, copy=True) for name, tensor in problem.tensors.items()}
+        leaves["top_k_weights"] = router.softmax(-1).gather(1, problem.top_k_index)
+        function(leaves).backward(problem.grad_output.to(dtype))
+        return {"router": router.grad}
+
+    ours = router_gradient(lambda leaves: call(problem, leaves), torch.float32)
+    truth = router_gradient(lambda leaves: loop(problem.layout, problem.top_k_index, leaves), torch.float64)
+    assert_agrees(ours, truth)
+
+
+def test_gates_computed_from_the_hidden_states_add_to_their_gradient():
+    problem = make_problem("default")
+
+    def input_gradient(function, dtype):
+        leaves = {name: tensor.to(dtype, copy=True) for name, tensor in problem.tensors.items()}
+        leaves["hidden_states"].requires_grad_()
+        leaves["top_k_weights"] = leaves["hidden_states"][:, :3].sigmoid()
+        function(leaves).backward(problem.grad_output.to(dtype))
+        return {"hidden_states": leaves["hidden_states"].grad}
+
+    ours = input_gradient(lambda leaves: call(problem, leaves), torch.float32)
+    truth = input_gradient(lambda leaves: loop(problem.layout, problem.top_k_index, leaves), torch.float64)
+    assert_agrees(ours, truth)
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["default", "gpt_oss", "no_gate_projection"])
+def test_float32_hidden_states_into_bfloat16_weights(layout, gate_dtype):
+    problems = low_precision_problems(layout, dtype=torch.bfloat16, hidden_dtype=torch.float32, gate_dtype=gate_dtype)
+    # The incoming float32 gradient meets the gates in float32 in stock code, and is rounded once before that here.
+    slack = 1.15 if gate_dtype == torch.float32 else LOW_PRECISION_SLACK
+    assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)], slack)
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+def test_bfloat16_hidden_states_into_float32_weights(layout):
+    problem = make_problem(layout, hidden_dtype=torch.bfloat16)
+    results, stock, truth = run(problem), run_stock(problem), run_loop(problem)
+    for name in truth:
+        assert results[name].dtype == stock[name].dtype
+        kept_in_16_bits = name in ("output", "hidden_states")
+        assert relative_error(results[name], truth[name]) <= (2**-8 if kept_in_16_bits else FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("around_backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+def test_autocast_changes_nothing(layout, dtype, around_backward):
+    problem = make_problem(layout, dtype=dtype, hidden_dtype=torch.float32)
+    leaves, plain = problem.leaves(), run(problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = call(problem, leaves)
+        results = gradients(problem, leaves, output) if around_backward else None
+    results = results or gradients(problem, leaves, output)
+    assert all(torch.equal(results[name], plain[name]) for name in plain)
+
+
+def test_autocast_does_not_reach_into_the_activation():
+    mixing = torch.randn(48, 24, generator=torch.Generator().manual_seed(1)) / 48**0.5
+    problem = make_problem(Layout(lambda hidden: hidden.sin() @ mixing))  # autocast would run this product in bfloat16
+    leaves = problem.leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = gradients(problem, leaves, call(problem, leaves))
+    assert_agrees(results, run(problem))
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+def test_under_autocast_results_equal_stock_code_under_autocast(layout):
+    problem = make_problem(layout)
+    ours, stock = problem.leaves(), problem.leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, stock_output = call(problem, ours), call_stock(problem, stock)
+    assert_agrees(gradients(problem, ours, output), gradients(problem, stock, stock_output))
+
+
+# Chunks
+
+
+def counting(problem):
+    """The problem with an activation that counts its calls."""
+    calls = []
+
+    def activation(hidden):
+        calls.append(hidden.shape[0])
+        return problem.layout.activation(hidden)
+
+    return replace(problem, layout=replace(problem.layout, activation=activation)), calls
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, 6, 7, 100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_change_results_by_rounding_only(layout, chunk_tokens):
+    problem = make_problem(layout, gates="mixed")
+    problem = problem.wanting(*(name for name in DIFFERENTIABLE if not name.endswith("_proj")))
+    counted, calls = counting(problem)
+    assert_agrees(run(counted, chunk_tokens=chunk_tokens), run(problem))
+    sizes = [min(3 * chunk_tokens, 21 - start) for start in range(0, 21, 3 * chunk_tokens)]
+    assert calls == 2 * sizes  # once forward, once again in backward
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_chunks_without_a_tape_change_the_output_by_rounding_only(context):
+    problem = make_problem("gpt_oss")
+    counted, calls = counting(problem)
+    with context():
+        output = call(counted, problem.leaves(), chunk_tokens=2)
+    assert calls == [6, 6, 6, 3]
+    assert_agrees({"output": output}, {"output": run_loop(problem)["output"]})
+
+
+def test_without_a_tape_no_chunk_outlives_the_next():
+    problem, seen = make_problem(), []
+
+    def activation(hidden):
+        assert all(earlier() is None for earlier in seen)
+        seen.append(weakref.ref(hidden))
+        return problem.layout.activation(hidden)
+
+    with torch.no_grad():
+        call(replace(problem, layout=Layout(activation)), problem.leaves(), chunk_tokens=2)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_rows_are_not_cut_where_a_weight_wants_a_gradient(name):
+    problem = make_problem(requires_grad=("hidden_states", name))
+    counted, calls = counting(problem)
+    assert_agrees(run(counted, chunk_tokens=1), run_loop(problem))
+    assert calls == [21, 21]
+
+
+def test_auto_takes_as_many_rows_as_fit_the_buffer(monkeypatch):
+    problem, calls = counting(make_problem(requires_grad=FROZEN_WEIGHTS))
+    expected = run(problem)
+    assert calls == [21, 21]
+    monkeypatch.setattr(experts_module, "AUTO_CHUNK_BYTES", 10 * 16 * 4)  # ten rows of 16 float32
+    calls.clear()
+    assert_agrees(run(problem), expected)
+    assert calls == [10, 10, 1] * 2
+
+
+@pytest.mark.parametrize("chunk_tokens", ["auto", 2])
+def test_each_tokens_results_depend_on_that_token_alone(chunk_tokens):
+    problem = make_problem("gpt_oss", requires_grad=FROZEN_WEIGHTS)
+    together = run(problem, chunk_tokens=chunk_tokens)
+    for token in range(7):
+        one = slice(token, token + 1)
+        alone = replace(
+            problem.with_tensors(**{name: problem.tensors[name][one] for name in FROZEN_WEIGHTS}),
+            top_k_index=problem.top_k_index[one],
+            grad_output=problem.grad_output[one],
+        )
+        assert_agrees(run(alone), {name: result[one] for name, result in together.items()})
+
+
+def test_a_permuted_batch_gives_permuted_results():
+    problem = make_problem("gpt_oss")
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    permuted = replace(
+        problem.with_tensors(**{name: problem.tensors[name][order] for name in FROZEN_WEIGHTS}),
+        top_k_index=problem.top_k_index[order],
+        grad_output=problem.grad_output[order],
+    )
+    by_token = ("output", *FROZEN_WEIGHTS)
+    expected = {name: result[order] if name in by_token else result for name, result in run(problem).items()}
+    assert_agrees(run(permuted), expected)
+
+
+@pytest.mark.parametrize("chunk_tokens", ["auto", 1, 2])
+@pytest.mark.parametrize("poisoned", ["hidden_states", "top_k_weights", "grad_output"])
+def test_a_token_of_nans_spoils_no_other_token(poisoned, chunk_tokens):
+    problem = make_problem("gpt_oss", requires_grad=FROZEN_WEIGHTS)
+    truth = run_loop(problem)
+    tensor = (problem.grad_output if poisoned == "grad_output" else problem.tensors[poisoned]).clone()
+    tensor[3] = float("nan")
+    if poisoned == "grad_output":
+        problem = replace(problem, grad_output=tensor)
+    else:
+        problem = problem.with_tensors(**{poisoned: tensor})
+    others = [0, 1, 2, 4, 5, 6]
+    results = run(problem, chunk_tokens=chunk_tokens)
+    assert_agrees({n: r[others] for n, r in results.items()}, {n: t[others] for n, t in truth.items()})
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("wants", [DIFFERENTIABLE, FROZEN_WEIGHTS], ids=["all", "frozen_weights"])
+@pytest.mark.parametrize("loss", [torch.sum, torch.linalg.vector_norm], ids=["linear", "curved"])
+@pytest.mark.parametrize("how", ["backward", "grad", "penalty"])
+def test_a_second_derivative_raises(how, loss, wants):
+    problem = make_problem(requires_grad=wants)
+    leaves = problem.leaves()
+    hidden = leaves["hidden_states"]
+
+    def differentiate_twice():
+        (first,) = torch.autograd.grad(loss(call(problem, leaves)), hidden, create_graph=True)
+        if how == "backward":
+            first.square().sum().backward()
+        elif how == "grad":
+            torch.autograd.grad(first.square().sum(), hidden)
+        else:  # the other term has a derivative of its own, so that autograd finds nothing missing
+            torch.autograd.grad(first.square().sum() + hidden.square().sum(), hidden)
+
+    with pytest.raises(RuntimeError, match="second|twice"):
+        differentiate_twice()
+
+
+def test_backward_twice_over_a_retained_graph_gives_the_same_gradients():
+    problem = make_problem("gpt_oss")
+    leaves = problem.leaves()
+    output = call(problem, leaves)
+
+    def differentiate(**options):
+        wanted = [leaves[name] for name in DIFFERENTIABLE]
+        return torch.autograd.grad(output, wanted, problem.grad_output, **options)
+
+    first, second = differentiate(retain_graph=True), differentiate()
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        differentiate()
+
+
+def test_gradients_accumulate_over_two_calls():
+    problem = make_problem("gpt_oss")
+    once, leaves = run(problem), problem.leaves()
+    for _ in range(2):
+        call(problem, leaves).backward(problem.grad_output)
+    assert all(torch.equal(leaves[name].grad, 2 * once[name]) for name in DIFFERENTIABLE)
+
+
+def test_inputs_are_not_modified():
+    problem = make_problem("gpt_oss")
+    leaves = problem.leaves()
+    gradients(problem, leaves, call(problem, leaves))
+    assert all(torch.equal(leaves[name], problem.tensors[name]) for name in leaves)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_the_output_is_right_and_nothing_is_recorded(context):
+    problem = make_problem("gpt_oss")
+    with context(), recording() as kept:
+        output = call(problem, problem.leaves())
+    assert kept == []
+    assert output.grad_fn is None
+    assert not output.requires_grad
+    assert torch.equal(output, run(problem)["output"])
+
+
+def test_where_nothing_wants_a_gradient_nothing_is_recorded():
+    problem = make_problem("gpt_oss", requires_grad=())
+    with recording() as kept:
+        output = call(problem, problem.leaves())
+    assert kept == []
+    assert not output.requires_grad
+
+
+@pytest.mark.parametrize("chunk_tokens", ["auto", 2])
+@pytest.mark.parametrize("wants", [DIFFERENTIABLE, FROZEN_WEIGHTS], ids=["all", "frozen_weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_are_bit_identical(dtype, wants, chunk_tokens):
+    problem = make_problem("gpt_oss", dtype=dtype, num_tokens=64, requires_grad=wants)
+    first, second = run(problem, chunk_tokens=chunk_tokens), run(problem, chunk_tokens=chunk_tokens)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(use_reentrant):
+    problem = make_problem("gpt_oss")
+    plain, leaves = run(problem), problem.leaves()
+
+    def segment(*tensors):
+        return call(problem, dict(zip(leaves, tensors, strict=True)))
+
+    output = checkpoint(segment, *leaves.values(), use_reentrant=use_reentrant)
+    results = gradients(problem, leaves, output)
+    assert all(torch.equal(results[name], plain[name]) for name in plain)
+
+
+# The tape
+
+
+class recording(saved_tensors_hooks):  # noqa: N801 (a context manager)
+    """Lists the tensors that autograd keeps."""
+
+    def __init__(self):
+        self.kept = []
+        super().__init__(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor):
+        self.kept.append(tensor)
+        return tensor
+
+    def __enter__(self):
+        super().__enter__()
+        return self.kept
+
+
+# No product of two of a problem's sizes equals another's, so that a kept tensor's size tells what it is.
+TAPE_SIZES = {"num_tokens": 11, "top_k": 3, "num_experts": 5, "hidden_size": 16, "intermediate_size": 28}
+
+
+def kept_for(function, problem):
+    """What a call keeps: the names of its inputs, and the sizes of the floating-point tensors that it made."""
+    leaves = problem.leaves()
+    with recording() as kept:
+        function(problem, leaves)
+    names = {tensor.untyped_storage().data_ptr(): name for name, tensor in leaves.items()}
+    floats = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel()]
+    pointers = [tensor.untyped_storage().data_ptr() for tensor in floats]
+    inputs = {names[pointer] for pointer in pointers if pointer in names}
+    made = sorted(t.numel() for t, pointer in zip(floats, pointers, strict=True) if pointer not in names)
+    return inputs, made
+
+
+def row_sizes(problem):
+    """Sizes of what stock code keeps per row: gathered x or y (both (S, H)), and a."""
+    rows = problem.top_k_index.numel()
+    intermediate = TAPE_SIZES["intermediate_size"]
+    return {"x or y": rows * TAPE_SIZES["hidden_size"], "a": rows * intermediate}
+
+
+def pre_activation_size(problem):
+    return problem.top_k_index.numel() * TAPE_SIZES["intermediate_size"] * (2 if problem.layout.is_gated else 1)
+
+
+@pytest.mark.parametrize("wants", [FROZEN_WEIGHTS, ("hidden_states",), ("top_k_weights",)], ids="-".join)
+@pytest.mark.parametrize("layout", ["default", "gpt_oss", "biased"])
+def test_with_frozen_weights_only_the_pre_activation_is_kept(layout, wants):
+    problem = make_problem(layout, **TAPE_SIZES, requires_grad=wants)
+    inputs, made = kept_for(call, problem)
+    assert made == [pre_activation_size(problem)]
+    assert not set(made) & set(row_sizes(problem).values())
+    assert "hidden_states" not in inputs
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss", "biased"])
+def test_with_trainable_weights_no_more_is_made(layout):
+    problem = make_problem(layout, **TAPE_SIZES)
+    inputs, made = kept_for(call, problem)
+    assert made == [pre_activation_size(problem)]
+    assert "hidden_states" in inputs
+
+
+@pytest.mark.parametrize("wanted", [*product([False, True], repeat=len(WEIGHTS))])
+def test_hidden_states_are_kept_only_where_the_first_weight_wants_a_gradient(wanted):
+    names = [name for name, wants in zip(WEIGHTS, wanted, strict=True) if wants]
+    problem = make_problem("gpt_oss", **TAPE_SIZES, requires_grad=(*FROZEN_WEIGHTS, *names))
+    inputs, _ = kept_for(call, problem)
+    assert ("hidden_states" in inputs) == ("gate_up_proj" in names)
+
+
+def test_chunks_keep_no_more():
+    problem = make_problem("gpt_oss", **TAPE_SIZES, requires_grad=FROZEN_WEIGHTS)
+    inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, chunk_tokens=2), problem)
+    assert len(made) > 1
+    assert sum(made) == pre_activation_size(problem)
+    assert "hidden_states" not in inputs
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss", "biased"])
+def test_the_tape_detector_fires_for_stock_code(layout):
+    problem = make_problem(layout, **TAPE_SIZES, requires_grad=FROZEN_WEIGHTS)
+    _, made = kept_for(call_stock, problem)
+    assert row_sizes(problem)["x or y"] in made
+    _, made = kept_for(call_stock, problem.wanting(*DIFFERENTIABLE))
+    assert set(row_sizes(problem).values()) <= set(made)
+
+
+# Bad arguments
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def arguments(**changes):
+    """A call that is right, with some arguments put wrong."""
+    return {
+        "hidden_states": zeros(7, 16),
+        "top_k_index": zeros(7, 3, dtype=torch.int64),
+        "top_k_weights": zeros(7, 3),
+        "gate_up_proj": zeros(5, 48, 16),
+        "down_proj": zeros(5, 16, 24),
+    } | changes
+
+
+SHAPE_ERRORS = [
+    ({"hidden_states": zeros(2, 7, 16)}, r"hidden_states must be \(tokens, hidden\), got \(2, 7, 16\)"),
+    ({"top_k_weights": zeros(7, 2)}, r"top_k_index and top_k_weights must both .* \(7, 3\) and \(7, 2\)"),
+    ({"top_k_index": zeros(7, dtype=torch.int64), "top_k_weights": zeros(7)}, "top_k_index and top_k_weights must"),
+    ({"hidden_states": zeros(6, 16)}, "top_k_index has 7 tokens, hidden_states 6"),
+    ({"top_k_index": zeros(7, 3)}, "top_k_index must be integer, got torch.float32"),
+    ({"top_k_index": zeros(7, 3, dtype=torch.bool)}, "top_k_index must be integer, got torch.bool"),
+    ({"hidden_states": zeros(7, 16, dtype=torch.int64)}, "hidden_states .* must be floating, got torch.int64"),
+    ({"down_proj": zeros(5, 16, 20)}, r"activation makes \(21, 24\) of \(21, 48\), but down_proj takes 20"),
+    ({"top_k_weights": zeros(7, 3, dtype=torch.int64)}, "top_k_weights must be floating, got .* torch.int64"),
+    ({"gate_up_proj": zeros(48, 16)}, r"gate_up_proj and down_proj must be three-dimensional .* \(48, 16\)"),
+    ({"down_proj": zeros(16, 24)}, r"gate_up_proj and down_proj must be three-dimensional .* \(16, 24\)"),
+    ({"down_proj": zeros(4, 16, 24)}, r"experts first, got \(5, 48, 16\) and \(4, 16, 24\)"),
+    ({"hidden_states": zeros(7, 32)}, "hidden_states have 32 features, gate_up_proj takes 16"),
+    ({"down_proj": zeros(5, 32, 24)}, "down_proj gives 32"),
+    ({"is_transposed": True}, r"gate_up_proj takes 48 and down_proj gives 24 \(is_transposed=True\)"),
+    ({"gate_up_proj_bias": zeros(5, 24)}, r"gate_up_proj_bias must be \(5, 48\), got \(5, 24\)"),
+    ({"down_proj_bias": zeros(4, 16)}, r"down_proj_bias must be \(5, 16\), got \(4, 16\)"),
+    ({"top_k_index": torch.full((7, 3), 5)}, "top_k_index names experts 5 to 5, but there are 5"),
+    ({"top_k_index": torch.full((7, 3), -1)}, "top_k_index names experts -1 to -1"),
+    *(
+        ({"chunk_tokens": value}, f"chunk_tokens must be 'auto' or an integer of at least 1, not {value!r}")
+        for value in (0, -1, 1.5, "many", True, None)
+    ),
+]
+HALF, DOUBLE = torch.float16, torch.float64
+DTYPE_ERRORS = [
+    (
+        {"gate_up_proj": zeros(5, 48, 16, dtype=DOUBLE), "down_proj": zeros(5, 16, 24, dtype=DOUBLE)},
+        "got torch.float64",
+    ),
+    ({"gate_up_proj": zeros(5, 48, 16, dtype=HALF)}, "weights must both .* got torch.float16 and torch.float32"),
+    ({"gate_up_proj": zeros(5, 42, 16), "down_proj": zeros(5, 16, 21)}, r"16 bytes.*gate_up_proj is \(5, 42, 16\)"),
+    ({"gate_up_proj": zeros(5, 48, 17)[..., :16]}, r"16 bytes.*gate_up_proj .* strides \(816, 17, 1\)"),
+    (
+        {"gate_up_proj": zeros(5, 24, 16, dtype=HALF), "down_proj": zeros(5, 16, 12, dtype=HALF)},
+        r"16 bytes.*down_proj is \(5, 16, 12\) of torch.float16",
+    ),
+]
+
+
+def test_the_arguments_that_the_error_tests_change_are_right():
+    assert moe_experts(**arguments()).shape == (7, 16)
+
+
+@pytest.mark.parametrize(("changes", "message"), SHAPE_ERRORS)
+def test_a_bad_shape_or_value_raises_a_value_error_that_names_it(changes, message):
+    with pytest.raises(ValueError, match=message):
+        moe_experts(**arguments(**changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), DTYPE_ERRORS)
+def test_bad_weights_raise_a_type_error_that_names_them(changes, message):
+    with pytest.raises(TypeError, match=message):
+        moe_experts(**arguments(**changes))
+
+
+# Any shape, any layout, any set of trainable tensors
+
+
+@st.composite
+def problems(draw):
+    sizes = {
+        "num_tokens": draw(st.integers(0, 6)),
+        "top_k": draw(st.integers(1, 4)),
+        "num_experts": draw(st.integers(1, 5)),
+        "hidden_size": 4 * draw(st.integers(1, 5)),
+        "intermediate_size": 4 * draw(st.integers(1, 5)),
+    }
+    layout, gates = draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from(GATE_KINDS))
+    index = torch.randint(
+        sizes["num_experts"], (sizes["num_tokens"], sizes["top_k"]), generator=torch.Generator().manual_seed(0)
+    )
+    wants = draw(st.sets(st.sampled_from(DIFFERENTIABLE)))
+    seed = draw(st.integers(0, 99))
+    return problem_with_index_of_any_size(index, layout, gates=gates, seed=seed, requires_grad=wants, **sizes)
+
+
+def problem_with_index_of_any_size(index, layout, *, top_k, num_experts, **options):
+    """`make_problem` draws no expert twice; here a token may have more slots than there are experts."""
+    slots = min(top_k, num_experts)
+    problem = make_problem(layout, top_k=slots, num_experts=num_experts, **options)
+    gates = problem.tensors["top_k_weights"].repeat(1, top_k)[:, :top_k]
+    return replace(problem.with_tensors(top_k_weights=gates), top_k_index=index)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problem=problems(), chunk_tokens=st.sampled_from(["auto", 1, 2]))
+def test_any_problem_equals_the_loop(problem, chunk_tokens):
+    # A result of few terms may cancel, so that more of its digits are rounding.
+    assert_agrees(run(problem, chunk_tokens=chunk_tokens), run_loop(problem), tolerance=2e-5)

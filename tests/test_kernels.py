@@ -1,0 +1,142 @@
+"""Tests of the building blocks against plain loops and float64 autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import FLOAT32_TOLERANCE, gpt_oss_interleaved, relative_error, relu_squared
+
+from lightning_moe.kernels import (
+    activation_backward,
+    combine_rows,
+    grouped_linear,
+    grouped_outer,
+    grouped_sum,
+    silu_gated,
+)
+
+# The second expert and the last have no row.
+ENDS = [3, 3, 8, 10, 10]
+SIXTEEN_BITS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def offsets():
+    return torch.tensor(ENDS, dtype=torch.int32)
+
+
+def groups():
+    return [slice(start, end) for start, end in zip([0, *ENDS], ENDS, strict=False)]
+
+
+def tolerance(dtype):
+    return SIXTEEN_BITS.get(dtype, FLOAT32_TOLERANCE)
+
+
+def test_silu_gated_takes_the_gate_from_the_first_half():
+    gate, up = normal(4, 8), normal(4, 8, seed=1)
+    assert torch.equal(silu_gated(torch.cat([gate, up], dim=-1)), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_first", [True, False])
+def test_grouped_linear_multiplies_each_row_by_its_experts_weight(in_first, dtype):
+    rows, weight = normal(10, 16, dtype=dtype), normal(5, 16, 24, seed=1, dtype=dtype)
+    expected = torch.cat([rows[group].double() @ weight[e].double() for e, group in enumerate(groups())])
+    result = grouped_linear(rows, weight if in_first else weight.mT.contiguous(), offsets(), in_first=in_first)
+    assert result.dtype == dtype
+    assert relative_error(result, expected) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_outer_sums_each_experts_rows_and_is_zero_without_any(dtype):
+    left, right = normal(10, 16, dtype=dtype), normal(10, 24, seed=1, dtype=dtype)
+    expected = torch.stack([left[group].double().t() @ right[group].double() for group in groups()])
+    result = grouped_outer(left, right, offsets())
+    assert result[1].count_nonzero() == result[4].count_nonzero() == 0
+    assert relative_error(result, expected) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_sum_sums_each_experts_rows(dtype):
+    rows = normal(10, 16, dtype=dtype)
+    expected = torch.stack([rows[group].double().sum(0) for group in groups()])
+    assert relative_error(grouped_sum(rows, offsets()), expected) <= tolerance(dtype)
+
+
+def test_grouped_products_take_no_rows():
+    none, empty = torch.empty(0, 16), torch.zeros(5, dtype=torch.int32)
+    assert grouped_linear(none, normal(5, 16, 24), empty, in_first=True).shape == (0, 24)
+    assert torch.equal(grouped_outer(none, torch.empty(0, 24), empty), torch.zeros(5, 16, 24))
+    assert torch.equal(grouped_sum(none, empty), torch.zeros(5, 16))
+
+
+@pytest.mark.parametrize("needs_scaled", [True, False])
+@pytest.mark.parametrize("activation", [silu_gated, gpt_oss_interleaved, relu_squared])
+def test_activation_backward_is_autograd_of_the_gated_activation(activation, needs_scaled):
+    h, gates = normal(6, 16), torch.tensor([1.5, -0.5, 0.0, 1e-40, -3.0, 0.7])
+    exact_h, exact_gates = h.double().requires_grad_(), gates.double().requires_grad_()
+    scaled_truth = exact_gates[:, None] * activation(exact_h)
+    grad = normal(*scaled_truth.shape, seed=1)
+    scaled_truth.backward(grad.double())
+
+    grad_h, inner, scaled = activation_backward(activation, h, grad, gates, needs_scaled=needs_scaled)
+    assert relative_error(grad_h, exact_h.grad) <= FLOAT32_TOLERANCE
+    assert relative_error(inner, exact_gates.grad) <= FLOAT32_TOLERANCE
+    assert inner[2] != 0  # a gate of zero has a gradient
+    if needs_scaled:
+        assert relative_error(scaled, scaled_truth) <= FLOAT32_TOLERANCE
+    else:
+        assert scaled is None
+
+
+def test_activation_backward_sums_the_inner_product_in_float32():
+    h, grad = normal(6, 4096, dtype=torch.bfloat16), normal(6, 2048, seed=1, dtype=torch.bfloat16)
+    grad_h, inner, scaled = activation_backward(silu_gated, h, grad, torch.ones(6), needs_scaled=True)
+    activated = silu_gated(h)  # the inner product is of what the forward computed, rounding included
+    assert relative_error(inner, (activated.double() * grad.double()).sum(-1)) <= 1e-5
+    assert inner.dtype == torch.float32
+    assert grad_h.dtype == scaled.dtype == torch.bfloat16
+
+
+def test_activation_backward_leaves_nothing_on_the_tape():
+    h = normal(6, 16).requires_grad_()
+    with torch.no_grad():
+        results = activation_backward(silu_gated, h, normal(6, 8), torch.ones(6), needs_scaled=True)
+    assert not any(result.requires_grad for result in results)
+    assert h.grad is None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 12])
+def test_combine_rows_sums_each_tokens_rows(chunk_rows, gated):
+    inverse = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(4, 3)
+    rows, gates = normal(12, 8), normal(4, 3, seed=1)
+    total = torch.ones(4, 8)
+    for start in range(0, 12, chunk_rows):
+        combine_rows(total, rows[start : start + chunk_rows], inverse, start, gates if gated else None)
+    factors = gates.double() if gated else torch.ones(4, 3).double()
+    expected = 1 + (rows.double()[inverse] * factors[..., None]).sum(1)
+    assert relative_error(total, expected) <= FLOAT32_TOLERANCE
+
+
+def test_combine_rows_keeps_other_tokens_nans_out():
+    inverse, rows = torch.tensor([[0], [1], [2], [3]]), torch.full((2, 8), float("nan"))
+    total = torch.zeros(4, 8)
+    combine_rows(total, rows, inverse, start=1)
+    assert total.isnan().any(1).tolist() == [False, True, True, False]
+
+
+def test_combine_rows_accumulates_in_float32():
+    inverse, rows = torch.arange(512).view(1, 512), torch.ones(512, 8, dtype=torch.bfloat16)
+    total = torch.zeros(1, 8)
+    combine_rows(total, rows, inverse, start=0)
+    assert torch.equal(total, torch.full((1, 8), 512.0))  # bfloat16 counts to 256
+
+
+def test_combine_rows_of_nothing_adds_nothing():
+    total = torch.ones(0, 8)
+    combine_rows(total, torch.empty(0, 8), torch.empty(0, 3, dtype=torch.int64), start=0)
+    assert total.shape == (0, 8)

@@ -20,7 +20,7 @@ from lightning_moe.kernels import Activation
 
 DownBias = Literal["exact", "fallback"]
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+FLAGS = ("has_gate", "has_bias", "is_transposed")
 DOWN_BIAS = 'the down projection has a bias and down_bias="fallback" asks for stock code'
 
 
@@ -125,11 +125,21 @@ def refusal(module: Any, *, down_bias: DownBias) -> str | None:
     Cheap enough to be asked at every call: no parameter is read.
     """
     reasons = (
-        (module.has_post_expert_norm, "a norm stands between the down projection and the gate"),
-        (module._is_expert_parallel, "the experts are spread over devices (expert parallel)"),
+        (getattr(module, "has_post_expert_norm", False), "a norm stands between the down projection and the gate"),
+        (_is_expert_parallel(module), "the experts are spread over devices (expert parallel)"),
         (module.has_bias and down_bias == "fallback", DOWN_BIAS),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def _is_expert_parallel(module: Any) -> bool:
+    """Whether the module holds only some of its layer's experts, so that foreign ids reach it."""
+    if hasattr(module, "_is_expert_parallel"):
+        return module._is_expert_parallel
+    # Transformers 5.17 sets no flag: there the module counts its own experts, the config all of them.
+    counts = (getattr(module.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    num_experts = next((count for count in counts if isinstance(count, int)), None)
+    return num_experts is not None and getattr(module, "num_experts", num_experts) != num_experts
 
 
 def _dispatch_refusal(module: Any) -> str | None:

@@ -90,7 +90,7 @@ class Qwen3LoRA(LightningModule):
         base = self.build_base()
         base.config.use_cache = False
         if options["activation_checkpointing"]:
-            # The older name in Transformers below 5.2x, deprecated above.
+            # Transformers 5.17 knows only the older name, 5.23 deprecates it.
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         adapter = LoraConfig(

@@ -1,0 +1,313 @@
+"""A patched model trains as a stock one does, and is one again afterwards."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import experts_modules, gpt_oss, is_patched, mixtral, qwen3, qwen3_config, tokens, with_attention_lora
+from torch import nn
+from transformers import Qwen3MoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lightning_moe import gategrad, patch_moe, unpatch_moe
+from lightning_moe.patching import layer_patch, patched_modules, stock_code
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
+
+def gradients(model, ids=None, **options):
+    ids = tokens() if ids is None else ids
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, **options).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(ours, stock, tolerance=2e-5):
+    assert ours.keys() == stock.keys()
+    worst = {name: ((ours[name] - g).norm() / g.norm().clamp_min(1e-12)).item() for name, g in stock.items()}
+    return max(worst.values()) <= tolerance
+
+
+def full():
+    return qwen3()
+
+
+def attention_lora():
+    return with_attention_lora(qwen3())
+
+
+def trained_router():
+    model = qwen3().requires_grad_(False)
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            module.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("build", [full, attention_lora, trained_router, mixtral, gpt_oss])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_loss_and_every_gradient_equal_stock_codes(build, implementation):
+    model = build()
+    for module in experts_modules(model):
+        module.config._experts_implementation_internal = implementation
+    stock = gradients(model)
+    with gategrad(model) as report:
+        assert len(report.active) == 2
+        ours = gradients(model)
+    assert agree(ours, stock)
+    assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+
+
+def test_the_comparison_sees_a_dropped_gate():
+    model = with_attention_lora(qwen3())
+    stock = gradients(model)
+
+    def drop_first_gate(module, args):
+        hidden, index, gates = args
+        return hidden, index, gates * torch.tensor([0.0, 1.0])
+
+    experts_modules(model)[0].register_forward_pre_hook(drop_first_gate)
+    with gategrad(model):
+        assert not agree(gradients(model), stock)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    model = qwen3().train()
+    stock = gradients(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    with gategrad(model):
+        assert agree(gradients(model), stock)
+
+
+def test_bfloat16_with_float32_gates():
+    model = mixtral().bfloat16()
+    stock = gradients(model)
+    with gategrad(model):
+        assert agree(gradients(model), stock, tolerance=5e-2)
+
+
+def test_a_compiled_model():
+    model = qwen3()
+    stock = gradients(model)
+    compiled = torch.compile(model, backend="eager")
+    report = patch_moe(compiled)
+    assert len(report.active) == 2
+    ours = {name.removeprefix("_orig_mod."): g for name, g in gradients(compiled).items()}
+    unpatch_moe(compiled)
+    torch._dynamo.reset()
+    assert agree(ours, stock)
+    assert not is_patched(model)
+
+
+class Wrapper(nn.Module):
+    """Holds a model as DistributedDataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_wrappers_are_seen_through():
+    model = Wrapper(with_attention_lora(qwen3()))
+    report = patch_moe(model)
+    assert [layer.name for layer in report.active] == [
+        f"module.base_model.model.model.layers.{number}.mlp.experts" for number in range(2)
+    ]
+    assert all(model.get_submodule(layer.name) in patched_modules(model) for layer in report.layers)
+
+
+def test_patching_and_unpatching_twice():
+    model = qwen3()
+    config, keys = model.config, list(model.state_dict())
+    patch_moe(model, chunk_tokens=3)
+    patch_moe(model, chunk_tokens=5)
+    assert [layer_patch(module).chunk_tokens for module in patched_modules(model)] == [5, 5]
+    assert list(model.state_dict()) == keys
+    assert model.config is config
+    assert config._experts_implementation == "grouped_mm"
+    unpatch_moe(model)
+    unpatch_moe(model)
+    assert all(module.config is config for module in experts_modules(model))
+    assert not patched_modules(model)
+
+
+def test_an_exception_inside_leaves_the_model_as_it_was():
+    model = qwen3()
+    experts_modules(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), gategrad(model):
+        gradients(model)
+    assert all(module.config is model.config for module in experts_modules(model))
+
+
+def test_a_failure_while_patching_leaves_the_model_as_it_was(monkeypatch):
+    model = qwen3()
+    estimates = iter([None])
+    monkeypatch.setattr("lightning_moe.patching._per_token", lambda patch: (next(estimates), None))
+    with pytest.raises(StopIteration):
+        patch_moe(model)
+    assert not patched_modules(model)
+    assert all(module.config is model.config for module in experts_modules(model))
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copied, pickled, saved])
+def test_a_copy_is_patched_by_itself(duplicate):
+    model = qwen3()
+    stock = gradients(model)
+    patch_moe(model)
+    twin = duplicate(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert agree(gradients(twin), stock)  # its own weights, not the original's
+    unpatch_moe(model)
+    assert is_patched(twin)
+    unpatch_moe(twin)
+    assert all(module.config is twin.config for module in experts_modules(twin))
+    assert all(torch.equal(g, stock[name]) for name, g in gradients(twin).items())
+
+
+def test_models_that_share_a_config_are_patched_apart():
+    config = qwen3_config()
+    one, other = Qwen3MoeForCausalLM(config), Qwen3MoeForCausalLM(config)
+    patch_moe(one)
+    assert is_patched(one)
+    assert not is_patched(other)
+
+
+def test_generation_is_unchanged():
+    model = qwen3().eval()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    want = model.generate(tokens(), **options)
+    with gategrad(model):
+        assert torch.equal(model.generate(tokens(), **options), want)
+    assert len(want[0].unique()) > 2
+
+
+@pytest.mark.parametrize("build", [qwen3, gpt_oss])
+def test_named_in_transformers_without_a_patch(build):
+    model = build()
+    stock = gradients(model)
+    model.set_experts_implementation("gategrad")
+    ours = gradients(model)
+    assert agree(ours, stock)
+    assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
+    patch_moe(model, down_bias="fallback")
+    gradients(model)
+    unpatch_moe(model)
+    assert is_patched(model)  # as the user set it
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda experts: setattr(experts, "has_post_expert_norm", True), "norm"),
+        (lambda experts: setattr(experts, "_is_expert_parallel", True), "expert parallel"),
+        (lambda experts: experts.double(), "float64"),
+        (lambda experts: experts.add_module("drop", nn.Dropout(0.5)), "dropout"),
+        (lambda experts: experts.register_parameter("slope", nn.Parameter(torch.ones(1))), "slope"),
+    ],
+)
+def test_a_layer_that_cannot_take_it_runs_stock_code(change, reason, monkeypatch):
+    model = qwen3(num_hidden_layers=1)
+    (experts,) = experts_modules(model)
+    change(experts)
+    calls = []
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: calls.append(args) or args[1])
+    report = patch_moe(model)
+    assert [layer.status for layer in report.layers] == ["fallback"]
+    assert reason in report.layers[0].reason
+    hidden, index = torch.zeros(3, 32, dtype=experts.down_proj.dtype), torch.zeros(3, 2, dtype=torch.int64)
+    assert torch.equal(experts(hidden, index, torch.ones(3, 2, dtype=hidden.dtype)), hidden)
+    assert len(calls) == 1
+
+
+def test_down_bias_fallback_is_stock_code_bit_for_bit():
+    model = gpt_oss()
+    stock = gradients(model)
+    with gategrad(model, down_bias="fallback") as report:
+        assert [layer.status for layer in report.layers] == ["fallback", "fallback"]
+        assert "bias" in report.layers[0].reason
+        assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+
+
+def test_a_reason_that_turns_up_later_is_named():
+    model = qwen3(num_hidden_layers=1)
+    stock = gradients(model)
+    patch_moe(model)
+    experts_modules(model)[0]._is_expert_parallel = True
+    with pytest.warns(UserWarning, match="runs stock code after all: the experts are spread"):
+        ours = gradients(model)
+    assert agree(ours, stock)
+    gradients(model)  # named once
+
+
+def test_a_replaced_forward_is_reported_and_kept():
+    model = qwen3(num_hidden_layers=1)
+    (experts,) = experts_modules(model)
+    experts.forward = lambda hidden, index, gates: hidden
+    report = patch_moe(model)
+    assert "replaced the module's forward" in report.layers[0].reason
+    unpatch_moe(model)
+    assert "forward" in vars(experts)
+    hidden = torch.zeros(3, 32)
+    assert experts(hidden, None, None) is hidden
+
+
+def test_stock_code_for_a_while():
+    model = qwen3(num_hidden_layers=1)
+    (experts,) = experts_modules(model)
+    with stock_code(experts):
+        assert experts.config is model.config
+    patch_moe(model)
+    with stock_code(experts):
+        assert experts.config is model.config
+    assert is_patched(model)
+
+
+def test_the_report_prints_as_a_table():
+    printed = str(patch_moe(gpt_oss(), down_bias="fallback"))
+    assert "MoE layers: 0 active, 2 fallback" in printed
+    assert "model.layers.*.mlp.experts (2 layers)" in printed
+    assert "down_bias" in printed
+    lines = str(patch_moe(qwen3())).splitlines()
+    assert "reason" not in "".join(lines)
+    assert all("…" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"down_bias": "approximate"}, "down_bias must be 'exact' or 'fallback', not 'approximate'"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be 'auto' or an integer of at least 1, not 0"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    model = qwen3()
+    with pytest.raises(ValueError, match=words):
+        patch_moe(model, **options)
+    assert not is_patched(model)

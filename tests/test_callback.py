@@ -1,0 +1,364 @@
+"""The callback in a Trainer: on where training is, off wherever it ends, its figures those of the tensors."""
+
+import csv
+import traceback
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Tiny, experts_modules, gpt_oss, is_patched, qwen3, with_attention_lora
+from torch import nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from lightning_moe import MoEGateGradCallback
+from lightning_moe.patching import patched_modules
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
+    pytest.mark.filterwarnings("ignore:.*predict_dataloader"),
+]
+
+
+def trainer(tmp_path, *callbacks, **options):
+    defaults = {
+        "max_steps": 4,
+        "log_every_n_steps": 1,
+        "logger": CSVLogger(tmp_path, name="", version=""),
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    return Trainer(callbacks=list(callbacks), default_root_dir=tmp_path, **defaults | options)
+
+
+def logged(tmp_path, name):
+    with open(tmp_path / "metrics.csv") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def is_stock(model):
+    configs = {id(module.config) for module in experts_modules(model)}
+    return not patched_modules(model) and not is_patched(model) and len(configs) == 1
+
+
+def fit(tmp_path, module, *callbacks, **options):
+    torch.manual_seed(0)
+    trainer(tmp_path, *callbacks, **options).fit(module)
+    return module
+
+
+@pytest.mark.parametrize("where", ["init", "setup", "configure_model"])
+@pytest.mark.parametrize("entry", ["fit", "validate", "test", "predict"])
+def test_attaches_in_every_entry_point(tmp_path, where, entry):
+    module, callback = Tiny(where=where), MoEGateGradCallback()
+    getattr(trainer(tmp_path, callback, limit_val_batches=None), entry)(module)
+    assert module.was_patched
+    assert all(module.was_patched)
+    assert is_stock(module)
+    assert callback.report is None
+
+
+@pytest.mark.parametrize("where", ["init", "setup", "configure_model"])
+def test_attaches_under_the_learning_rate_finder(tmp_path, where):
+    module = Tiny(where=where, num_batches=20)
+    Tuner(trainer(tmp_path, MoEGateGradCallback(), max_steps=50)).lr_find(module, num_training=5, update_attr=False)
+    assert all(module.was_patched)
+    assert is_stock(module)
+
+
+def test_losses_equal_those_without_and_repeat(tmp_path):
+    runs = [
+        fit(tmp_path / str(n), Tiny(num_batches=20), MoEGateGradCallback(enabled=on), max_steps=20).losses
+        for n, on in enumerate((False, True, True))
+    ]
+    stock, ours, again = runs
+    assert ours == again
+    assert max(abs(a - b) for a, b in zip(stock, ours, strict=True)) < 1e-4
+    assert ours != stock  # another code did run
+    assert ours[-1] < ours[0]
+
+
+class Fails(Callback):
+    """Raises in one hook."""
+
+    def __init__(self, hook, error):
+        def fail(*_):
+            raise error
+
+        setattr(self, hook, fail)
+
+
+class FailsTwice(Fails):
+    """Raises again when told of its own exception."""
+
+    def on_exception(self, *_):
+        raise RuntimeError("again")
+
+
+HOOKS = ["on_fit_start", "on_train_start", "on_train_batch_start", "on_after_backward", "on_train_batch_end"]
+
+
+@pytest.mark.parametrize("hook", [*HOOKS, "setup", "on_train_end", "on_fit_end", "teardown"])
+@pytest.mark.parametrize("failing", [Fails, FailsTwice])
+@pytest.mark.parametrize("first", [True, False])
+def test_another_callbacks_failure_leaves_the_model_as_it_was(tmp_path, hook, failing, first):
+    module = Tiny()
+    callbacks = [failing(hook, ValueError("no")), MoEGateGradCallback()]
+    with pytest.raises((ValueError, RuntimeError)):
+        fit(tmp_path, module, *(callbacks if first else callbacks[::-1]))
+    assert is_stock(module)
+
+
+@pytest.mark.parametrize(("error", "seen"), [(ValueError("no"), ValueError), (KeyboardInterrupt(), SystemExit)])
+def test_an_exception_in_training_step_leaves_the_model_as_it_was(tmp_path, error, seen):
+    module = Tiny()
+    before = module.network.state_dict()
+    step = module.training_step
+
+    def fail(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        if batch_idx == 2:
+            raise error
+        return loss
+
+    module.training_step = fail
+    callback = MoEGateGradCallback()
+    with pytest.raises(seen):
+        fit(tmp_path, module, callback)
+    assert is_stock(module)
+    assert list(module.network.state_dict()) == list(before)
+    module.training_step = step
+    fit(tmp_path, module, callback)
+    assert all(module.was_patched)
+    assert is_stock(module)
+
+
+class KnownGates(nn.Module):
+    """Two experts layers whose gates are given: per token 0.5, -0.25, and 0 in every third token's last slot."""
+
+    def __init__(self, checkpoint=False):
+        super().__init__()
+        torch.manual_seed(0)
+        config = qwen3().config
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList([Qwen3MoeExperts(config) for _ in range(2)])
+        for parameter in self.layers.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        self.gate = nn.Parameter(torch.ones(()))
+        self.checkpoint = checkpoint
+
+    def forward(self, input_ids, labels):
+        hidden = self.embed(input_ids).flatten(0, 1)
+        gates = torch.tensor([0.5, -0.25]).repeat(hidden.shape[0], 1)
+        gates[::3, 1] = 0
+        index = torch.arange(hidden.shape[0])[:, None] % 4 + torch.tensor([0, 4])
+        for layer in self.layers:
+            if self.checkpoint:
+                out = torch.utils.checkpoint.checkpoint(layer, hidden, index, gates * self.gate, use_reentrant=False)
+            else:
+                out = layer(hidden, index, gates * self.gate)
+            hidden = hidden + out
+        self.loss = hidden.square().mean()
+        return self
+
+
+NUM_GATES = 2 * 2 * 12 * 2  # layers, batch, length, slots: half of them negative, and of these every third zero
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every", [1, 2])
+def test_figures_are_those_of_the_tensors(tmp_path, checkpoint, accumulate, every):
+    steps = 2
+    module = Tiny(lambda: KnownGates(checkpoint), num_batches=steps * accumulate, learning_rate=0.0)
+    options = {"max_steps": steps, "log_every_n_steps": every, "accumulate_grad_batches": accumulate}
+    fit(tmp_path, module, MoEGateGradCallback(), **options)
+    micro_batches = every * accumulate
+    figures = {
+        "nonpositive_gates": micro_batches * NUM_GATES / 2,
+        "nonpositive_fraction": 0.5,
+        "zero_gates": micro_batches * NUM_GATES / 6,
+        "nonfinite_gate_grads": 0,
+        "active_layers": 2,
+        "fallback_layers": 0,
+        "bias_fallback_layers": 0,
+        # Per row: stock code's Y (32), silu(gate) (16) and h (32) against h, float32, in both layers.
+        "tape_mib_saved": NUM_GATES * (32 + 16) * 4 / 2**20,
+    }
+    for name, value in figures.items():
+        assert logged(tmp_path, f"gategrad/{name}") == pytest.approx([value] * (steps // every)), name
+    assert not logged(tmp_path, "gategrad/audit_rel_error")
+
+
+@pytest.mark.parametrize("down_bias", ["exact", "fallback"])
+def test_bias_fallback_is_counted(tmp_path, down_bias):
+    fallback = down_bias == "fallback"
+    callback = MoEGateGradCallback(down_bias=down_bias, on_missing="warn")
+    module = Tiny(gpt_oss)
+    if fallback:
+        with pytest.warns(UserWarning, match="MoEGateGradCallback"):
+            fit(tmp_path, module, callback)
+    else:
+        fit(tmp_path, module, callback)
+    assert logged(tmp_path, "gategrad/bias_fallback_layers") == [2.0 * fallback] * 4
+    assert logged(tmp_path, "gategrad/fallback_layers") == [2.0 * fallback] * 4
+    assert logged(tmp_path, "gategrad/active_layers") == [2.0 * (not fallback)] * 4
+    assert min(logged(tmp_path, "gategrad/nonpositive_fraction")) == 0
+
+
+def test_layers_out_of_reach_are_counted(tmp_path):
+    module = Tiny()
+    experts = experts_modules(module)[0]
+    experts.forward = lambda hidden, index, gates: hidden
+    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+        fit(tmp_path, module, MoEGateGradCallback())
+    assert logged(tmp_path, "gategrad/fallback_layers") == [1.0] * 4
+    assert logged(tmp_path, "gategrad/active_layers") == [1.0] * 4
+
+
+def test_the_host_waits_for_the_device_at_log_steps_only(tmp_path, monkeypatch):
+    """On a CPU nothing waits, so the calls that would are watched: those that the package itself makes."""
+    synchronising, calls = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"), []
+
+    def watch(name):
+        original = getattr(torch.Tensor, name)
+
+        def watched(self, *args, **kwargs):
+            # The check of expert ids runs where it costs nothing: on the CPU.
+            frames = [frame for frame in traceback.extract_stack() if "lightning_moe/" in frame.filename]
+            if frames and all(frame.name != "shape_problem" for frame in frames):
+                calls.append((step(), name))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    module = Tiny(lambda: with_attention_lora(qwen3()), num_batches=6)
+    for name in synchronising:
+        watch(name)
+    seen = []
+    training_step = module.training_step
+    module.training_step = lambda batch, index: seen.append(index) or training_step(batch, index)
+
+    def step():
+        return len(seen)
+
+    fit(tmp_path, module, MoEGateGradCallback(audit_every_n_steps=1), max_steps=6, log_every_n_steps=3)
+    assert {at for at, _ in calls} == {3, 6}
+
+
+def test_figures_can_be_monitored(tmp_path):
+    stop = EarlyStopping("gategrad/nonpositive_gates", check_on_train_epoch_end=True, patience=1)
+    keep = ModelCheckpoint(tmp_path, monitor="gategrad/active_layers", every_n_train_steps=2, mode="max")
+    fit(tmp_path, Tiny(), MoEGateGradCallback(), stop, keep, enable_checkpointing=True, max_steps=20)
+    assert stop.stopped_epoch > 0
+    assert keep.best_model_score == 2
+
+
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), ("", True), (None, True)])
+def test_the_environment_switches_it(tmp_path, monkeypatch, value, on):
+    monkeypatch.delenv("LIGHTNING_MOE_GATEGRAD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", value)
+    module = fit(tmp_path, Tiny(), MoEGateGradCallback())
+    assert set(module.was_patched) == {on}
+    assert MoEGateGradCallback(enabled=not on).enabled == (not on)
+
+
+class CurvedExperts(Qwen3MoeExperts):
+    """Eager experts with something non-linear planted between the down projection and the gate."""
+
+
+def plant(module):
+    """Gives experts an eager forward whose output is not linear in the gates."""
+    stock = Qwen3MoeExperts.forward.__wrapped__
+
+    def forward(self, hidden, index, gates):
+        return stock(self, hidden, index, gates.tanh() * 3)
+
+    decorated = Qwen3MoeExperts.forward
+    CurvedExperts.forward = lambda self, *args: decorated(self, *args)
+    CurvedExperts.forward.__wrapped__ = forward
+    return module
+
+
+def test_the_audit_passes_a_right_model(tmp_path):
+    fit(tmp_path, Tiny(lambda: with_attention_lora(qwen3())), MoEGateGradCallback(audit_every_n_steps=2))
+    errors = logged(tmp_path, "gategrad/audit_rel_error")
+    assert len(errors) == 2
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_audit_flags_a_planted_non_linearity(tmp_path, checkpoint, monkeypatch):
+    module = Tiny(lambda: KnownGates(checkpoint), learning_rate=0.0)
+    eager = Qwen3MoeExperts.forward.__wrapped__
+
+    def curved(self, hidden, index, gates):
+        return eager(self, hidden, index, gates).tanh()
+
+    monkeypatch.setattr("lightning_moe.patching.stock_forward", lambda module: curved)
+    module.network.layers[0].config._experts_implementation_internal = "eager"
+    with pytest.warns(UserWarning, match="audit found a gate gradient that differs"):
+        fit(tmp_path, module, MoEGateGradCallback(audit_every_n_steps=1))
+    assert min(logged(tmp_path, "gategrad/audit_rel_error")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"enabled": "yes"}, "enabled must be a bool or None, not 'yes'"),
+        ({"down_bias": "none"}, "down_bias must be 'exact' or 'fallback'"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be 'auto' or an integer of at least 1"),
+        ({"audit_every_n_steps": -1}, "audit_every_n_steps must be an integer of at least 0"),
+        ({"audit_every_n_steps": 0.5}, "audit_every_n_steps must be an integer of at least 0"),
+        ({"on_missing": "ignore"}, "on_missing must be 'error' or 'warn'"),
+    ],
+)
+def test_arguments_out_of_range(options, words):
+    with pytest.raises(MisconfigurationException, match=f"MoEGateGradCallback: {words}"):
+        MoEGateGradCallback(**options)
+
+
+class Dense(nn.Module):
+    """A model with no MoE layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 4)
+
+    def forward(self, input_ids, labels):
+        self.loss = self.embed(input_ids).square().mean()
+        return self
+
+
+@pytest.mark.parametrize("entry", ["fit", "validate", "test", "predict"])
+def test_a_model_without_moe_layers_is_refused_before_any_step(tmp_path, entry):
+    module, callback = Tiny(Dense), MoEGateGradCallback()
+    with pytest.raises(MisconfigurationException, match=r"no layer of Tiny, which holds no MoE layer.*on_missing"):
+        getattr(trainer(tmp_path, callback, limit_val_batches=None), entry)(module)
+    assert module.was_patched == []
+    assert callback.report is None
+
+
+def test_a_model_without_moe_layers_may_pass_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="holds no MoE layer"):
+        module = fit(tmp_path, Tiny(Dense), MoEGateGradCallback(on_missing="warn"))
+    assert len(module.losses) == 4
+
+
+def test_a_fit_without_a_logger_is_refused(tmp_path):
+    module = Tiny()
+    with pytest.raises(MisconfigurationException, match="the Trainer has no logger.*CSVLogger"):
+        fit(tmp_path, module, MoEGateGradCallback(), logger=False)
+    assert module.was_patched == []
+    assert is_stock(module)
+    trainer(tmp_path, MoEGateGradCallback(), logger=False, limit_val_batches=None).validate(module)  # logs nothing

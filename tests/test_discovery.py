@@ -1,0 +1,83 @@
+"""What is found in a model, under which wrappers, and the estimate of its tape."""
+
+import pytest
+import torch
+from models import experts_modules, gpt_oss, mixtral, qwen3, with_attention_lora
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lightning_moe import measure_moe_tape, patch_moe
+from lightning_moe.discovery import estimate_tape, find_moe_layers
+
+
+class HandWritten(nn.Module):
+    """An MoE outside Transformers, its experts in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+
+class OddMoE(nn.Module):
+    """Known by its class's name only."""
+
+
+def test_a_dense_model_has_none():
+    assert find_moe_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU())) == []
+
+
+@pytest.mark.parametrize("build", [qwen3, mixtral, gpt_oss])
+def test_decorated_layers_are_found_in_order(build):
+    layers = find_moe_layers(build())
+    assert [layer.name for layer in layers] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert all(layer.reason is None and layer.is_dispatched for layer in layers)
+
+
+def test_layers_under_expert_adapters_are_the_modules_themselves():
+    model = qwen3()
+    inner = experts_modules(model)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=names))
+    layers = find_moe_layers(wrapped)
+    assert [layer.module for layer in layers] == inner
+    assert layers[0].name.endswith("mlp.experts.base_layer.base_layer")
+
+
+@pytest.mark.parametrize("module", [HandWritten(), OddMoE()])
+def test_undecorated_layers_are_reported_once(module):
+    layers = find_moe_layers(nn.ModuleDict({"mlp": module, "dense": nn.Linear(2, 2)}))
+    assert len(layers) == 1
+    assert "does not go through Transformers' experts registry" in layers[0].reason
+    assert not layers[0].is_dispatched
+    assert [layer.status for layer in patch_moe(module if layers[0].name == "mlp" else module).layers] == ["fallback"]
+
+
+def test_a_registry_of_ones_own_is_recognised(monkeypatch):
+    monkeypatch.setattr("lightning_moe.discovery.ALL_EXPERTS_FUNCTIONS", object())
+    (layer, _) = find_moe_layers(qwen3())
+    assert "a registry of its own" in layer.reason
+    assert not layer.is_dispatched
+
+
+def test_a_private_name_that_is_gone_is_named(monkeypatch):
+    model = qwen3()
+    monkeypatch.delattr(type(experts_modules(model)[0]).forward, "__wrapped__")
+    assert all("__wrapped__" in layer.reason for layer in find_moe_layers(model))
+
+
+@pytest.mark.parametrize("trained", ["attention", "everything"])
+@pytest.mark.parametrize("build", [qwen3, gpt_oss])
+def test_the_estimate_is_what_saved_tensor_hooks_measure(build, trained):
+    model = with_attention_lora(build()) if trained == "attention" else build()
+    ids = torch.randint(0, 64, (4, 64))
+    patch_moe(model)
+    with measure_moe_tape(model) as tapes:
+        model(input_ids=ids, labels=ids)
+    assert len(tapes) == 2
+    for tape in tapes:
+        estimate = estimate_tape(model.get_submodule(tape.name))
+        rows = tape.num_tokens * 2
+        # The layer's input, kept where the first projection trains, and a few indices are not in the estimate.
+        slack = 256 * 32 * 4 * 1.25
+        assert 0 <= tape.stock_num_bytes - estimate.stock_per_row * rows <= slack
+        assert 0 <= tape.num_bytes - estimate.kept_per_row * rows <= slack

@@ -1,0 +1,56 @@
+"""Counts into figures: exact, summed over processes, absent where there is nothing to say."""
+
+import pytest
+import torch
+
+from lightning_moe import GateGradHealth
+from lightning_moe.health import HealthCounts
+
+COUNTS = HealthCounts(
+    gates=100, nonpositive_gates=torch.tensor(25), zero_gates=5, nonfinite_gate_grads=torch.tensor(2), active_layers=6,
+    fallback_layers=2, bias_fallback_layers=1, tape_bytes_saved=2**22,
+)  # fmt: skip
+
+
+def figures(metric):
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_figures():
+    metric = GateGradHealth()
+    metric.update(COUNTS, micro_batches=2)
+    assert figures(metric) == {
+        "active_layers": 3.0, "fallback_layers": 1.0, "bias_fallback_layers": 0.5, "nonpositive_gates": 25,
+        "nonpositive_fraction": 0.25, "zero_gates": 5, "nonfinite_gate_grads": 2, "tape_mib_saved": 2.0,
+    }  # fmt: skip
+    metric.reset()
+    metric.update(HealthCounts(), micro_batches=1)
+    assert set(figures(metric).values()) == {0}
+
+
+def test_counts_are_exact_where_float32_is_not():
+    metric = GateGradHealth()
+    for _ in range(3):
+        metric.update(HealthCounts(gates=2**25 + 1, nonpositive_gates=2**24 + 1), micro_batches=1)
+    assert figures(metric)["nonpositive_gates"] == 3 * (2**24 + 1)
+
+
+def test_the_audit_shows_its_worst():
+    metric = GateGradHealth()
+    for error in (float("nan"), 0.125, torch.tensor(0.5), 0.25):
+        metric.update(HealthCounts(audit_rel_error=error), micro_batches=1)
+    assert figures(metric)["audit_rel_error"] == 0.5
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (2, 1)])
+def test_processes_sum(shares):
+    whole, parts = GateGradHealth(), [GateGradHealth() for _ in shares]
+    for part, share in zip(parts, shares, strict=True):
+        for _ in range(share):
+            part.update(COUNTS, micro_batches=2)
+            whole.update(COUNTS, micro_batches=2)
+    merged = GateGradHealth()
+    for name, reduce in merged._reductions.items():
+        setattr(merged, name, reduce(torch.stack([getattr(part, name) for part in parts])))
+    merged._update_count = 1
+    assert figures(merged) == figures(whole)

@@ -1,0 +1,58 @@
+"""The package as a whole: what it exports, what it imports, and that it needs neither Triton nor a GPU."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_moe
+
+ROOT = Path(lightning_moe.__file__).parents[1]
+BLOCK = "import sys; sys.modules['{}'] = None; import lightning_moe"
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_public_names():
+    assert lightning_moe.__all__ == sorted(lightning_moe.__all__, key=lambda name: (name.islower(), name))
+    assert all(getattr(lightning_moe, name).__doc__ for name in lightning_moe.__all__)
+
+
+@pytest.mark.parametrize(("module", "is_needed"), [("triton", False), ("torch", True)])
+def test_imports_without_triton(module, is_needed):
+    done = subprocess.run([sys.executable, "-c", BLOCK.format(module)], capture_output=True, cwd=ROOT, check=False)
+    assert (done.returncode != 0) == is_needed, done.stderr.decode()
+
+
+def test_the_package_imports_neither_recipes_nor_tests():
+    names = {name for path in (ROOT / "lightning_moe").glob("*.py") for name in imported(path)}
+    assert "lightning_moe.experts" in names
+    assert not {name for name in names if name.split(".")[0] in ("recipes", "tests", "qwen3_lora", "reference")}
+
+
+def test_recipes_import_public_names_only():
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert not [name for name in imported(path) if name and name.startswith("lightning_moe.")]
+
+
+def test_no_room_imports_one_to_its_left():
+    order = ["callback", "memory", "patching", "discovery", "experts", "kernels", "routing", "metrics", "health"]
+    for position, room in enumerate(order):
+        ours = {
+            n.split(".")[1] for n in imported(ROOT / "lightning_moe" / f"{room}.py") if n.startswith("lightning_moe.")
+        }
+        assert ours <= set(order[position + 1 :]), room
+
+
+def test_the_readmes_commands_are_those_of_ci():
+    command = 'python -m pip install -c .ci/constraints.txt -e ".[dev]" && python -m pytest'
+    assert command in (ROOT / "README.md").read_text()
+    assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text()

@@ -60,7 +60,8 @@ class GateGradHealth(Metric):
 
         Layers are per micro-batch: those whose backward ran, so a layer that nothing asked a gradient of is in
         neither figure. Gates and gradients are counts over all micro-batches and processes. `tape_mib_saved` is per
-        micro-batch, MiB. `audit_rel_error` is the largest found, and absent where no audit was made.
+        micro-batch, MiB. `audit_rel_error` is the largest found, and absent where no audit was made;
+        Lightning then logs the last one again.
         """
         sums = {name: getattr(self, name) for name in _SUMS}
         micro_batches = sums["micro_batches"].clamp_min(1)

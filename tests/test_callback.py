@@ -91,7 +91,7 @@ class Fails(Callback):
     """Raises in one hook."""
 
     def __init__(self, hook, error):
-        def fail(*_):
+        def fail(*_, **__):
             raise error
 
         setattr(self, hook, fail)
@@ -191,8 +191,9 @@ def test_figures_are_those_of_the_tensors(tmp_path, checkpoint, accumulate, ever
         "active_layers": 2,
         "fallback_layers": 0,
         "bias_fallback_layers": 0,
-        # Per row: stock code's Y (32), silu(gate) (16) and h (32) against h, float32, in both layers.
-        "tape_mib_saved": NUM_GATES * (32 + 16) * 4 / 2**20,
+        # Per row of both layers, float32: stock code keeps Y (32), silu(gate) (16), and, as the weights train, the
+        # gathered x (32) and a (16) beside what the operation keeps.
+        "tape_mib_saved": NUM_GATES * (32 + 16 + 32 + 16) * 4 / 2**20,
     }
     for name, value in figures.items():
         assert logged(tmp_path, f"gategrad/{name}") == pytest.approx([value] * (steps // every)), name
@@ -246,7 +247,7 @@ def test_the_host_waits_for_the_device_at_log_steps_only(tmp_path, monkeypatch):
         watch(name)
     seen = []
     training_step = module.training_step
-    module.training_step = lambda batch, index: seen.append(index) or training_step(batch, index)
+    module.training_step = lambda batch, batch_idx: seen.append(batch_idx) or training_step(batch, batch_idx)
 
     def step():
         return len(seen)
@@ -273,27 +274,10 @@ def test_the_environment_switches_it(tmp_path, monkeypatch, value, on):
     assert MoEGateGradCallback(enabled=not on).enabled == (not on)
 
 
-class CurvedExperts(Qwen3MoeExperts):
-    """Eager experts with something non-linear planted between the down projection and the gate."""
-
-
-def plant(module):
-    """Gives experts an eager forward whose output is not linear in the gates."""
-    stock = Qwen3MoeExperts.forward.__wrapped__
-
-    def forward(self, hidden, index, gates):
-        return stock(self, hidden, index, gates.tanh() * 3)
-
-    decorated = Qwen3MoeExperts.forward
-    CurvedExperts.forward = lambda self, *args: decorated(self, *args)
-    CurvedExperts.forward.__wrapped__ = forward
-    return module
-
-
 def test_the_audit_passes_a_right_model(tmp_path):
     fit(tmp_path, Tiny(lambda: with_attention_lora(qwen3())), MoEGateGradCallback(audit_every_n_steps=2))
     errors = logged(tmp_path, "gategrad/audit_rel_error")
-    assert len(errors) == 2
+    assert len(set(errors)) == 2  # Lightning logs the last one again until there is another
     assert max(errors) < 1e-5
 
 

@@ -1,7 +1,5 @@
 """Memory figures on a CPU, and the tape of each MoE layer beside stock code's."""
 
-import csv
-
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,14 +30,13 @@ def test_a_steps_peak_is_seen_and_forgotten(tmp_path):
     module = Tiny(attention_lora, num_batches=6)
     step, gib = module.training_step, 0.25
 
-    def hold(batch, index):
-        loss = step(batch, index)
-        if index == 1:
+    def hold(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        if batch_idx == 1:
             module.held = torch.ones(int(gib * 2**30 / 4))
         return loss
 
     module.training_step = hold
-    module.on_before_zero_grad = lambda *_: None
     module.on_train_batch_end = lambda *_: setattr(module, "held", None)
     fit(tmp_path, module, MemoryMonitor(), max_steps=6)
     rises = logged(tmp_path, "memory/step_peak_gib")

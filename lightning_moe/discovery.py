@@ -13,12 +13,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.experts import unsupported
-from lightning_moe.kernels import Activation
+from lightning_moe.kernels import Activation, gelu_gated, gelu_tanh_gated, silu_gated
 
 DownBias = Literal["exact", "fallback"]
+
+# Transformers' activations that, gated by its default `_apply_gate`, have kernels.
+_GATED: dict[type, Activation] = {
+    nn.SiLU: silu_gated,
+    SiLUActivation: silu_gated,
+    GELUActivation: gelu_gated,
+    GELUTanh: gelu_tanh_gated,
+}
 
 FLAGS = ("has_gate", "has_bias", "is_transposed")
 DOWN_BIAS = 'the down projection has a bias and down_bias="fallback" asks for stock code'
@@ -82,8 +92,17 @@ def read_contract(module: Any) -> ExpertsContract:
         up_name="gate_up_proj" if module.has_gate else "up_proj",
         is_transposed=module.is_transposed,
         has_bias=module.has_bias,
-        activation=module._apply_gate if module.has_gate else module.act_fn,
+        activation=_activation(module),
     )
+
+
+def _activation(module: Any) -> Activation:
+    """What stands between the projections: one that has kernels where the module computes just that."""
+    if not module.has_gate:
+        return module.act_fn
+    if type(module)._apply_gate is getattr(transformers_moe, "_default_apply_gate", None):
+        return _GATED.get(type(module.act_fn), module._apply_gate)
+    return module._apply_gate
 
 
 def is_decorated(module: nn.Module) -> bool:

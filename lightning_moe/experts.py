@@ -24,8 +24,9 @@ from torch import Tensor
 
 from lightning_moe.kernels import (
     Activation,
+    activate,
     activation_backward,
-    combine_rows,
+    combine,
     grouped_linear,
     grouped_outer,
     grouped_sum,
@@ -35,8 +36,9 @@ from lightning_moe.routing import Routing, sort_by_expert
 
 ChunkTokens = int | Literal["auto"]
 
-# Rows in flight at "auto": a (rows, H) buffer of at most this many bytes.
-AUTO_CHUNK_BYTES = 256 * 2**20
+# The buffer of projected rows at "auto", bytes, and the fewest hidden features that it takes at a time.
+AUTO_CHUNK_BYTES = 512 * 2**20
+CHUNK_GRANULE = 256
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class _Plan:
         activation: (R, N) to (R, I), row by row.
         in_first: weights are (E, in, out) rather than (E, out, in).
         intermediate: I, what the down projection takes.
-        chunk_rows: rows in flight at once.
+        chunk_columns: hidden features of the projected rows in flight at once.
         records: whether autograd will want a backward.
     """
 
     activation: Activation
     in_first: bool
     intermediate: int
-    chunk_rows: int
+    chunk_columns: int
     records: bool
 
 
@@ -96,31 +98,28 @@ class _Experts(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         dtype, routing = down_weight.dtype, sort_by_expert(top_k_index, down_weight.shape[0])
-        inverse = routing.inverse.view_as(top_k_index)
-        total = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
-        kept = []
         with torch.autocast(hidden_states.device.type, enabled=False):
-            for chunk in routing.chunks(plan.chunk_rows):
-                x = hidden_states[chunk.tokens].to(dtype)
-                h = grouped_linear(x, up_weight, chunk.offsets, in_first=plan.in_first)
-                del x
-                if up_bias is not None:
-                    h += up_bias[chunk.expert_of_row()]
-                a = plan.activation(h).to(dtype)
-                if a.shape != (chunk.pairs.shape[0], plan.intermediate):
-                    raise ValueError(
-                        f"moe_experts: the activation makes {tuple(a.shape)} of {tuple(h.shape)}, but down_proj takes "
-                        f"{plan.intermediate} features"
-                    )
-                if plan.records:
-                    kept.append(h)
+            h = grouped_linear(
+                hidden_states.to(dtype), up_weight, routing.offsets, in_first=plan.in_first, tokens=routing.tokens
+            )
+            if up_bias is not None:
+                h += up_bias[routing.expert_of_row()]
+            a = activate(plan.activation, h).to(dtype)
+            if a.shape != (h.shape[0], plan.intermediate):
+                raise ValueError(
+                    f"moe_experts: the activation makes {tuple(a.shape)} of {tuple(h.shape)}, but down_proj takes "
+                    f"{plan.intermediate} features"
+                )
+            if not plan.records:
                 del h
-                y = grouped_linear(a, down_weight, chunk.offsets, in_first=plan.in_first)
-                combine_rows(total, y, inverse, chunk.start, gates)
-                del a, y
+            out_dtype = hidden_states.dtype if down_bias is None else torch.float32  # rounded once, the bias added
+            output = _project_and_combine(
+                a, down_weight, routing, gates, plan, in_first=plan.in_first, out_dtype=out_dtype
+            )
+            del a
             if down_bias is not None:
                 dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
-                total.addmm_(dense_gates, down_bias.to(torch.float32))
+                output = output.addmm_(dense_gates, down_bias.to(torch.float32)).to(hidden_states.dtype)
 
         needs_x, _, needs_up, needs_up_bias, needs_down, _ = ctx.needs_input_grad[:6]
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
@@ -137,9 +136,9 @@ class _Experts(torch.autograd.Function):
             routing.permutation,
             routing.inverse,
             routing.offsets,
-            *kept,
+            h if plan.records else None,
         )
-        return total.to(hidden_states.dtype)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -153,57 +152,84 @@ class _Experts(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor | None, ...]:
     """The gradients of the six floating-point arguments, None for one that wants none."""
-    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *routed = saved
-    permutation, inverse, offsets, *kept = routed
+    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, permutation, inverse, offsets, h = (
+        saved
+    )
+    routing = Routing(permutation, inverse, offsets, ctx.top_k)
     needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
     plan, dtype = ctx.plan, down_weight.dtype
-    routing = Routing(permutation, inverse, offsets, ctx.top_k)
+    in_first, out_first = plan.in_first, not plan.in_first
 
-    float32 = torch.float32
-    grad_up = grad_down = grad_down_bias = None
-    grad_x = grad_output.new_zeros(grad_output.shape, dtype=float32) if needs_x else None
-    grad_gates = gates.new_zeros(gates.numel(), dtype=float32) if needs_gates else None
-    grad_up_bias = torch.zeros_like(up_bias, dtype=float32) if needs_up_bias else None
+    grad_x = grad_gates = grad_up = grad_up_bias = grad_down = grad_down_bias = None
     with torch.autocast(grad_output.device.type, enabled=False):
-        for chunk, h in zip(routing.chunks(plan.chunk_rows), kept, strict=True):
-            grad_rows = grad_output[chunk.tokens].to(dtype)  # G
-            grad_a = grouped_linear(grad_rows, down_weight, chunk.offsets, in_first=not plan.in_first)  # da'
-            grad_h, inner, scaled_a = activation_backward(
-                plan.activation, h, grad_a, gates.flatten()[chunk.pairs], needs_scaled=needs_down
+        grad = grad_output.to(dtype).contiguous()
+        grad_a = grouped_linear(grad, down_weight, routing.offsets, in_first=out_first, tokens=routing.tokens)  # da'
+        grad_h, inner, scaled_a = activation_backward(
+            plan.activation,
+            h,
+            grad_a,
+            gates.flatten()[routing.permutation],
+            needs_scaled=needs_down,
+            overwrite=not _graph_is_kept(),
+        )
+        del grad_a, h, saved
+        if needs_gates:
+            grad_gates = inner[routing.inverse].view_as(gates)
+        if scaled_a is not None:
+            grad_down = _grad_weight(scaled_a, grad[routing.tokens], routing.offsets, in_first=in_first)
+            del scaled_a
+        if needs_up_bias:
+            grad_up_bias = grouped_sum(grad_h, routing.offsets).to(up_bias.dtype)
+        if needs_up:
+            x = hidden_states[routing.tokens].to(dtype)
+            grad_up = _grad_weight(x, grad_h, routing.offsets, in_first=in_first)
+            del x
+        if needs_x:
+            grad_x = _project_and_combine(
+                grad_h, up_weight, routing, None, plan, in_first=out_first, out_dtype=ctx.hidden_dtype
             )
-            grad_h = grad_h.to(dtype)
-            del grad_a
-            if grad_gates is not None:
-                grad_gates[chunk.pairs] = inner
-            if scaled_a is not None:
-                grad_down = _grad_weight(scaled_a, grad_rows, chunk.offsets, in_first=plan.in_first)
-            del grad_rows, scaled_a
-            if grad_up_bias is not None:
-                grad_up_bias += grouped_sum(grad_h, chunk.offsets)
-            if needs_up:
-                x = hidden_states[chunk.tokens].to(dtype)
-                grad_up = _grad_weight(x, grad_h, chunk.offsets, in_first=plan.in_first)
-                del x
-            if grad_x is not None:
-                rows = grouped_linear(grad_h, up_weight, chunk.offsets, in_first=not plan.in_first)
-                combine_rows(grad_x, rows, inverse.view_as(gates), chunk.start)
-        if down_bias is not None and (needs_gates or needs_down_bias):
+        if down_bias is not None:
             grad = grad_output.to(torch.float32)
             if grad_gates is not None:
-                products = grad @ down_bias.to(torch.float32).t()
-                grad_gates += products.gather(1, top_k_index).flatten()
+                grad_gates += (grad @ down_bias.to(torch.float32).t()).gather(1, top_k_index)
             if needs_down_bias:
                 dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
                 grad_down_bias = (dense_gates.t() @ grad).to(down_bias.dtype)
 
-    return (
-        grad_x.to(ctx.hidden_dtype) if grad_x is not None else None,
-        grad_gates.view_as(gates).to(gates.dtype) if grad_gates is not None else None,
-        grad_up,
-        grad_up_bias.to(up_bias.dtype) if grad_up_bias is not None else None,
-        grad_down,
-        grad_down_bias,
-    )
+    grad_gates = grad_gates.to(gates.dtype) if grad_gates is not None else None
+    return grad_x, grad_gates, grad_up, grad_up_bias, grad_down, grad_down_bias
+
+
+def _project_and_combine(
+    rows: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    gates: Tensor | None,
+    plan: _Plan,
+    *,
+    in_first: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Each row times its expert's weight, summed over the slots: (S, in) to (T, H).
+
+    The hidden features are independent here, so a bounded buffer takes some of them at a time and all rows: the
+    products stay as efficient as they were, and nothing needs to be accumulated.
+    """
+    num_tokens, axis = routing.num_rows // routing.top_k, 2 if in_first else 1
+    inverse = routing.inverse.view(num_tokens, routing.top_k)
+    output = rows.new_empty(num_tokens, weight.shape[axis], dtype=out_dtype)
+    for start in range(0, output.shape[1], plan.chunk_columns):
+        size = min(plan.chunk_columns, output.shape[1] - start)
+        part = grouped_linear(rows, weight.narrow(axis, start, size), routing.offsets, in_first=in_first)
+        combine(part, inverse, gates, output.narrow(1, start, size))
+        del part
+    return output
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may run again (retain_graph), so that what it saved must not be overwritten."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 def _grad_weight(inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, *, in_first: bool) -> Tensor:
@@ -246,9 +272,10 @@ def moe_experts(
         down_proj_bias: (E, H), any floating dtype. The gates' gradient stays exact with it.
         activation: (R, N) to (R, I), row by row, without parameters or randomness; it is called again in backward.
         is_transposed: the weights' layout.
-        chunk_tokens: rows of about this many tokens are in flight at once, which bounds the (rows, H) buffers.
-            `"auto"` takes as many as fit a buffer of 256 MiB. Rows are cut after sorting by expert, so results differ
-            by rounding only. Not cut where a weight wants a gradient: its product needs all rows.
+        chunk_tokens: bounds the buffer of projected rows, (S, H) if nothing did, to the rows of about this many
+            tokens; `"auto"` to 512 MiB. All rows then take a part of the hidden features at a time (at least 256 of
+            them, the width of a product's tile), so that no expert is left with few rows; results do not depend on it
+            beyond rounding.
 
     Returns:
         (T, H), the dtype of `hidden_states`.
@@ -268,18 +295,23 @@ def moe_experts(
     if problem := unsupported(gate_up_proj, down_proj):
         raise TypeError(f"moe_experts: {problem}")
     num_tokens, hidden_size = hidden_states.shape
-    top_k, num_rows = top_k_index.shape[1], top_k_index.numel()
+    top_k = top_k_index.shape[1]
 
     inputs = (hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias)
     records = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    if records and (gate_up_proj.requires_grad or down_proj.requires_grad):
-        chunk_rows = max(num_rows, 1)
-    elif chunk_tokens == "auto":
-        chunk_rows = max(AUTO_CHUNK_BYTES // (hidden_size * down_proj.element_size()), 1)
-    else:
-        chunk_rows = chunk_tokens * top_k
-    plan = _Plan(activation, is_transposed, down_proj.shape[1 if is_transposed else 2], chunk_rows, records)
+    chunk_columns = _chunk_columns(chunk_tokens, num_tokens, top_k, hidden_size, down_proj.element_size())
+    plan = _Plan(activation, is_transposed, down_proj.shape[1 if is_transposed else 2], chunk_columns, records)
     return _Experts.apply(*inputs, top_k_index.long(), _anchor(inputs) if records else None, plan)
+
+
+def _chunk_columns(chunk_tokens: ChunkTokens, num_tokens: int, top_k: int, hidden_size: int, element_size: int) -> int:
+    """How many hidden features of all rows make a buffer as large as `chunk_tokens` tokens' whole rows."""
+    num_rows = max(num_tokens * top_k, 1)
+    if chunk_tokens == "auto":
+        columns = AUTO_CHUNK_BYTES // (num_rows * element_size)
+    else:
+        columns = chunk_tokens * top_k * hidden_size // num_rows
+    return min(max(columns // CHUNK_GRANULE * CHUNK_GRANULE, CHUNK_GRANULE), hidden_size)
 
 
 def check_chunk_tokens(chunk_tokens: ChunkTokens) -> None:

@@ -1,16 +1,23 @@
-"""The building blocks of the operation: grouped products, activation backward, combine.
+"""The building blocks of the operation: grouped products, activation, activation backward, combine.
 
-Plain PyTorch throughout. Faster kernels belong beside these functions, which stay as their reference; nothing outside
-this file knows which one ran. None of them records anything on the autograd tape.
+Each function here is plain PyTorch and the reference of its kernel in triton_kernels.py. Which one runs is decided by
+the tensors' device and dtype and by the activation, call by call; nothing outside this file knows. None of them records
+anything on the autograd tape.
 """
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
+
+# Rows that the plain paths gather, or recompute an activation for, at once.
+CHUNK_ROWS = 2**16
 
 
 def silu_gated(gate_up: Tensor) -> Tensor:
@@ -19,16 +26,47 @@ def silu_gated(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, in_first: bool) -> Tensor:
-    """Each row times its expert's weight: (R, in) to (R, out).
+def gelu_gated(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` of concatenated halves: (R, 2 I) to (R, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_gated(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` of concatenated halves, gelu by its tanh approximation: (R, 2 I) to (R, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+# The activations that have kernels, by the name that the kernels know them by.
+FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gelu", gelu_tanh_gated: "gelu_tanh"}
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, offsets: Tensor, *, in_first: bool, tokens: Tensor | None = None
+) -> Tensor:
+    """Each row times its expert's weight: (R, out).
 
     Args:
-        rows: (R, in), sorted by expert.
-        weight: (E, in, out) if `in_first`, else (E, out, in).
+        rows: (R, in), sorted by expert; or (T, in) where `tokens` says which of them each row is.
+        weight: (E, in, out) if `in_first`, else (E, out, in); a slice of either will do.
         offsets: (E,) int32, the end of each expert's rows.
         in_first: which of the weight's two layouts this is.
+        tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
     """
-    return F.grouped_mm(rows, weight if in_first else weight.transpose(-2, -1), offs=offsets)
+    if (kernels := _kernels(rows)) and _has_tensor_memory_accelerator(rows.device) and rows.stride(-1) == 1:
+        return kernels.grouped_linear(rows, weight, offsets, in_first=in_first, tokens=tokens)
+    weight = weight if in_first else weight.transpose(-2, -1)
+    if tokens is None:
+        return F.grouped_mm(rows, weight, offs=offsets)
+    if tokens.shape[0] <= CHUNK_ROWS:
+        return F.grouped_mm(rows[tokens], weight, offs=offsets)
+    out = rows.new_empty(tokens.shape[0], weight.shape[-1])
+    for start in range(0, tokens.shape[0], CHUNK_ROWS):
+        part = tokens[start : start + CHUNK_ROWS]
+        ends = (offsets - start).clamp(0, part.shape[0]).to(torch.int32)
+        out[start : start + CHUNK_ROWS] = F.grouped_mm(rows[part], weight, offs=ends)
+    return out
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
@@ -42,8 +80,22 @@ def grouped_sum(rows: Tensor, offsets: Tensor) -> Tensor:
     return grouped_outer(rows, ones, offsets)[..., 0]
 
 
+def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
+    """The activation of h, row by row: (R, N) to (R, I)."""
+    kind = FUSED_ACTIVATIONS.get(activation)
+    if kind and (kernels := _kernels(pre_activation)):
+        return kernels.gated(pre_activation, kind)
+    return activation(pre_activation)
+
+
 def activation_backward(
-    activation: Activation, pre_activation: Tensor, grad_unscaled: Tensor, gates: Tensor, *, needs_scaled: bool
+    activation: Activation,
+    pre_activation: Tensor,
+    grad_unscaled: Tensor,
+    gates: Tensor,
+    *,
+    needs_scaled: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Recomputes the activation a = act(h) and returns dh, the gates' inner product and, on request, g·a.
 
@@ -53,39 +105,67 @@ def activation_backward(
         grad_unscaled: da' = G W2, (R, I): the gradient of a without the gate.
         gates: g, (R,).
         needs_scaled: whether the gradient of the down projection needs g·a.
+        overwrite: whether dh may take h's memory.
 
     Returns:
         dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; g·a (R, I) or None.
     """
-    with torch.enable_grad():
-        pre_activation = pre_activation.detach().requires_grad_()
-        activated = activation(pre_activation)
-    scale = gates.to(torch.float32).unsqueeze(-1)
-    grad_activated = (scale * grad_unscaled).to(activated.dtype)
-    (grad_pre_activation,) = torch.autograd.grad(activated, pre_activation, grad_activated)
-    activated = activated.detach()
-    inner = (activated.to(torch.float32) * grad_unscaled).sum(-1)
-    scaled = (scale * activated).to(grad_unscaled.dtype) if needs_scaled else None
-    return grad_pre_activation, inner, scaled
+    kind = FUSED_ACTIVATIONS.get(activation)
+    if kind and (kernels := _kernels(pre_activation)):
+        return kernels.gated_backward(
+            pre_activation, grad_unscaled, gates, kind, needs_scaled=needs_scaled, overwrite=overwrite
+        )
+    grad = pre_activation if overwrite else torch.empty_like(pre_activation)
+    inner = gates.new_empty(gates.shape[0], dtype=torch.float32)
+    scaled = torch.empty_like(grad_unscaled) if needs_scaled else None
+    for start in range(0, gates.shape[0], CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        with torch.enable_grad():
+            h = pre_activation[part].detach().requires_grad_()
+            activated = activation(h)
+        scale = gates[part].to(torch.float32).unsqueeze(-1)
+        grad_activated = (scale * grad_unscaled[part]).to(activated.dtype)
+        (grad_h,) = torch.autograd.grad(activated, h, grad_activated)
+        activated = activated.detach()
+        inner[part] = (activated.to(torch.float32) * grad_unscaled[part]).sum(-1)
+        if scaled is not None:
+            scaled[part] = scale * activated
+        grad[part] = grad_h
+    return grad, inner, scaled
 
 
-def combine_rows(total: Tensor, rows: Tensor, inverse: Tensor, start: int, gates: Tensor | None = None) -> None:
-    """Adds a chunk's rows to their tokens, slot by slot in a fixed order, without atomics.
+def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor) -> None:
+    """Writes each token's sum over its slots, in float32 and a fixed order, without atomics.
 
     Args:
-        total: (T, H) float32, added to in place.
-        rows: (R, H), the chunk's rows.
+        rows: (S, C), sorted by expert.
         inverse: (T, K), the sorted row of each (token, slot) pair.
-        start: the chunk's first sorted row.
         gates: (T, K), multiplied in; None for a plain sum.
+        out: (T, C), written; a slice of a wider tensor will do.
     """
-    num_rows = rows.shape[0]
-    if num_rows == 0:
+    if kernels := _kernels(rows):
+        kernels.combine(rows, inverse, gates, out)
         return
-    for slot, position in enumerate((inverse - start).unbind(1)):
-        picked = rows[position.clamp(0, num_rows - 1)].to(torch.float32)
-        if gates is not None:
-            picked *= gates[:, slot, None]
-        if num_rows != inverse.numel():
-            picked.masked_fill_(((position < 0) | (position >= num_rows)).unsqueeze(-1), 0.0)
-        total += picked
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for slot, row in enumerate(inverse.unbind(1)):
+        picked = rows[row].to(torch.float32)
+        total += picked if gates is None else picked * gates[:, slot, None]
+    out.copy_(total)
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("lightning_moe.triton_kernels")
+
+
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels if they take this tensor: 16-bit floats on CUDA."""
+    runs = tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
+    return _triton_kernels() if runs else None
+
+
+@cache
+def _has_tensor_memory_accelerator(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -4,7 +4,6 @@ A *row* is one (token, slot) pair. Sorting the S = T x K rows by expert turns th
 grouped matrix product; `Routing` says where each row came from and where it went. No host synchronisation.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,37 +31,14 @@ class Routing:
         """S, the number of (token, slot) pairs."""
         return self.permutation.shape[0]
 
-    def chunks(self, chunk_rows: int) -> Iterator["RowChunk"]:
-        """Contiguous ranges of at most `chunk_rows` sorted rows; one empty chunk when there are no rows.
-
-        Because rows are sorted first and cut afterwards, a chunk holds few experts with all their rows: cutting
-        does not make the grouped products inefficient, as cutting the tokens would.
-        """
-        for start in range(0, max(self.num_rows, 1), max(chunk_rows, 1)):
-            pairs = self.permutation[start : start + chunk_rows]
-            offsets = (self.offsets - start).clamp(0, pairs.shape[0]).to(torch.int32)
-            yield RowChunk(start, pairs, pairs // self.top_k, offsets)
-
-
-@dataclass(frozen=True)
-class RowChunk:
-    """A contiguous range of R sorted rows.
-
-    Attributes:
-        start: the first sorted row.
-        pairs: (R,) int64, the flat pair index of each row.
-        tokens: (R,) int64, the token of each row.
-        offsets: (E,) int32, the end of each expert's rows within the chunk.
-    """
-
-    start: int
-    pairs: Tensor
-    tokens: Tensor
-    offsets: Tensor
+    @property
+    def tokens(self) -> Tensor:
+        """The token of each sorted row, (S,) int64."""
+        return self.permutation // self.top_k
 
     def expert_of_row(self) -> Tensor:
-        """The expert of each row, (R,) int64."""
-        rows = torch.arange(self.pairs.shape[0], dtype=self.offsets.dtype, device=self.offsets.device)
+        """The expert of each sorted row, (S,) int64."""
+        rows = torch.arange(self.num_rows, dtype=self.offsets.dtype, device=self.offsets.device)
         return torch.searchsorted(self.offsets, rows, right=True)
 
 

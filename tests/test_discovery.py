@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_moe import measure_moe_tape, patch_moe
-from lightning_moe.discovery import estimate_tape, find_moe_layers
+from lightning_moe.discovery import estimate_tape, find_moe_layers, read_contract
+from lightning_moe.kernels import gelu_gated, gelu_tanh_gated, silu_gated
 
 
 class HandWritten(nn.Module):
@@ -31,6 +32,25 @@ def test_decorated_layers_are_found_in_order(build):
     layers = find_moe_layers(build())
     assert [layer.name for layer in layers] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert all(layer.reason is None and layer.is_dispatched for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("build", "activation"),
+    [
+        (qwen3, silu_gated),
+        (lambda: qwen3(hidden_act="gelu"), gelu_gated),
+        (lambda: qwen3(hidden_act="gelu_pytorch_tanh"), gelu_tanh_gated),
+        (lambda: qwen3(hidden_act="relu"), None),
+        (gpt_oss, None),
+    ],
+)
+def test_activations_with_kernels_are_recognised(build, activation):
+    """And compute what the module does; any other is the module's own."""
+    experts = experts_modules(build())[0]
+    found = read_contract(experts).activation
+    assert found == (activation or experts._apply_gate)
+    h = torch.randn(5, 32)
+    assert torch.allclose(found(h), experts._apply_gate(h), atol=1e-6)
 
 
 def test_layers_under_expert_adapters_are_the_modules_themselves():

@@ -1,6 +1,5 @@
 """Tests of the operation: against a float64 loop, against stock Transformers, and of what it leaves on the tape."""
 
-import weakref
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -38,6 +37,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import experts as experts_module
+from lightning_moe import kernels as kernels_module
 from lightning_moe.experts import moe_experts
 
 # A subnormal float32 has fewer bits than a normal one: products with it are rounded more coarsely, by any code.
@@ -357,67 +357,58 @@ def test_under_autocast_results_equal_stock_code_under_autocast(layout):
 # Chunks
 
 
-def counting(problem):
-    """The problem with an activation that counts its calls."""
-    calls = []
+@pytest.fixture(autouse=True, scope="module")
+def _narrow_chunks():
+    """Lets the small problems here be cut: eight features at a time, the fewest that grouped_mm takes of 16 bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts_module, "CHUNK_GRANULE", 8)
+        yield
 
-    def activation(hidden):
-        calls.append(hidden.shape[0])
-        return problem.layout.activation(hidden)
 
-    return replace(problem, layout=replace(problem.layout, activation=activation)), calls
+@pytest.fixture
+def buffers(monkeypatch):
+    """The shapes of the projected rows in flight, in order."""
+    shapes, combine = [], experts_module.combine
+    monkeypatch.setattr(
+        experts_module, "combine", lambda rows, *args: shapes.append(rows.shape) or combine(rows, *args)
+    )
+    return shapes
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, 6, 7, 100])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_change_results_by_rounding_only(layout, chunk_tokens):
+def test_chunks_change_results_by_rounding_only(layout, chunk_tokens, buffers):
     problem = make_problem(layout, gates="mixed")
-    problem = problem.wanting(*(name for name in DIFFERENTIABLE if not name.endswith("_proj")))
-    counted, calls = counting(problem)
-    assert_agrees(run(counted, chunk_tokens=chunk_tokens), run(problem))
-    sizes = [min(3 * chunk_tokens, 21 - start) for start in range(0, 21, 3 * chunk_tokens)]
-    assert calls == 2 * sizes  # once forward, once again in backward
+    whole = run(problem)
+    assert buffers == [(21, 16)] * 2  # once forward, once backward
+    buffers.clear()
+    assert_agrees(run(problem, chunk_tokens=chunk_tokens), whole)
+    assert buffers == ([(21, 8)] * 4 if chunk_tokens < 7 else [(21, 16)] * 2)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_chunks_without_a_tape_change_the_output_by_rounding_only(context):
+def test_chunks_without_a_tape_change_the_output_by_rounding_only(context, buffers):
     problem = make_problem("gpt_oss")
-    counted, calls = counting(problem)
     with context():
-        output = call(counted, problem.leaves(), chunk_tokens=2)
-    assert calls == [6, 6, 6, 3]
+        output = call(problem, problem.leaves(), chunk_tokens=2)
+    assert buffers == [(21, 8)] * 2
     assert_agrees({"output": output}, {"output": run_loop(problem)["output"]})
 
 
-def test_without_a_tape_no_chunk_outlives_the_next():
-    problem, seen = make_problem(), []
-
-    def activation(hidden):
-        assert all(earlier() is None for earlier in seen)
-        seen.append(weakref.ref(hidden))
-        return problem.layout.activation(hidden)
-
-    with torch.no_grad():
-        call(replace(problem, layout=Layout(activation)), problem.leaves(), chunk_tokens=2)
-    assert len(seen) == 4
-
-
-@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-def test_rows_are_not_cut_where_a_weight_wants_a_gradient(name):
-    problem = make_problem(requires_grad=("hidden_states", name))
-    counted, calls = counting(problem)
-    assert_agrees(run(counted, chunk_tokens=1), run_loop(problem))
-    assert calls == [21, 21]
-
-
-def test_auto_takes_as_many_rows_as_fit_the_buffer(monkeypatch):
-    problem, calls = counting(make_problem(requires_grad=FROZEN_WEIGHTS))
+def test_auto_takes_as_many_features_as_fit_the_buffer(monkeypatch, buffers):
+    problem = make_problem(requires_grad=FROZEN_WEIGHTS)
     expected = run(problem)
-    assert calls == [21, 21]
-    monkeypatch.setattr(experts_module, "AUTO_CHUNK_BYTES", 10 * 16 * 4)  # ten rows of 16 float32
-    calls.clear()
+    monkeypatch.setattr(experts_module, "AUTO_CHUNK_BYTES", 21 * 12 * 4)  # twelve features of 21 float32 rows
+    buffers.clear()
     assert_agrees(run(problem), expected)
-    assert calls == [10, 10, 1] * 2
+    assert buffers == [(21, 8)] * 4
+
+
+def test_long_gathers_are_cut_too(monkeypatch):
+    problem = make_problem("gpt_oss", gates="mixed")
+    expected = run(problem)
+    monkeypatch.setattr(kernels_module, "CHUNK_ROWS", 5)
+    assert_agrees(run(problem), expected)
 
 
 @pytest.mark.parametrize("chunk_tokens", ["auto", 2])
@@ -634,8 +625,7 @@ def test_hidden_states_are_kept_only_where_the_first_weight_wants_a_gradient(wan
 def test_chunks_keep_no_more():
     problem = make_problem("gpt_oss", **TAPE_SIZES, requires_grad=FROZEN_WEIGHTS)
     inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, chunk_tokens=2), problem)
-    assert len(made) > 1
-    assert sum(made) == pre_activation_size(problem)
+    assert made == [pre_activation_size(problem)]
     assert "hidden_states" not in inputs
 
 

@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 from reference import FLOAT32_TOLERANCE, gpt_oss_interleaved, relative_error, relu_squared
 
+from lightning_moe import kernels
 from lightning_moe.kernels import (
+    activate,
     activation_backward,
-    combine_rows,
+    combine,
+    gelu_gated,
+    gelu_tanh_gated,
     grouped_linear,
     grouped_outer,
     grouped_sum,
@@ -110,33 +114,60 @@ def test_activation_backward_leaves_nothing_on_the_tape():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("chunk_rows", [1, 4, 12])
-def test_combine_rows_sums_each_tokens_rows(chunk_rows, gated):
+def test_combine_sums_each_tokens_rows(gated):
     inverse = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(4, 3)
     rows, gates = normal(12, 8), normal(4, 3, seed=1)
-    total = torch.ones(4, 8)
-    for start in range(0, 12, chunk_rows):
-        combine_rows(total, rows[start : start + chunk_rows], inverse, start, gates if gated else None)
+    wide = torch.full((4, 24), float("nan"))
+    combine(rows, inverse, gates if gated else None, wide[:, 8:16])
     factors = gates.double() if gated else torch.ones(4, 3).double()
-    expected = 1 + (rows.double()[inverse] * factors[..., None]).sum(1)
-    assert relative_error(total, expected) <= FLOAT32_TOLERANCE
+    assert relative_error(wide[:, 8:16], (rows.double()[inverse] * factors[..., None]).sum(1)) <= FLOAT32_TOLERANCE
+    assert wide[:, :8].isnan().all()
+    assert wide[:, 16:].isnan().all()
 
 
-def test_combine_rows_keeps_other_tokens_nans_out():
-    inverse, rows = torch.tensor([[0], [1], [2], [3]]), torch.full((2, 8), float("nan"))
-    total = torch.zeros(4, 8)
-    combine_rows(total, rows, inverse, start=1)
-    assert total.isnan().any(1).tolist() == [False, True, True, False]
+def test_combine_keeps_other_tokens_nans_out():
+    rows, out = torch.ones(4, 8), torch.empty(4, 8)
+    rows[1:3] = float("nan")
+    combine(rows, torch.arange(4).view(4, 1), None, out)
+    assert out.isnan().any(1).tolist() == [False, True, True, False]
 
 
-def test_combine_rows_accumulates_in_float32():
+def test_combine_accumulates_in_float32():
     inverse, rows = torch.arange(512).view(1, 512), torch.ones(512, 8, dtype=torch.bfloat16)
-    total = torch.zeros(1, 8)
-    combine_rows(total, rows, inverse, start=0)
-    assert torch.equal(total, torch.full((1, 8), 512.0))  # bfloat16 counts to 256
+    out = torch.empty(1, 8, dtype=torch.bfloat16)
+    combine(rows, inverse, None, out)
+    assert torch.equal(out, torch.full((1, 8), 512.0, dtype=torch.bfloat16))  # bfloat16 counts to 256
 
 
-def test_combine_rows_of_nothing_adds_nothing():
-    total = torch.ones(0, 8)
-    combine_rows(total, torch.empty(0, 8), torch.empty(0, 3, dtype=torch.int64), start=0)
-    assert total.shape == (0, 8)
+def test_combine_of_nothing():
+    combine(torch.empty(0, 8), torch.empty(0, 3, dtype=torch.int64), None, torch.ones(0, 8))
+
+
+@pytest.mark.parametrize("in_first", [True, False])
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+def test_grouped_linear_gathers_in_pieces(in_first, chunk_rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", chunk_rows)
+    source, tokens = normal(7, 16), torch.tensor([0, 3, 3, 6, 1, 2, 5, 4, 0, 6])
+    weight = normal(5, 16, 24, seed=1) if in_first else normal(5, 24, 16, seed=1)
+    result = grouped_linear(source, weight, offsets(), in_first=in_first, tokens=tokens)
+    expected = grouped_linear(source[tokens], weight, offsets(), in_first=in_first)
+    assert relative_error(result, expected) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("activation", [silu_gated, gpt_oss_interleaved])
+def test_activation_backward_in_pieces_and_over_its_input(activation, monkeypatch):
+    h, grad, gates = normal(10, 16), normal(10, 8, seed=1), normal(10, seed=2)
+    whole = activation_backward(activation, h, grad, gates, needs_scaled=True)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 3)
+    pieces = activation_backward(activation, h, grad, gates, needs_scaled=True, overwrite=True)
+    assert all(relative_error(piece, part) <= FLOAT32_TOLERANCE for piece, part in zip(pieces, whole, strict=True))
+    assert pieces[0].data_ptr() == h.data_ptr() != whole[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("activation", "plain"),
+    [(gelu_gated, F.gelu), (gelu_tanh_gated, lambda gate: F.gelu(gate, approximate="tanh"))],
+)
+def test_gelu_gated_takes_the_gate_from_the_first_half(activation, plain):
+    gate, up = normal(4, 8), normal(4, 8, seed=1)
+    assert relative_error(activate(activation, torch.cat([gate, up], dim=-1)), plain(gate) * up) <= FLOAT32_TOLERANCE

@@ -1,4 +1,4 @@
-"""Tests of routing: the sorted rows, the way there and back, and the chunks they are cut into."""
+"""Tests of routing: the sorted rows, and the way there and back."""
 
 import pytest
 import torch
@@ -62,33 +62,18 @@ def test_offsets_end_each_experts_rows(index, offsets):
     assert sort_by_expert(torch.tensor(index), num_experts=5).offsets.tolist() == offsets
 
 
-def test_without_tokens_there_is_one_empty_chunk():
-    routing = sort_by_expert(torch.empty(0, 2, dtype=torch.int64), num_experts=3)
-    (chunk,) = routing.chunks(4)
-    assert routing.num_rows == 0
-    assert routing.offsets.tolist() == chunk.offsets.tolist() == [0, 0, 0]
-    assert chunk.pairs.numel() == chunk.tokens.numel() == chunk.expert_of_row().numel() == 0
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 2, 5, 26, 27, 100])
-def test_chunks_cut_the_rows_without_gap_or_overlap(chunk_rows):
-    routing = sort_by_expert(random_index(), num_experts=6)
-    chunks = list(routing.chunks(chunk_rows))
-    assert [chunk.start for chunk in chunks] == list(range(0, 27, chunk_rows))
-    assert all(chunk.pairs.shape[0] <= chunk_rows for chunk in chunks)
-    assert torch.equal(torch.cat([chunk.pairs for chunk in chunks]), routing.permutation)
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 2, 5, 27])
-def test_chunks_know_each_rows_token_and_expert(chunk_rows):
+def test_tokens_and_experts_of_rows():
     index = random_index()
-    for chunk in sort_by_expert(index, num_experts=6).chunks(chunk_rows):
-        assert chunk.tokens.tolist() == [pair // 3 for pair in chunk.pairs.tolist()]
-        assert torch.equal(chunk.expert_of_row(), index.flatten()[chunk.pairs])
-        assert experts_of_rows(chunk) == chunk.expert_of_row().tolist()
-        assert chunk.offsets.dtype == torch.int32
+    routing = sort_by_expert(index, num_experts=6)
+    pairs = list(zip(routing.tokens.tolist(), routing.expert_of_row().tolist(), strict=True))
+    assert pairs == sorted(((t, e) for t, row in enumerate(index.tolist()) for e in row), key=lambda pair: pair[::-1])
+    assert routing.expert_of_row().tolist() == experts_of_rows(routing)
 
 
 def test_expert_of_row_skips_experts_without_a_row():
-    (chunk,) = sort_by_expert(torch.tensor([[4], [1], [4]]), num_experts=6).chunks(3)
-    assert chunk.expert_of_row().tolist() == [1, 4, 4]
+    assert sort_by_expert(torch.tensor([[4], [1], [4]]), num_experts=6).expert_of_row().tolist() == [1, 4, 4]
+
+
+def test_without_tokens():
+    routing = sort_by_expert(torch.empty(0, 3, dtype=torch.int64), num_experts=4)
+    assert (routing.num_rows, routing.offsets.tolist(), routing.tokens.tolist()) == (0, [0] * 4, [])

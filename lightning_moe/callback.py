@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_moe.discovery import DownBias
 from lightning_moe.experts import ChunkTokens
 from lightning_moe.health import HealthCounts
+from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth
 from lightning_moe.patching import PatchReport, check_options, layer_patch, patch_moe, patched_modules, unpatch_moe
 
@@ -78,6 +80,7 @@ class MoEGateGradCallback(Callback):
         self.audit_every_n_steps = audit_every_n_steps
         self.on_missing = on_missing
         self.report: PatchReport | None = None
+        self._patched: list[nn.Module] = []
         self._metric = GateGradHealth()
         self._micro_batches = 0
         self._step_before_batch = 0
@@ -93,9 +96,11 @@ class MoEGateGradCallback(Callback):
                 "default, give it one such as CSVLogger, or patch without a Trainer's help: "
                 "`with lightning_moe.gategrad(model): ...`"
             )
-        # A new list: Lightning is iterating over the old one.
-        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        if sum(isinstance(callback, MoEGateGradCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "MoEGateGradCallback is among the Trainer's callbacks more than once: leave one"
+            )
+        stand_first(trainer, self)
         self._attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,8 +137,7 @@ class MoEGateGradCallback(Callback):
         if self.report is None:
             return
         self._micro_batches += 1
-        stepped = trainer.global_step != self._step_before_batch
-        if stepped and trainer._logger_connector.should_update_logs:
+        if logs_now(trainer, pl_module, self._step_before_batch):
             self._log(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -145,11 +149,15 @@ class MoEGateGradCallback(Callback):
         self._detach(pl_module)
 
     def _attach(self, pl_module: LightningModule) -> None:
+        self._detach(pl_module)
         self.report = patch_moe(pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens)
+        self._patched = patched_modules(pl_module)
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self.report is not None:
-            unpatch_moe(pl_module)
+            for module in (pl_module, *self._patched):  # the module may have let go of one meanwhile
+                unpatch_moe(module)
+            self._patched = []
             self.report = None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,8 +198,8 @@ class MoEGateGradCallback(Callback):
             self._judge(figures["audit_rel_error"].item(), pl_module)
 
     def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
-        dtype: Any = patched_modules(pl_module)[0].down_proj.dtype
-        limit = AUDIT_LIMIT.get(dtype, 0.1)
+        active: Any = next(module for module in patched_modules(pl_module) if layer_patch(module).reason is None)
+        limit = AUDIT_LIMIT[active.down_proj.dtype]
         if audit_rel_error > limit:
             rank_zero_warn(
                 f"MoEGateGradCallback's audit found a gate gradient that differs from stock code's by "

@@ -184,7 +184,9 @@ def _content_refusal(module: Any) -> str | None:
         return f"the activation trains parameters of its own: {', '.join(extra)}"
     if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules()):
         return "dropout inside the experts would differ when the activation is recomputed"
-    if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(module.down_proj, Tensor):
+    if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(
+        getattr(module, "down_proj", None), Tensor
+    ):
         return f"{contract.up_name} or down_proj is not a tensor"
     weights = contract.weights(module)
     return unsupported(weights.gate_up_proj, weights.down_proj)

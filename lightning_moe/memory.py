@@ -101,7 +101,7 @@ def _kept_by(
         return tensor
 
     with saved_tensors_hooks(record, lambda tensor: tensor):
-        module(*_detached(args), **_detached(kwargs))
+        module.forward(*_detached(args), **_detached(kwargs))  # without the hooks that others put on the module
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(storages.values()), tuple(tuple(tensor.shape) for tensor in kept)
 
@@ -114,6 +114,22 @@ def _detached(values: Any) -> Any:
     if isinstance(values, Tensor) and values.is_floating_point():
         return values.detach().requires_grad_(values.requires_grad)
     return values
+
+
+def stand_first(trainer: Trainer, callback: Callback) -> None:
+    """Moves a callback before the others, so that no other one's failure keeps it from cleaning up."""
+    others = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
+    trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]  # a new list: Lightning iterates over the old
+
+
+def logs_now(trainer: Trainer, pl_module: LightningModule, step_before_batch: int) -> bool:
+    """Whether what is logged at the end of this batch reaches the logger.
+
+    Under gradient accumulation only the micro-batch that steps does; Lightning counts every one that a module which
+    optimizes by hand is given.
+    """
+    stepped = trainer.global_step != step_before_batch or not pl_module.automatic_optimization
+    return stepped and trainer._logger_connector.should_update_logs
 
 
 class MemoryMonitor(Callback):
@@ -152,11 +168,16 @@ class MemoryMonitor(Callback):
         self._step_before_batch = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a fit whose figures would go nowhere."""
-        if stage == "fit" and not trainer.loggers:
+        """Refuses a fit whose figures would go nowhere; forgets an earlier one."""
+        if stage != "fit":
+            return
+        if not trainer.loggers:
             raise MisconfigurationException(
                 "MemoryMonitor has nowhere to log to: give the Trainer a logger such as CSVLogger, or leave this out"
             )
+        stand_first(trainer, self)
+        self.tape = []
+        self._step_rise = self._peak = self._peak_reserved = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes what is held."""
@@ -189,7 +210,7 @@ class MemoryMonitor(Callback):
         self._peak = max(self._peak, self._step_peak)
         self._peak_reserved = max(self._peak_reserved, reserved)
         self._step_rise = max(self._step_rise, self._step_peak - self._held)
-        if trainer.global_step == self._step_before_batch or not trainer._logger_connector.should_update_logs:
+        if not logs_now(trainer, pl_module, self._step_before_batch):
             return
         figures = {
             "memory/allocated_gib": _allocated(pl_module.device) / GIB,

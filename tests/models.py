@@ -7,10 +7,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 VOCABULARY = 64
@@ -49,6 +53,26 @@ def gpt_oss():
         if "bias" in name:  # zero as they come: a test of biases wants some
             torch.nn.init.normal_(parameter)
     return model
+
+
+def qwen3_vl():
+    """A vision-language model: the experts' config is one inside the model's."""
+    text = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
+        "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen3VLMoeConfig(text_config=SIZES | text | {"rope_parameters": rope}, vision_config=vision)
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+def llama4():
+    """A family whose gate multiplies the experts' input, outside the registry."""
+    own = {"intermediate_size_mlp": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES | own))
 
 
 def with_attention_lora(model):

@@ -14,7 +14,7 @@ from models import Tiny, experts_modules, gpt_oss, is_patched, qwen3, with_atten
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lightning_moe import MoEGateGradCallback
+from lightning_moe import MemoryMonitor, MoEGateGradCallback
 from lightning_moe.patching import patched_modules
 
 pytestmark = [
@@ -172,6 +172,43 @@ class KnownGates(nn.Module):
 
 
 NUM_GATES = 2 * 2 * 12 * 2  # layers, batch, length, slots: half of them negative, and of these every third zero
+
+
+def test_a_model_that_the_module_let_go_of_is_put_back(tmp_path):
+    module, kept = Tiny(), []
+
+    def let_go():
+        kept.append(module.network)
+        module.network = None
+
+    module.on_train_end = let_go
+    fit(tmp_path, module, MoEGateGradCallback())
+    assert is_stock(kept[0])
+
+
+def test_twice_among_the_callbacks_is_refused(tmp_path):
+    module = Tiny()
+    with pytest.raises(MisconfigurationException, match="more than once: leave one"):
+        fit(tmp_path, module, MoEGateGradCallback(), MoEGateGradCallback())
+    assert is_stock(module)
+
+
+class ByHand(Tiny):
+    """Steps on every other batch, by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2 == 0:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_logs_under_manual_optimization(tmp_path):
+    fit(tmp_path, ByHand(num_batches=8), MoEGateGradCallback(), MemoryMonitor(), log_every_n_steps=2)
+    assert logged(tmp_path, "gategrad/active_layers") == [2.0] * 3  # the fourth step is the seventh batch
+    assert len(logged(tmp_path, "memory/allocated_gib")) == 3
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -72,6 +72,7 @@ def test_the_saved_activation_survives_a_retained_graph():
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device():
     problem = layer()
     execute(*problem)  # compiles the kernels

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import Tiny, qwen3, tokens, with_attention_lora
-from test_callback import fit, logged
+from models import Tiny, experts_modules, qwen3, tokens, with_attention_lora
+from test_callback import FailsTwice, fit, logged
 from test_callback import pytestmark as pytestmark
 
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, gategrad, measure_moe_tape
@@ -67,6 +67,32 @@ def test_the_tape_with_attention_lora(tmp_path, checkpoint):
     assert logged(tmp_path, "memory/moe_tape_stock_mib") == [sum(t.stock_num_bytes for t in monitor.tape) / 2**20] * 3
     plain = fit(tmp_path / "plain", Tiny(build), MoEGateGradCallback())
     assert measured.losses == plain.losses  # measuring does not touch the training
+
+
+def test_each_fit_measures_anew(tmp_path):
+    monitor, module = MemoryMonitor(tape_at_step=0), Tiny(attention_lora)
+    fit(tmp_path / "stock", module, monitor)
+    assert all(layer.num_bytes == layer.stock_num_bytes for layer in monitor.tape)
+    fit(tmp_path / "ours", module, MoEGateGradCallback(), monitor)
+    assert all(layer.num_bytes < layer.stock_num_bytes for layer in monitor.tape)
+
+
+def test_others_hooks_run_once():
+    model, calls = attention_lora(), []
+    experts_modules(model)[0].register_forward_hook(lambda *_: calls.append(1))
+    with gategrad(model), measure_moe_tape(model):
+        model(input_ids=tokens())
+    assert calls == [1]
+
+
+def test_no_hook_stays_where_another_callback_fails_in_turn(tmp_path):
+    module = Tiny(attention_lora)
+    with pytest.raises(RuntimeError, match="again"):
+        fit(tmp_path, module, FailsTwice("on_train_start", ValueError("no")), MemoryMonitor(tape_at_step=0))
+    module.training_step = lambda *_: 1 / 0
+    with pytest.raises(RuntimeError, match="again"):
+        fit(tmp_path, module, FailsTwice("on_test_start", ValueError("no")), MemoryMonitor(tape_at_step=0))
+    assert not any(child._forward_pre_hooks for child in module.modules())
 
 
 def test_the_detector_sees_y_in_stock_code():

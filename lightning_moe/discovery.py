@@ -100,7 +100,8 @@ def _activation(module: Any) -> Activation:
     """What stands between the projections: one that has kernels where the module computes just that."""
     if not module.has_gate:
         return module.act_fn
-    if type(module)._apply_gate is getattr(transformers_moe, "_default_apply_gate", None):
+    own_gate = getattr(module._apply_gate, "__func__", None)  # the instance may have been given one of its own
+    if own_gate is not None and own_gate is getattr(transformers_moe, "_default_apply_gate", None):
         return _GATED.get(type(module.act_fn), module._apply_gate)
     return module._apply_gate
 
@@ -127,7 +128,7 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
     for name, module in modules.items():
         if is_decorated(module):
             elsewhere = _dispatch_refusal(module)
-            reason = elsewhere or refusal(module, down_bias=down_bias) or _content_refusal(module)
+            reason = elsewhere or refusal(module, down_bias=down_bias) or content_refusal(module)
             found[name] = MoELayer(name, module, reason, is_dispatched=elsewhere is None)
     holders = {ancestor for name in found for ancestor in _ancestors(name)}
     for name, module in modules.items():
@@ -175,7 +176,7 @@ def _dispatch_refusal(module: Any) -> str | None:
     return None
 
 
-def _content_refusal(module: Any) -> str | None:
+def content_refusal(module: Any) -> str | None:
     """Why the operation may not run in a decorated module, judged by its parameters and submodules."""
     contract = read_contract(module)
     names = {f"{stem}{suffix}" for stem in (contract.up_name, "down_proj") for suffix in ("", "_bias")}
@@ -237,9 +238,8 @@ def estimate_tape(module: nn.Module) -> TapeEstimate:
         return tensor
 
     kept: list[Tensor] = []
-    row = torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True)
-    with torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
-        contract.activation(row)
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
+        contract.activation(torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True))
     routing = 2 * torch.long.itemsize + size
     trained_rows = hidden * size * up.requires_grad + intermediate * size * down.requires_grad
     return TapeEstimate(

@@ -25,6 +25,7 @@ from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
     TapeEstimate,
+    content_refusal,
     estimate_tape,
     find_moe_layers,
     read_contract,
@@ -253,7 +254,8 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     Returns:
         (T, H).
     """
-    patch: LayerPatch = vars(module).get(_PATCH) or LayerPatch(module.config)
+    is_patched = _PATCH in vars(module)
+    patch = layer_patch(module) if is_patched else LayerPatch(module.config)
     gates = top_k_weights.view_as(top_k_weights)  # a tensor of our own, whose gradient is this layer's alone
 
     def stock(hidden_states: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
@@ -261,6 +263,8 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
     contract = read_contract(module)
     reason = patch.reason or refusal(module, down_bias=patch.down_bias)
+    if not is_patched:
+        reason = reason or content_refusal(module)
     if reason is None:
         weights = contract.weights(module)
         reason = unsupported(weights.gate_up_proj, weights.down_proj)

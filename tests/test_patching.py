@@ -505,10 +505,8 @@ def test_a_family_outside_the_registry_is_reported_and_kept():
     [
         (with_norm, "norm"),
         (expert_parallel, "expert parallel"),
-        pytest.param(with_dropout, "dropout", marks=pytest.mark.xfail(strict=True, reason="only flags are judged")),
-        pytest.param(
-            with_trained_activation, "act_fn", marks=pytest.mark.xfail(strict=True, reason="only flags are judged")
-        ),
+        (with_dropout, "dropout"),
+        (with_trained_activation, "act_fn"),
     ],
 )
 def test_named_without_a_patch_a_layer_that_cannot_take_it_runs_stock_code(change, reason):
@@ -524,7 +522,6 @@ def test_named_without_a_patch_a_layer_that_cannot_take_it_runs_stock_code(chang
     assert all(torch.equal(g, stock[name]) for name, g in found.items())
 
 
-@pytest.mark.xfail(strict=True, reason="the class's _apply_gate is read where the instance has its own")
 def test_an_instances_own_gating_is_kept():
     model = qwen3(num_hidden_layers=1)
     (experts,) = experts_modules(model)
@@ -534,7 +531,6 @@ def test_an_instances_own_gating_is_kept():
         assert agree(gradients(model), stock)
 
 
-@pytest.mark.xfail(strict=True, reason="the activation's tape cannot be measured under inference mode")
 def test_the_report_is_the_same_under_inference_mode():
     model = qwen3()
     report = patch_moe(model)

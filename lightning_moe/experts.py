@@ -30,6 +30,7 @@ from lightning_moe.kernels import (
     grouped_linear,
     grouped_outer,
     grouped_sum,
+    product_tiles,
     silu_gated,
 )
 from lightning_moe.routing import Routing, sort_by_expert
@@ -98,10 +99,13 @@ class _Experts(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         dtype, routing = down_weight.dtype, sort_by_expert(top_k_index, down_weight.shape[0])
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        x = hidden_states.to(dtype).contiguous()
+        tiles = product_tiles(x, routing.offsets, routing.num_rows)
+        with torch.autocast(x.device.type, enabled=False):
             h = grouped_linear(
-                hidden_states.to(dtype), up_weight, routing.offsets, in_first=plan.in_first, tokens=routing.tokens
+                x, up_weight, routing.offsets, in_first=plan.in_first, tokens=routing.tokens, tiles=tiles
             )
+            del x
             if up_bias is not None:
                 h += up_bias[routing.expert_of_row()]
             a = activate(plan.activation, h).to(dtype)
@@ -114,7 +118,7 @@ class _Experts(torch.autograd.Function):
                 del h
             out_dtype = hidden_states.dtype if down_bias is None else torch.float32  # rounded once, the bias added
             output = _project_and_combine(
-                a, down_weight, routing, gates, plan, in_first=plan.in_first, out_dtype=out_dtype
+                a, down_weight, routing, tiles, gates, plan, in_first=plan.in_first, out_dtype=out_dtype
             )
             del a
             if down_bias is not None:
@@ -135,7 +139,9 @@ class _Experts(torch.autograd.Function):
             top_k_index if down_bias is not None else None,
             routing.permutation,
             routing.inverse,
+            routing.tokens,
             routing.offsets,
+            tiles,
             h if plan.records else None,
         )
         return output
@@ -152,10 +158,9 @@ class _Experts(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor | None, ...]:
     """The gradients of the six floating-point arguments, None for one that wants none."""
-    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, permutation, inverse, offsets, h = (
-        saved
-    )
-    routing = Routing(permutation, inverse, offsets, ctx.top_k)
+    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *routed, tiles, h = saved
+    permutation, inverse, tokens, offsets = routed
+    routing = Routing(permutation, inverse, tokens, offsets, ctx.top_k)
     needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
     plan, dtype = ctx.plan, down_weight.dtype
     in_first, out_first = plan.in_first, not plan.in_first
@@ -163,30 +168,30 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor 
     grad_x = grad_gates = grad_up = grad_up_bias = grad_down = grad_down_bias = None
     with torch.autocast(grad_output.device.type, enabled=False):
         grad = grad_output.to(dtype).contiguous()
-        grad_a = grouped_linear(grad, down_weight, routing.offsets, in_first=out_first, tokens=routing.tokens)  # da'
+        grad_a = grouped_linear(grad, down_weight, offsets, in_first=out_first, tokens=tokens, tiles=tiles)  # da'
         grad_h, inner, scaled_a = activation_backward(
             plan.activation,
             h,
             grad_a,
-            gates.flatten()[routing.permutation],
+            gates.flatten().index_select(0, permutation),
             needs_scaled=needs_down,
             overwrite=not _graph_is_kept(),
         )
         del grad_a, h, saved
         if needs_gates:
-            grad_gates = inner[routing.inverse].view_as(gates)
+            grad_gates = inner.index_select(0, inverse).view_as(gates)
         if scaled_a is not None:
-            grad_down = _grad_weight(scaled_a, grad[routing.tokens], routing.offsets, in_first=in_first)
+            grad_down = _grad_weight(scaled_a, grad[tokens], offsets, in_first=in_first)
             del scaled_a
         if needs_up_bias:
             grad_up_bias = grouped_sum(grad_h, routing.offsets).to(up_bias.dtype)
         if needs_up:
-            x = hidden_states[routing.tokens].to(dtype)
-            grad_up = _grad_weight(x, grad_h, routing.offsets, in_first=in_first)
+            x = hidden_states[tokens].to(dtype)
+            grad_up = _grad_weight(x, grad_h, offsets, in_first=in_first)
             del x
         if needs_x:
             grad_x = _project_and_combine(
-                grad_h, up_weight, routing, None, plan, in_first=out_first, out_dtype=ctx.hidden_dtype
+                grad_h, up_weight, routing, tiles, None, plan, in_first=out_first, out_dtype=ctx.hidden_dtype
             )
         if down_bias is not None:
             grad = grad_output.to(torch.float32)
@@ -204,6 +209,7 @@ def _project_and_combine(
     rows: Tensor,
     weight: Tensor,
     routing: Routing,
+    tiles: Tensor | None,
     gates: Tensor | None,
     plan: _Plan,
     *,
@@ -220,7 +226,7 @@ def _project_and_combine(
     output = rows.new_empty(num_tokens, weight.shape[axis], dtype=out_dtype)
     for start in range(0, output.shape[1], plan.chunk_columns):
         size = min(plan.chunk_columns, output.shape[1] - start)
-        part = grouped_linear(rows, weight.narrow(axis, start, size), routing.offsets, in_first=in_first)
+        part = grouped_linear(rows, weight.narrow(axis, start, size), routing.offsets, in_first=in_first, tiles=tiles)
         combine(part, inverse, gates, output.narrow(1, start, size))
         del part
     return output

@@ -95,7 +95,7 @@ class LayerHealth:
             counts.tape_bytes_saved += tape_bytes_saved
             counts.gates += values.numel()
             counts.nonpositive_gates = counts.nonpositive_gates + (values <= 0).sum()
-            counts.zero_gates = counts.zero_gates + (values == 0).sum()
+            counts.zero_gates = counts.zero_gates + values.numel() - torch.count_nonzero(values)
 
         def count_gradient(grad: Tensor) -> None:
             self._counts.nonfinite_gate_grads = self._counts.nonfinite_gate_grads + (~grad.isfinite()).sum()

@@ -42,8 +42,21 @@ def gelu_tanh_gated(gate_up: Tensor) -> Tensor:
 FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gelu", gelu_tanh_gated: "gelu_tanh"}
 
 
+def product_tiles(rows: Tensor, offsets: Tensor, num_rows: int) -> Tensor | None:
+    """Where the tiles of `grouped_linear`'s kernel lie, to be made once for many products; None where none runs."""
+    if (kernels := _kernels(rows)) and _has_tensor_memory_accelerator(rows.device):
+        return kernels.tiles(offsets, num_rows)
+    return None
+
+
 def grouped_linear(
-    rows: Tensor, weight: Tensor, offsets: Tensor, *, in_first: bool, tokens: Tensor | None = None
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    in_first: bool,
+    tokens: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """Each row times its expert's weight: (R, out).
 
@@ -53,9 +66,10 @@ def grouped_linear(
         offsets: (E,) int32, the end of each expert's rows.
         in_first: which of the weight's two layouts this is.
         tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
+        tiles: what `product_tiles` gave.
     """
-    if (kernels := _kernels(rows)) and _has_tensor_memory_accelerator(rows.device) and rows.stride(-1) == 1:
-        return kernels.grouped_linear(rows, weight, offsets, in_first=in_first, tokens=tokens)
+    if tiles is not None and (kernels := _kernels(rows)):
+        return kernels.grouped_linear(rows, weight, offsets, tiles, in_first=in_first, tokens=tokens)
     weight = weight if in_first else weight.transpose(-2, -1)
     if tokens is None:
         return F.grouped_mm(rows, weight, offs=offsets)

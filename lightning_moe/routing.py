@@ -17,12 +17,14 @@ class Routing:
     Attributes:
         permutation: (S,) int64, the flat pair index `token * top_k + slot` of each sorted row.
         inverse: (S,) int64, the sorted row of each flat pair index.
+        tokens: (S,) int64, the token of each sorted row.
         offsets: (E,) int32, the end of each expert's rows.
         top_k: number of slots per token.
     """
 
     permutation: Tensor
     inverse: Tensor
+    tokens: Tensor
     offsets: Tensor
     top_k: int
 
@@ -30,11 +32,6 @@ class Routing:
     def num_rows(self) -> int:
         """S, the number of (token, slot) pairs."""
         return self.permutation.shape[0]
-
-    @property
-    def tokens(self) -> Tensor:
-        """The token of each sorted row, (S,) int64."""
-        return self.permutation // self.top_k
 
     def expert_of_row(self) -> Tensor:
         """The expert of each sorted row, (S,) int64."""
@@ -49,9 +46,11 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:
         top_k_index: (T, K) integer, the experts of each token, each in [0, num_experts).
         num_experts: E.
     """
-    experts, permutation = torch.sort(top_k_index.reshape(-1), stable=True)
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
+    # Narrow keys make a radix sort short.
+    keys = top_k_index.reshape(-1).to(torch.uint8 if num_experts <= 256 else torch.int32)
+    experts, permutation = torch.sort(keys, stable=True)
+    rows = torch.arange(permutation.shape[0], device=permutation.device)
+    inverse = torch.empty_like(permutation).scatter_(0, permutation, rows)
     every_expert = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
     offsets = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
-    return Routing(permutation, inverse, offsets, top_k_index.shape[1])
+    return Routing(permutation, inverse, permutation // top_k_index.shape[1], offsets, top_k_index.shape[1])

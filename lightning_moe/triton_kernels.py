@@ -16,9 +16,7 @@ NUM_WARPS, NUM_STAGES = 8, 4
 
 
 @triton.jit
-def _tiles_kernel(
-    offsets, tile_expert, tile_row, num_experts, num_tiles, E2: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr
-):
+def _tiles_kernel(offsets, tiles_out, num_experts, num_tiles, E2: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
     every = tl.arange(0, E2)
     ends = tl.load(offsets + every, mask=every < num_experts, other=0)
     starts = tl.load(offsets + every - 1, mask=(every > 0) & (every < num_experts), other=0)
@@ -30,23 +28,23 @@ def _tiles_kernel(
     # Rows before the expert's first tile, counted in whole tiles, differ from its first row.
     shift = tl.where(every[None, :] == expert[:, None], (starts - (last - tiles) * BM)[None, :], 0)
     mask = tile < num_tiles
-    tl.store(tile_expert + tile, tl.where(expert < num_experts, expert, -1), mask=mask)
-    tl.store(tile_row + tile, tile * BM + tl.sum(shift, 1), mask=mask)
+    tl.store(tiles_out + tile, tl.where(expert < num_experts, expert, -1), mask=mask)
+    tl.store(tiles_out + num_tiles + tile, tile * BM + tl.sum(shift, 1), mask=mask)
 
 
 @triton.jit
 def _grouped_linear_kernel(
-    rows, rows_desc, tokens, weight_desc, out, tile_expert, tile_row, offsets, row_stride, out_stride,
+    rows, rows_desc, tokens, weight_desc, out, tiles, num_tiles, offsets, row_stride, out_stride,
     INNER: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, IN_FIRST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
     tile = tl.program_id(0) // COLUMN_TILES
     column = tl.program_id(0) % COLUMN_TILES * BN
-    expert = tl.load(tile_expert + tile)
+    expert = tl.load(tiles + tile)
     if expert < 0:
         return
-    first_row = tl.load(tile_row + tile)
+    first_row = tl.load(tiles + num_tiles + tile)
     row = first_row + tl.arange(0, BM)
     valid = row < tl.load(offsets + expert)
     inner = tl.arange(0, BK)
@@ -73,32 +71,31 @@ def _grouped_linear_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])
 
 
-def tiles(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The expert and the first row of each tile of the grouped product, (tiles,) int32; expert -1 for a spare one."""
+def tiles(offsets: Tensor, num_rows: int) -> Tensor:
+    """The expert and the first row of each tile of the grouped product, (2, tiles) int32; expert -1 for a spare one."""
     num_experts = offsets.shape[0]
     num_tiles = num_rows // BLOCK_ROWS + num_experts
-    expert, row = offsets.new_empty(2, num_tiles).unbind()
+    out = offsets.new_empty(2, num_tiles)
     width = triton.next_power_of_2(num_experts)
     grid = (triton.cdiv(num_tiles, 32),)
-    _tiles_kernel[grid](offsets, expert, row, num_experts, num_tiles, width, BLOCK_ROWS, 32, num_warps=4)
-    return expert, row
+    _tiles_kernel[grid](offsets, out, num_experts, num_tiles, width, BLOCK_ROWS, 32, num_warps=4)
+    return out
 
 
 def grouped_linear(
-    rows: Tensor, weight: Tensor, offsets: Tensor, *, in_first: bool, tokens: Tensor | None = None
+    rows: Tensor, weight: Tensor, offsets: Tensor, tiles: Tensor, *, in_first: bool, tokens: Tensor | None = None
 ) -> Tensor:
     num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
-    inner, columns = rows.shape[1], weight.shape[2 if in_first else 1]
+    inner, columns, num_tiles = rows.shape[1], weight.shape[2 if in_first else 1], tiles.shape[1]
     out = rows.new_empty(num_rows, columns)
     if num_rows == 0:
         return out
-    expert, row = tiles(offsets, num_rows)
     block = [1, BLOCK_INNER, BLOCK_COLUMNS] if in_first else [1, BLOCK_COLUMNS, BLOCK_INNER]
     weight_desc = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block)
     rows_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [BLOCK_ROWS, BLOCK_INNER])
-    grid = (expert.shape[0] * triton.cdiv(columns, BLOCK_COLUMNS),)
+    grid = (num_tiles * triton.cdiv(columns, BLOCK_COLUMNS),)
     _grouped_linear_kernel[grid](
-        rows, rows_desc, expert if tokens is None else tokens, weight_desc, out, expert, row, offsets,
+        rows, rows_desc, tiles if tokens is None else tokens, weight_desc, out, tiles, num_tiles, offsets,
         rows.stride(0), out.stride(0), inner, columns, tokens is not None, in_first,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip

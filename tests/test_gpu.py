@@ -84,7 +84,9 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("shape", [{"num_tokens": 0}, {"num_tokens": 1, "top_k": 1}, {"num_experts": 1, "top_k": 1}])
+@pytest.mark.parametrize(
+    "shape", [{"num_tokens": 0}, {"num_tokens": 1}, {"num_tokens": 2, "top_k": 1}, {"num_experts": 1, "top_k": 1}]
+)
 def test_edges(shape, monkeypatch):
     problem = layer(**shape)
     for ours, plain in zip(execute(*problem), plainly(monkeypatch, *problem), strict=True):

@@ -54,3 +54,25 @@ def test_processes_sum(shares):
         setattr(merged, name, reduce(torch.stack([getattr(part, name) for part in parts])))
     merged._update_count = 1
     assert figures(merged) == figures(whole)
+
+
+def test_replicas_merge_exactly_where_float32_ends():
+    one, other = GateGradHealth(), GateGradHealth()
+    one.update(HealthCounts(gates=2**25, nonpositive_gates=2**24 + 1, audit_rel_error=0.25), micro_batches=1)
+    other.update(HealthCounts(gates=2**25, nonpositive_gates=2**24 + 2, audit_rel_error=0.5), micro_batches=3)
+    one.merge_state(other)
+    merged = figures(one)
+    assert merged["nonpositive_gates"] == 2**25 + 3 != int(torch.tensor(2.0**25) + 3)  # what a float32 sum says
+    assert merged["audit_rel_error"] == 0.5
+    assert one.micro_batches == 4
+
+
+def test_every_count_is_an_int64_sum():
+    metric = GateGradHealth()
+    metric.update(COUNTS, micro_batches=2)
+    sums = {name: state for name, state in metric.metric_state.items() if name != "audit_rel_error"}
+    assert {state.dtype for state in sums.values()} == {torch.int64}
+    assert {name: state.item() for name, state in sums.items()} == {
+        "gates": 100, "nonpositive_gates": 25, "zero_gates": 5, "nonfinite_gate_grads": 2, "active_layers": 6,
+        "fallback_layers": 2, "bias_fallback_layers": 1, "tape_bytes_saved": 2**22, "micro_batches": 2,
+    }  # fmt: skip

@@ -56,3 +56,33 @@ def test_the_readmes_commands_are_those_of_ci():
     command = 'python -m pip install -c .ci/constraints.txt -e ".[dev]" && python -m pytest'
     assert command in (ROOT / "README.md").read_text()
     assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_designs_names_are_public():
+    asked = {"MoEGateGradCallback", "MemoryMonitor", "PatchReport", "patch_moe", "unpatch_moe", "gategrad"}
+    assert asked | {"moe_experts"} <= set(lightning_moe.__all__)
+
+
+WITHOUT_TRITON = """
+import os, sys
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.modules["triton"] = None
+import torch
+from lightning_moe import moe_experts
+hidden = torch.randn(4, 8, requires_grad=True)
+gates = torch.rand(4, 2, requires_grad=True)
+index = torch.tensor([[0, 1]]).expand(4, 2)
+moe_experts(hidden, index, gates, torch.randn(2, 8, 8), torch.randn(2, 8, 4)).sum().backward()
+assert gates.grad.abs().sum() > 0
+assert not [name for name in sys.modules if name.startswith("lightning_moe.triton")]
+"""
+
+
+def test_trains_without_triton_and_without_a_gpu():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_import_check_sees_a_forbidden_import(tmp_path):
+    (tmp_path / "bad.py").write_text("from recipes import qwen3_lora\nimport tests.reference\n")
+    assert list(imported(tmp_path / "bad.py")) == ["recipes", "tests.reference"]

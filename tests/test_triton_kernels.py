@@ -65,11 +65,12 @@ def test_grouped_linear(dtype, routing, in_first, inner, columns):
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
     weight = weight if in_first else weight.mT.contiguous()
+    tiles = triton_kernels.tiles(offsets, num_rows)
     expected = plain("grouped_linear")(source[tokens], weight, offsets, in_first=in_first)
-    gathered = triton_kernels.grouped_linear(source, weight, offsets, in_first=in_first, tokens=tokens)
-    given = triton_kernels.grouped_linear(source[tokens], weight, offsets, in_first=in_first)
+    gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, in_first=in_first, tokens=tokens)
+    given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles, in_first=in_first)
     part = weight.narrow(2 if in_first else 1, 8, 16)
-    narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, in_first=in_first)
+    narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles, in_first=in_first)
     assert gathered.shape == expected.shape
     assert torch.equal(gathered, given)
     if num_rows:

@@ -127,8 +127,9 @@ class MoEGateGradCallback(Callback):
         if self.report is None or not every or step % every or step == self._audited_step:
             return
         self._audited_step = step
-        modules = patched_modules(pl_module)
-        layer_patch(modules[step // every % len(modules)]).health.audit_due = True
+        active = [patch for patch in map(layer_patch, patched_modules(pl_module)) if patch.reason is None]
+        if active:
+            active[step // every % len(active)].health.audit_due = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -139,7 +139,6 @@ class _Experts(torch.autograd.Function):
             top_k_index if down_bias is not None else None,
             routing.permutation,
             routing.inverse,
-            routing.tokens,
             routing.offsets,
             tiles,
             h if plan.records else None,
@@ -159,7 +158,8 @@ class _Experts(torch.autograd.Function):
 def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor | None, ...]:
     """The gradients of the six floating-point arguments, None for one that wants none."""
     hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *routed, tiles, h = saved
-    permutation, inverse, tokens, offsets = routed
+    permutation, inverse, offsets = routed
+    tokens = permutation // ctx.top_k
     routing = Routing(permutation, inverse, tokens, offsets, ctx.top_k)
     needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
     plan, dtype = ctx.plan, down_weight.dtype

@@ -100,7 +100,8 @@ def _kept_by(
             kept.append(tensor)
         return tensor
 
-    with saved_tensors_hooks(record, lambda tensor: tensor):
+    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices), saved_tensors_hooks(record, lambda tensor: tensor):
         module.forward(*_detached(args), **_detached(kwargs))  # without the hooks that others put on the module
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(storages.values()), tuple(tuple(tensor.shape) for tensor in kept)

@@ -537,7 +537,6 @@ def test_the_callback_moves_to_the_front_and_drops_none(tmp_path):
     assert len(fitting.callbacks) == len(before)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a layer on stock code takes its turn and is not audited")
 def test_every_audit_falls_on_a_layer_that_can_be_audited(tmp_path):
     module = Tiny()
     (first, _) = experts_modules(module)

@@ -135,11 +135,6 @@ def test_a_fit_without_a_logger_is_refused(tmp_path):
         fit(tmp_path, Tiny(), MemoryMonitor(), logger=False)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the run on the side draws from the generator that the training draws from",
-)
 def test_measuring_draws_no_random_numbers(tmp_path):
     def build():
         network = qwen3().train()

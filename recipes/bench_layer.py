@@ -171,11 +171,10 @@ def liger(block: Block) -> Layer:
 
 def contenders(mode: Mode, num_tokens: int) -> dict[str, Callable[[Block], Layer]]:
     """What runs in a mode: only the patched and the stock layer know adapters."""
-    chunked = f"lightning_moe, {max(num_tokens // 8, 1)} tokens in flight"
     found: dict[str, Callable[[Block], Layer]] = {
         "stock grouped_mm": stock,
         "lightning_moe": ours,
-        chunked: lambda block: ours(block, max(num_tokens // 8, 1)),
+        "lightning_moe, chunk_tokens = tokens/8": lambda block: ours(block, max(num_tokens // 8, 1)),
     }
     if mode == "lora":
         return found
@@ -346,18 +345,15 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     """Peak memory and time against tokens."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    names = list(dict.fromkeys(result.name.split(",")[0] for result in results if not result.failure))
+    names = list(dict.fromkeys(result.name for result in results if not result.failure))
+    sizes = sorted({result.num_tokens for result in results})
     for axis, label, field in zip(axes, ("peak MiB", "forward + backward, ms"), ("peak", "total"), strict=True):
         for name in names:
             points = [(r.num_tokens, getattr(r, field)) for r in results if r.name == name and not r.failure]
-            axis.plot(
-                *zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "lightning_moe" else 1.5
-            )
-        axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
-        axis.set_xticks(
-            sorted({r.num_tokens for r in results}), labels=sorted({f"{r.num_tokens:,}" for r in results}, key=len)
-        )
-        axis.minorticks_off()
+            width = 3 if name.startswith("lightning_moe") else 1.5
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
+        axis.set(xlabel="tokens", ylabel=label, xlim=0, ylim=0)
+        axis.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9)

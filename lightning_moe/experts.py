@@ -169,12 +169,16 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor 
     with torch.autocast(grad_output.device.type, enabled=False):
         grad = grad_output.to(dtype).contiguous()
         grad_a = grouped_linear(grad, down_weight, offsets, in_first=out_first, tokens=tokens, tiles=tiles)  # da'
+        row_gates = gates.flatten().index_select(0, permutation)
+        # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
+        gates_the_gradient = needs_down and dtype == torch.float16
+        bare_a = activate(plan.activation, h).to(dtype) if gates_the_gradient else None
         grad_h, inner, scaled_a = activation_backward(
             plan.activation,
             h,
             grad_a,
-            gates.flatten().index_select(0, permutation),
-            needs_scaled=needs_down,
+            row_gates,
+            needs_scaled=needs_down and not gates_the_gradient,
             overwrite=not _graph_is_kept(),
         )
         del grad_a, h, saved
@@ -183,6 +187,10 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor 
         if scaled_a is not None:
             grad_down = _grad_weight(scaled_a, grad[tokens], offsets, in_first=in_first)
             del scaled_a
+        if bare_a is not None:
+            gated = (grad[tokens] * row_gates.unsqueeze(-1)).to(dtype)
+            grad_down = _grad_weight(bare_a, gated, offsets, in_first=in_first)
+            del bare_a, gated
         if needs_up_bias:
             grad_up_bias = grouped_sum(grad_h, routing.offsets).to(up_bias.dtype)
         if needs_up:

@@ -85,24 +85,22 @@ def test_16_bit_results_are_no_further_from_the_loop_than_stock_code(layout, dty
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "gate_dtype", "slack"),
+    ("size", "dtype", "gate_dtype"),
     [
-        (1e-9, torch.float16, torch.float32, LOW_PRECISION_SLACK),
-        # The gate meets the activation here and the incoming gradient in stock code. Both products underflow, and here
-        # the activation is the smaller factor; below, the incoming gradient is.
-        (1e-6, torch.float16, torch.float16, 2.0),
-        (1e3, torch.float16, torch.float16, LOW_PRECISION_SLACK),
-        (1e3, torch.float16, torch.float32, LOW_PRECISION_SLACK),
-        (1e-30, torch.bfloat16, torch.bfloat16, LOW_PRECISION_SLACK),
-        (1e30, torch.bfloat16, torch.float32, LOW_PRECISION_SLACK),
+        (1e-9, torch.float16, torch.float32),
+        (1e-6, torch.float16, torch.float16),
+        (1e3, torch.float16, torch.float16),
+        (1e3, torch.float16, torch.float32),
+        (1e-30, torch.bfloat16, torch.bfloat16),
+        (1e30, torch.bfloat16, torch.float32),
     ],
 )
-def test_extreme_gates_lose_nothing_that_stock_code_keeps(size, dtype, gate_dtype, slack):
+def test_extreme_gates_lose_nothing_that_stock_code_keeps(size, dtype, gate_dtype):
     problems = [
         scaled(problem, size, gate_dtype) for problem in low_precision_problems(dtype=dtype, gate_dtype=gate_dtype)
     ]
     results, truths = [*map(run, problems)], [*map(run_loop, problems)]
-    assert_no_worse(results, [*map(run_stock, problems)], truths, slack)
+    assert_no_worse(results, [*map(run_stock, problems)], truths)
     for result, truth in zip(results, truths, strict=True):
         assert all(tensor.isfinite().all() for tensor in result.values())
         # Whatever becomes of the gate, its gradient does not contain it.
@@ -114,14 +112,13 @@ def scaled(problem, size, gate_dtype):
     return problem.with_tensors(top_k_weights=gates.to(gate_dtype))
 
 
-def test_small_gates_and_a_small_incoming_gradient_underflow_less_than_in_stock_code():
+def test_small_gates_and_a_small_incoming_gradient_underflow_no_more_than_in_stock_code():
     problems = [
         replace(scaled(problem, 1e-6, torch.float16), grad_output=problem.grad_output / 16)
         for problem in low_precision_problems(dtype=torch.float16)
     ]
-    results, stock = [*map(run, problems)], [*map(run_stock, problems)]
-    truths = [*map(run_loop, problems)]
-    assert pooled_error(results, truths, "down_proj") < 0.5 * pooled_error(stock, truths, "down_proj")
+    results, truths = [*map(run, problems)], [*map(run_loop, problems)]
+    assert_no_worse(results, [*map(run_stock, problems)], truths)
     assert pooled_error(results, truths, "top_k_weights") <= 4 * torch.finfo(torch.float16).eps
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_moe.arguments import ChunkTokens
 from lightning_moe.discovery import DownBias
-from lightning_moe.experts import ChunkTokens
 from lightning_moe.health import HealthCounts
 from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth

@@ -17,7 +17,7 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lightning_moe.experts import unsupported
+from lightning_moe.arguments import unsupported
 from lightning_moe.kernels import Activation, gelu_gated, gelu_tanh_gated, silu_gated
 
 DownBias = Literal["exact", "fallback"]

@@ -11,17 +11,25 @@ backward computes anyway. With G = dOut gathered to the rows, not multiplied by 
     da' = G W2            dg = <a, da'> + <b2, G>            da = g · da'            dh = act'(h) · da
     dx = Σ_k dh W1        dW1 = dhᵀ x        db1 = Σ dh       dW2 = (g·a)ᵀ G          db2 = Σ g·G
 
-Exact for any gate: nothing is divided by it. Kept for backward: h, the routing, the gates, and x at token level where
-W1 wants a gradient. Not kept: gathered x, a, y, g·y. The down bias is linear at token level too, as the dense (T, E)
-gates times b2, so it never touches a row.
+Low-rank updates of the weights stay apart: with x A1ᵀ, a A2ᵀ and G B2, all (S, r), and the scalings in B1 and B2,
+
+    h += (x A1ᵀ) B1ᵀ      y += (a A2ᵀ) B2ᵀ      da' += (G B2) A2      dx += Σ_k (dh B1) A1
+    dB2 = Gᵀ (g · a A2ᵀ)      dA2 = (G B2)ᵀ (g·a)      dB1 = dhᵀ (x A1ᵀ)      dA1 = (dh B1)ᵀ x
+
+Exact for any gate: nothing is divided by it. Kept for backward: h (or x, to make h again), the routing, the gates, the
+(S, r) products, and x at token level where W1 or A1 wants a gradient. Not kept: gathered x, a, y, g·y. The down bias
+is linear at token level too, as the dense (T, E) gates times b2, so it never touches a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, shape_problem, unsupported
 from lightning_moe.kernels import (
     Activation,
     activate,
@@ -33,9 +41,8 @@ from lightning_moe.kernels import (
     product_tiles,
     silu_gated,
 )
+from lightning_moe.lora import LowRank, join, split_gradients
 from lightning_moe.routing import Routing, sort_by_expert
-
-ChunkTokens = int | Literal["auto"]
 
 # The buffer of projected rows at "auto", bytes, and the fewest hidden features that it takes at a time.
 AUTO_CHUNK_BYTES = 512 * 2**20
@@ -51,14 +58,26 @@ class _Plan:
         in_first: weights are (E, in, out) rather than (E, out, in).
         intermediate: I, what the down projection takes.
         chunk_columns: hidden features of the projected rows in flight at once.
+        recomputes_h: whether backward projects x again instead of keeping h.
         records: whether autograd will want a backward.
+        up_scalings: of the updates of W1; their factors come as a, b, a, b, ... after the other tensors,
+        down_scalings: and those of W2's after them.
     """
 
     activation: Activation
     in_first: bool
     intermediate: int
     chunk_columns: int
+    recomputes_h: bool
     records: bool
+    up_scalings: tuple[float, ...]
+    down_scalings: tuple[float, ...]
+
+    def updates(self, factors: Sequence[Tensor]) -> tuple[list[LowRank], list[LowRank]]:
+        """The updates of W1 and of W2."""
+        scalings = (*self.up_scalings, *self.down_scalings)
+        found = [LowRank(a, b, s) for a, b, s in zip(factors[::2], factors[1::2], scalings, strict=True)]
+        return found[: len(self.up_scalings)], found[len(self.up_scalings) :]
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -79,9 +98,9 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def _anchor(inputs: tuple[Tensor | None, ...]) -> Tensor:
-    """An empty tensor that depends on every input that wants a gradient, without holding on to any of them."""
-    return torch.cat([tensor[:0].reshape(-1) for tensor in inputs if tensor is not None and tensor.requires_grad])
+def _anchor(inputs: Sequence[Tensor]) -> Tensor:
+    """An empty tensor that depends on every one of the inputs, without holding on to any of them."""
+    return torch.cat([tensor[:0].reshape(-1) for tensor in inputs])
 
 
 class _Experts(torch.autograd.Function):
@@ -97,43 +116,44 @@ class _Experts(torch.autograd.Function):
         top_k_index: Tensor,
         anchor: Tensor | None,
         plan: _Plan,
+        *factors: Tensor,
     ) -> Tensor:
         dtype, routing = down_weight.dtype, sort_by_expert(top_k_index, down_weight.shape[0])
         x = hidden_states.to(dtype).contiguous()
         tiles = product_tiles(x, routing.offsets, routing.num_rows)
+        up_updates, down_updates = plan.updates(factors)
         with torch.autocast(x.device.type, enabled=False):
-            h = grouped_linear(
-                x, up_weight, routing.offsets, in_first=plan.in_first, tokens=routing.tokens, tiles=tiles
-            )
-            del x
-            if up_bias is not None:
-                h += up_bias[routing.expert_of_row()]
+            up = _Projection.of(up_weight, up_updates, plan)
+            h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
+            del x, up
             a = activate(plan.activation, h).to(dtype)
             if a.shape != (h.shape[0], plan.intermediate):
                 raise ValueError(
                     f"moe_experts: the activation makes {tuple(a.shape)} of {tuple(h.shape)}, but down_proj takes "
                     f"{plan.intermediate} features"
                 )
-            if not plan.records:
-                del h
+            saved_h, saved_up_small = (h, up_small) if plan.records and not plan.recomputes_h else (None, None)
+            del h, up_small
+            down = _Projection.of(down_weight, down_updates, plan)
+            down_small = down.reduce(a, routing, tiles)
             out_dtype = hidden_states.dtype if down_bias is None else torch.float32  # rounded once, the bias added
-            output = _project_and_combine(
-                a, down_weight, routing, tiles, gates, plan, in_first=plan.in_first, out_dtype=out_dtype
-            )
-            del a
+            output = _project_and_combine(a, down, down_small, routing, tiles, gates, plan.chunk_columns, out_dtype)
+            del a, down
             if down_bias is not None:
                 dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
                 output = output.addmm_(dense_gates, down_bias.to(torch.float32)).to(hidden_states.dtype)
 
-        needs_x, _, needs_up, needs_up_bias, needs_down, _ = ctx.needs_input_grad[:6]
+        needs_x, _, needs_up, needs_up_bias, _, _ = ctx.needs_input_grad[:6]
+        needs_factors = ctx.needs_input_grad[9:]
+        num_up = 2 * len(up_updates)
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
-        uses_up = needs_x or needs_up
+        uses_x = needs_up or plan.recomputes_h or any(needs_factors[:num_up:2])
         ctx.save_for_backward(
             anchor,
-            hidden_states if needs_up else None,
+            hidden_states if uses_x else None,
             gates,
-            up_weight if uses_up else None,
-            up_bias if needs_up_bias else None,
+            up_weight if needs_x or needs_up or plan.recomputes_h or any(needs_factors[:num_up:2]) else None,
+            up_bias if needs_up_bias or plan.recomputes_h else None,
             down_weight,
             down_bias,
             top_k_index if down_bias is not None else None,
@@ -141,7 +161,10 @@ class _Experts(torch.autograd.Function):
             routing.inverse,
             routing.offsets,
             tiles,
-            h if plan.records else None,
+            saved_h,
+            saved_up_small if any(needs_factors[1:num_up:2]) else None,
+            down_small if any(needs_factors[num_up + 1 :: 2]) else None,
+            *factors,
         )
         return output
 
@@ -151,55 +174,144 @@ class _Experts(torch.autograd.Function):
         with torch.no_grad():
             gradients = _gradients(ctx, grad_output, saved)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = tuple(g if g is None else _FirstOrderOnly.apply(anchor, g) for g in gradients)
-        return *gradients, None, None, None
+            gradients = [g if g is None else _FirstOrderOnly.apply(anchor, g) for g in gradients]
+        return *gradients[:6], None, None, None, *gradients[6:]
 
 
-def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor | None, ...]:
-    """The gradients of the six floating-point arguments, None for one that wants none."""
-    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *routed, tiles, h = saved
-    permutation, inverse, offsets = routed
+@dataclass(frozen=True)
+class _Projection:
+    """Rows times their expert's W + BA, the sum never formed; `mT` is the way back.
+
+    Attributes:
+        weight: (E, in, out), a view of W.
+        a: (E, in, R), the low-rank updates' way down to the rank; None where there are none.
+        b: (E, R, out), and their way up.
+    """
+
+    weight: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, updates: list[LowRank], plan: _Plan) -> "_Projection":
+        """The projection in the layout that the products take."""
+        a, b = join(updates, weight.dtype) if updates else (None, None)
+        view = weight if plan.in_first else weight.mT
+        return cls(view, None if a is None else a.mT, None if b is None else b.mT)
+
+    @property
+    def mT(self) -> "_Projection":  # noqa: N802
+        """What takes a gradient back through the projection."""
+        return _Projection(self.weight.mT, None if self.b is None else self.b.mT, None if self.a is None else self.a.mT)
+
+    def reduce(self, rows: Tensor, routing: Routing, tiles: Tensor | None, *, gather: bool = False) -> Tensor | None:
+        """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
+        if self.a is None:
+            return None
+        return grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
+
+    def project(
+        self,
+        rows: Tensor,
+        small: Tensor | None,
+        routing: Routing,
+        tiles: Tensor | None,
+        *,
+        gather: bool = False,
+        columns: slice = slice(None),
+    ) -> Tensor:
+        """(S, out), or some columns of it; `small` is what `reduce` made of the rows."""
+        low_rank = None if self.b is None or small is None else (small, self.b[..., columns])
+        tokens = routing.tokens if gather else None
+        return grouped_linear(
+            rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank
+        )
+
+
+def _pre_activation(
+    x: Tensor, up: _Projection, bias: Tensor | None, routing: Routing, tiles: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """H (S, N), and x A1ᵀ (S, R) where W1 has updates."""
+    small = up.reduce(x, routing, tiles, gather=True)
+    h = up.project(x, small, routing, tiles, gather=True)
+    if bias is not None:
+        h += bias[routing.expert_of_row()]
+    return h, small
+
+
+def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor | None]:
+    """The gradients of the six floating-point arguments and of the factors, None for one that wants none."""
+    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *saved = saved
+    permutation, inverse, offsets, tiles, h, up_small, down_small, *factors = saved
     tokens = permutation // ctx.top_k
     routing = Routing(permutation, inverse, tokens, offsets, ctx.top_k)
     needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
-    plan, dtype = ctx.plan, down_weight.dtype
-    in_first, out_first = plan.in_first, not plan.in_first
+    plan, dtype, in_first = ctx.plan, down_weight.dtype, ctx.plan.in_first
+    up_updates, down_updates = plan.updates(factors)
+    needs_factors, num_up = ctx.needs_input_grad[9:], 2 * len(up_updates)
+    needs_up_a, needs_up_b = any(needs_factors[:num_up:2]), any(needs_factors[1:num_up:2])
+    needs_down_a, needs_down_b = any(needs_factors[num_up::2]), any(needs_factors[num_up + 1 :: 2])
+    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
+    gates_the_gradient = dtype == torch.float16
 
+    x: Any
+    up: Any
+    a: Any
+    grad_small: Any
     grad_x = grad_gates = grad_up = grad_up_bias = grad_down = grad_down_bias = None
+    grad_up_a = grad_up_b = grad_down_a = grad_down_b = None
     with torch.autocast(grad_output.device.type, enabled=False):
+        up = _Projection.of(up_weight, up_updates, plan) if up_weight is not None else None
+        x = None if hidden_states is None else hidden_states.to(dtype).contiguous()
+        if plan.recomputes_h:
+            h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
+
         grad = grad_output.to(dtype).contiguous()
-        grad_a = grouped_linear(grad, down_weight, offsets, in_first=out_first, tokens=tokens, tiles=tiles)  # da'
+        back = _Projection.of(down_weight, down_updates, plan).mT
+        grad_small = back.reduce(grad, routing, tiles, gather=True)
+        grad_a = back.project(grad, grad_small, routing, tiles, gather=True)
         row_gates = gates.flatten().index_select(0, permutation)
-        # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
-        gates_the_gradient = needs_down and dtype == torch.float16
-        bare_a = activate(plan.activation, h).to(dtype) if gates_the_gradient else None
-        grad_h, inner, scaled_a = activation_backward(
+        grad_h, inner, a = activation_backward(
             plan.activation,
             h,
             grad_a,
             row_gates,
-            needs_scaled=needs_down and not gates_the_gradient,
-            overwrite=not _graph_is_kept(),
+            needs=("a" if gates_the_gradient else "gated a") if needs_down or needs_down_a else None,
+            overwrite=plan.recomputes_h or not _graph_is_kept(),
         )
-        del grad_a, h, saved
+        del grad_a, h, saved, back
         if needs_gates:
             grad_gates = inner.index_select(0, inverse).view_as(gates)
-        if scaled_a is not None:
-            grad_down = _grad_weight(scaled_a, grad[tokens], offsets, in_first=in_first)
-            del scaled_a
-        if bare_a is not None:
-            gated = (grad[tokens] * row_gates.unsqueeze(-1)).to(dtype)
-            grad_down = _grad_weight(bare_a, gated, offsets, in_first=in_first)
-            del bare_a, gated
+
+        gate_column = row_gates.unsqueeze(-1)
+        rows_grad, rows_tokens = grad, tokens
+        if gates_the_gradient and (needs_down or needs_down_b):
+            rows_grad, rows_tokens = (grad[tokens] * gate_column).to(dtype), None
+        if needs_down:
+            rows = rows_grad if rows_tokens is None else rows_grad[tokens]
+            grad_down = _grad_weight(a, rows, offsets, in_first=in_first)
+            del rows
+        if needs_down_a:
+            small = (grad_small * gate_column).to(dtype) if gates_the_gradient else grad_small
+            grad_down_a = grouped_outer(small, a, offsets, out_dtype=torch.float32)
+        if needs_down_b:
+            small = down_small if gates_the_gradient else (down_small * gate_column).to(dtype)
+            grad_down_b = grouped_outer(rows_grad, small, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
+        del a, rows_grad
+
         if needs_up_bias:
-            grad_up_bias = grouped_sum(grad_h, routing.offsets).to(up_bias.dtype)
+            grad_up_bias = grouped_sum(grad_h, offsets).to(up_bias.dtype)
         if needs_up:
-            x = hidden_states[tokens].to(dtype)
-            grad_up = _grad_weight(x, grad_h, offsets, in_first=in_first)
-            del x
+            grad_up = _grad_weight(x[tokens], grad_h, offsets, in_first=in_first)
+        if needs_up_b:
+            grad_up_b = grouped_outer(grad_h, up_small, offsets, out_dtype=torch.float32)
+        if needs_x or needs_up_a:
+            grad_small = up.mT.reduce(grad_h, routing, tiles)
+        if needs_up_a:
+            grad_up_a = grouped_outer(grad_small, x, offsets, right_tokens=tokens, out_dtype=torch.float32)
         if needs_x:
             grad_x = _project_and_combine(
-                grad_h, up_weight, routing, tiles, None, plan, in_first=out_first, out_dtype=ctx.hidden_dtype
+                grad_h, up.mT, grad_small, routing, tiles, None, plan.chunk_columns, ctx.hidden_dtype
             )
         if down_bias is not None:
             grad = grad_output.to(torch.float32)
@@ -210,32 +322,34 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> tuple[Tensor 
                 grad_down_bias = (dense_gates.t() @ grad).to(down_bias.dtype)
 
     grad_gates = grad_gates.to(gates.dtype) if grad_gates is not None else None
-    return grad_x, grad_gates, grad_up, grad_up_bias, grad_down, grad_down_bias
+    grad_factors = chain(
+        *split_gradients(grad_up_a, grad_up_b, up_updates), *split_gradients(grad_down_a, grad_down_b, down_updates)
+    )
+    return [grad_x, grad_gates, grad_up, grad_up_bias, grad_down, grad_down_bias, *grad_factors]
 
 
 def _project_and_combine(
     rows: Tensor,
-    weight: Tensor,
+    projection: _Projection,
+    small: Tensor | None,
     routing: Routing,
     tiles: Tensor | None,
     gates: Tensor | None,
-    plan: _Plan,
-    *,
-    in_first: bool,
+    chunk_columns: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Each row times its expert's weight, summed over the slots: (S, in) to (T, H).
+    """Each row projected, summed over the slots: (S, in) to (T, H).
 
     The hidden features are independent here, so a bounded buffer takes some of them at a time and all rows: the
     products stay as efficient as they were, and nothing needs to be accumulated.
     """
-    num_tokens, axis = routing.num_rows // routing.top_k, 2 if in_first else 1
+    num_tokens, hidden = routing.num_rows // routing.top_k, projection.weight.shape[2]
     inverse = routing.inverse.view(num_tokens, routing.top_k)
-    output = rows.new_empty(num_tokens, weight.shape[axis], dtype=out_dtype)
-    for start in range(0, output.shape[1], plan.chunk_columns):
-        size = min(plan.chunk_columns, output.shape[1] - start)
-        part = grouped_linear(rows, weight.narrow(axis, start, size), routing.offsets, in_first=in_first, tiles=tiles)
-        combine(part, inverse, gates, output.narrow(1, start, size))
+    output = rows.new_empty(num_tokens, hidden, dtype=out_dtype)
+    for start in range(0, hidden, chunk_columns):
+        columns = slice(start, min(start + chunk_columns, hidden))
+        part = projection.project(rows, small, routing, tiles, columns=columns)
+        combine(part, inverse, gates, output[:, columns])
         del part
     return output
 
@@ -268,7 +382,10 @@ def moe_experts(
     down_proj_bias: Tensor | None = None,
     activation: Activation = silu_gated,
     is_transposed: bool = False,
+    gate_up_updates: Sequence[LowRank] = (),
+    down_updates: Sequence[LowRank] = (),
     chunk_tokens: ChunkTokens = "auto",
+    recompute_up: bool = False,
 ) -> Tensor:
     """Applies each token's experts and sums their outputs, weighted by the gates.
 
@@ -286,10 +403,15 @@ def moe_experts(
         down_proj_bias: (E, H), any floating dtype. The gates' gradient stays exact with it.
         activation: (R, N) to (R, I), row by row, without parameters or randomness; it is called again in backward.
         is_transposed: the weights' layout.
+        gate_up_updates: low-rank updates of `gate_up_proj`, all applied; the sum W + BA is never formed.
+        down_updates: the same for `down_proj`.
         chunk_tokens: bounds the buffer of projected rows, (S, H) if nothing did, to the rows of about this many
             tokens; `"auto"` to 512 MiB. All rows then take a part of the hidden features at a time (at least 256 of
             them, the width of a product's tile), so that no expert is left with few rows; results do not depend on it
             beyond rounding.
+        recompute_up: keep `hidden_states` for backward and project them a second time there, rather than keep the
+            projection, (S, N). Results are the same bits. Not worth it under activation checkpointing, which projects
+            a second time anyway.
 
     Returns:
         (T, H), the dtype of `hidden_states`.
@@ -303,7 +425,7 @@ def moe_experts(
     check_chunk_tokens(chunk_tokens)
     if problem := shape_problem(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias,
-        is_transposed=is_transposed,
+        gate_up_updates, down_updates, is_transposed=is_transposed,
     ):  # fmt: skip
         raise ValueError(f"moe_experts: {problem}")
     if problem := unsupported(gate_up_proj, down_proj):
@@ -312,10 +434,21 @@ def moe_experts(
     top_k = top_k_index.shape[1]
 
     inputs = (hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias)
-    records = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    factors = [factor for update in (*gate_up_updates, *down_updates) for factor in (update.a, update.b)]
+    wanting = [tensor for tensor in (*inputs, *factors) if tensor is not None and tensor.requires_grad]
+    records = torch.is_grad_enabled() and bool(wanting)
     chunk_columns = _chunk_columns(chunk_tokens, num_tokens, top_k, hidden_size, down_proj.element_size())
-    plan = _Plan(activation, is_transposed, down_proj.shape[1 if is_transposed else 2], chunk_columns, records)
-    return _Experts.apply(*inputs, top_k_index.long(), _anchor(inputs) if records else None, plan)
+    plan = _Plan(
+        activation=activation,
+        in_first=is_transposed,
+        intermediate=down_proj.shape[1 if is_transposed else 2],
+        chunk_columns=chunk_columns,
+        recomputes_h=recompute_up,
+        records=records,
+        up_scalings=tuple(update.scaling for update in gate_up_updates),
+        down_scalings=tuple(update.scaling for update in down_updates),
+    )
+    return _Experts.apply(*inputs, top_k_index.long(), _anchor(wanting) if records else None, plan, *factors)
 
 
 def _chunk_columns(chunk_tokens: ChunkTokens, num_tokens: int, top_k: int, hidden_size: int, element_size: int) -> int:
@@ -326,78 +459,3 @@ def _chunk_columns(chunk_tokens: ChunkTokens, num_tokens: int, top_k: int, hidde
     else:
         columns = chunk_tokens * top_k * hidden_size // num_rows
     return min(max(columns // CHUNK_GRANULE * CHUNK_GRANULE, CHUNK_GRANULE), hidden_size)
-
-
-def check_chunk_tokens(chunk_tokens: ChunkTokens) -> None:
-    """Raises ValueError unless `chunk_tokens` is "auto" or a positive integer."""
-    if chunk_tokens != "auto" and not (type(chunk_tokens) is int and chunk_tokens >= 1):
-        raise ValueError(f"chunk_tokens must be 'auto' or an integer of at least 1, not {chunk_tokens!r}")
-
-
-def shape_problem(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_proj_bias: Tensor | None,
-    down_proj_bias: Tensor | None,
-    *,
-    is_transposed: bool,
-) -> str | None:
-    """Says in words which shapes do not fit each other, or None."""
-    if hidden_states.dim() != 2:
-        return f"hidden_states must be (tokens, hidden), got {tuple(hidden_states.shape)}; flatten the batch first"
-    if top_k_index.shape != top_k_weights.shape or top_k_index.dim() != 2:
-        return (
-            "top_k_index and top_k_weights must both be (tokens, top_k), got "
-            f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}"
-        )
-    if top_k_index.shape[0] != hidden_states.shape[0]:
-        return f"top_k_index has {top_k_index.shape[0]} tokens, hidden_states {hidden_states.shape[0]}"
-    if not (hidden_states.is_floating_point() and top_k_weights.is_floating_point()):
-        return f"hidden_states and top_k_weights must be floating, got {hidden_states.dtype}, {top_k_weights.dtype}"
-    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
-        return f"top_k_index must be integer, got {top_k_index.dtype}"
-    if gate_up_proj.dim() != 3 or down_proj.dim() != 3 or gate_up_proj.shape[0] != down_proj.shape[0]:
-        return (
-            "gate_up_proj and down_proj must be three-dimensional with the experts first, got "
-            f"{tuple(gate_up_proj.shape)} and {tuple(down_proj.shape)}"
-        )
-    num_experts, *up_shape = gate_up_proj.shape
-    down_shape = list(down_proj.shape[1:])
-    hidden_in, width = up_shape if is_transposed else reversed(up_shape)
-    hidden_out = down_shape[1] if is_transposed else down_shape[0]
-    hidden = hidden_states.shape[1]
-    if hidden_in != hidden or hidden_out != hidden:
-        return (
-            f"hidden_states have {hidden} features, gate_up_proj takes {hidden_in} and down_proj gives {hidden_out} "
-            f"(is_transposed={is_transposed})"
-        )
-    for name, bias, size in (
-        ("gate_up_proj_bias", gate_up_proj_bias, width),
-        ("down_proj_bias", down_proj_bias, hidden),
-    ):
-        if bias is not None and tuple(bias.shape) != (num_experts, size):
-            return f"{name} must be {(num_experts, size)}, got {tuple(bias.shape)}"
-    if top_k_index.device.type == "cpu" and top_k_index.numel():
-        low, high = top_k_index.aminmax()
-        if low < 0 or high >= num_experts:
-            return f"top_k_index names experts {int(low)} to {int(high)}, but there are {num_experts}"
-    return None
-
-
-def unsupported(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
-    """Says in words what about the weights the grouped products do not take, or None."""
-    dtype = down_proj.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:
-        return f"weights must both be float32, bfloat16 or float16, got {gate_up_proj.dtype} and {dtype}"
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        # The activations' rows are as long as the weights' sides; a stride of one is the contiguous side's.
-        steps = [*weight.shape[1:], *(stride for stride in weight.stride() if stride != 1)]
-        if any(step * weight.element_size() % 16 for step in steps):
-            return (
-                f"grouped_mm needs rows of whole multiples of 16 bytes; {name} is {tuple(weight.shape)} of {dtype} "
-                f"with strides {weight.stride()}"
-            )
-    return None

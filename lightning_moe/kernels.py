@@ -6,9 +6,10 @@ anything on the autograd tape.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ Activation = Callable[[Tensor], Tensor]
 
 # Rows that the plain paths gather, or recompute an activation for, at once.
 CHUNK_ROWS = 2**16
+# The narrower side up to which a sum of outer products is a kernel's work: a low rank's.
+NARROW = 256
 
 
 def silu_gated(gate_up: Tensor) -> Tensor:
@@ -54,38 +57,76 @@ def grouped_linear(
     weight: Tensor,
     offsets: Tensor,
     *,
-    in_first: bool,
     tokens: Tensor | None = None,
     tiles: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Each row times its expert's weight: (R, out).
 
     Args:
         rows: (R, in), sorted by expert; or (T, in) where `tokens` says which of them each row is.
-        weight: (E, in, out) if `in_first`, else (E, out, in); a slice of either will do.
+        weight: (E, in, out), contiguous along one of the two sides; a transposed view or a slice will do.
         offsets: (E,) int32, the end of each expert's rows.
-        in_first: which of the weight's two layouts this is.
         tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
         tiles: what `product_tiles` gave.
+        low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
     """
     if tiles is not None and (kernels := _kernels(rows)):
-        return kernels.grouped_linear(rows, weight, offsets, tiles, in_first=in_first, tokens=tokens)
-    weight = weight if in_first else weight.transpose(-2, -1)
+        return kernels.grouped_linear(rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
     if tokens is None:
-        return F.grouped_mm(rows, weight, offs=offsets)
-    if tokens.shape[0] <= CHUNK_ROWS:
-        return F.grouped_mm(rows[tokens], weight, offs=offsets)
-    out = rows.new_empty(tokens.shape[0], weight.shape[-1])
-    for start in range(0, tokens.shape[0], CHUNK_ROWS):
-        part = tokens[start : start + CHUNK_ROWS]
-        ends = (offsets - start).clamp(0, part.shape[0]).to(torch.int32)
-        out[start : start + CHUNK_ROWS] = F.grouped_mm(rows[part], weight, offs=ends)
+        out = F.grouped_mm(rows, weight, offs=offsets)
+    else:
+        out = rows.new_empty(tokens.shape[0], weight.shape[-1])
+        for part, ends in _row_chunks(tokens.shape[0], offsets):
+            out[part] = F.grouped_mm(rows[tokens[part]], weight, offs=ends)
+    if low_rank is not None:
+        small, factor = low_rank
+        for part, ends in _row_chunks(out.shape[0], offsets):
+            out[part] += F.grouped_mm(small[part], factor, offs=ends)
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Sum over each expert's rows of `left ⊗ right`: (R, P), (R, Q) to (E, P, Q); zeros for an expert with no row."""
-    return F.grouped_mm(left.t(), right, offs=offsets)
+def grouped_outer(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    *,
+    left_tokens: Tensor | None = None,
+    right_tokens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum over each expert's rows of `left ⊗ right`: (E, P, Q); zeros for an expert with no row.
+
+    Args:
+        left: (R, P), sorted by expert; or (T, P) where `left_tokens` says which of them each row is.
+        right: (R, Q), or (T, Q) with `right_tokens`.
+        offsets: (E,) int32, the end of each expert's rows.
+        left_tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
+        right_tokens: the same for `right`.
+        out_dtype: of the result; that of the rows where it is None.
+    """
+    out_dtype = out_dtype or left.dtype
+    if min(left.shape[1], right.shape[1]) <= NARROW and (kernels := _kernels(left)):
+        return kernels.grouped_outer(
+            left, right, offsets, left_tokens=left_tokens, right_tokens=right_tokens, out_dtype=out_dtype
+        )
+    if left_tokens is None and right_tokens is None:
+        return F.grouped_mm(left.t(), right, offs=offsets).to(out_dtype)
+    total: Tensor | None = None
+    for part, ends in _row_chunks((left if left_tokens is None else left_tokens).shape[0], offsets):
+        lefts = left[part] if left_tokens is None else left[left_tokens[part]]
+        rights = right[part] if right_tokens is None else right[right_tokens[part]]
+        product = F.grouped_mm(lefts.t(), rights, offs=ends).to(out_dtype)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _row_chunks(num_rows: int, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of at most CHUNK_ROWS rows, at least one, with the ends of the experts' rows inside each."""
+    for start in range(0, max(num_rows, 1), CHUNK_ROWS):
+        size = min(CHUNK_ROWS, num_rows - start)
+        yield slice(start, start + size), (offsets - start).clamp(0, size).to(torch.int32)
 
 
 def grouped_sum(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -108,30 +149,27 @@ def activation_backward(
     grad_unscaled: Tensor,
     gates: Tensor,
     *,
-    needs_scaled: bool,
+    needs: Literal["a", "gated a"] | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Recomputes the activation a = act(h) and returns dh, the gates' inner product and, on request, g·a.
+    """Recomputes the activation a = act(h) and returns dh, the gates' inner product and, on request, a or g·a.
 
     Args:
         activation: (R, N) to (R, I), row by row.
         pre_activation: h, (R, N).
-        grad_unscaled: da' = G W2, (R, I): the gradient of a without the gate.
+        grad_unscaled: da' = G W2, (R, I): the gradient of a without the gate. What `needs` asks for takes its memory.
         gates: g, (R,).
-        needs_scaled: whether the gradient of the down projection needs g·a.
+        needs: what the gradients of the down projection's weights take.
         overwrite: whether dh may take h's memory.
 
     Returns:
-        dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; g·a (R, I) or None.
+        dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; what `needs` asks for (R, I), or None.
     """
     kind = FUSED_ACTIVATIONS.get(activation)
     if kind and (kernels := _kernels(pre_activation)):
-        return kernels.gated_backward(
-            pre_activation, grad_unscaled, gates, kind, needs_scaled=needs_scaled, overwrite=overwrite
-        )
+        return kernels.gated_backward(pre_activation, grad_unscaled, gates, kind, needs=needs, overwrite=overwrite)
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = gates.new_empty(gates.shape[0], dtype=torch.float32)
-    scaled = torch.empty_like(grad_unscaled) if needs_scaled else None
     for start in range(0, gates.shape[0], CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
         with torch.enable_grad():
@@ -142,10 +180,10 @@ def activation_backward(
         (grad_h,) = torch.autograd.grad(activated, h, grad_activated)
         activated = activated.detach()
         inner[part] = (activated.to(torch.float32) * grad_unscaled[part]).sum(-1)
-        if scaled is not None:
-            scaled[part] = scale * activated
+        if needs is not None:
+            grad_unscaled[part] = activated if needs == "a" else scale * activated
         grad[part] = grad_h
-    return grad, inner, scaled
+    return grad, inner, grad_unscaled if needs is not None else None
 
 
 def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor) -> None:

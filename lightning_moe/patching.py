@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
@@ -32,7 +33,7 @@ from lightning_moe.discovery import (
     refusal,
     stock_forward,
 )
-from lightning_moe.experts import ChunkTokens, check_chunk_tokens, moe_experts, unsupported
+from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
 
 IMPLEMENTATION = "gategrad"

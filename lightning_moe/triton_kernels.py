@@ -34,9 +34,10 @@ def _tiles_kernel(offsets, tiles_out, num_experts, num_tiles, E2: tl.constexpr, 
 
 @triton.jit
 def _grouped_linear_kernel(
-    rows, rows_desc, tokens, weight_desc, out, tiles, num_tiles, offsets, row_stride, out_stride,
-    INNER: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, IN_FIRST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles, num_tiles, offsets, row_stride,
+    out_stride, INNER: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr,
+    IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
     tile = tl.program_id(0) // COLUMN_TILES
@@ -66,6 +67,13 @@ def _grouped_linear_kernel(
         else:
             right = weight_desc.load([expert, column, k]).reshape(BN, BK).T
         total = tl.dot(left, right, total)
+    for k in range(0, RANK, BR):
+        left = small_desc.load([first_row, k])
+        if FACTOR_IN_FIRST:
+            right = factor_desc.load([expert, k, column]).reshape(BR, BN)
+        else:
+            right = factor_desc.load([expert, column, k]).reshape(BN, BR).T
+        total = tl.dot(left, right, total)
     columns = column + tl.arange(0, BN)
     target = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])
@@ -82,22 +90,101 @@ def tiles(offsets: Tensor, num_rows: int) -> Tensor:
     return out
 
 
+def _block(width: int, most: int) -> int:
+    """A tile's width for that many columns: a power of two that tl.dot takes."""
+    return min(max(triton.next_power_of_2(width), 16), most)
+
+
+def _weight_descriptor(weight: Tensor, inner: int, columns: int) -> tuple[TensorDescriptor, bool]:
+    """Of an (E, in, out) view, in blocks of that many of either side; and whether `out` is the contiguous one."""
+    in_first = weight.stride(2) == 1
+    block = [1, inner, columns]
+    if not in_first:
+        weight, block = weight.mT, [1, columns, inner]
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block), in_first
+
+
 def grouped_linear(
-    rows: Tensor, weight: Tensor, offsets: Tensor, tiles: Tensor, *, in_first: bool, tokens: Tensor | None = None
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
-    inner, columns, num_tiles = rows.shape[1], weight.shape[2 if in_first else 1], tiles.shape[1]
+    (_, inner, columns), num_tiles = weight.shape, tiles.shape[1]
     out = rows.new_empty(num_rows, columns)
     if num_rows == 0:
         return out
-    block = [1, BLOCK_INNER, BLOCK_COLUMNS] if in_first else [1, BLOCK_COLUMNS, BLOCK_INNER]
-    weight_desc = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block)
+    block_columns = _block(columns, BLOCK_COLUMNS)
+    weight_desc, in_first = _weight_descriptor(weight, BLOCK_INNER, block_columns)
     rows_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [BLOCK_ROWS, BLOCK_INNER])
-    grid = (num_tiles * triton.cdiv(columns, BLOCK_COLUMNS),)
+    small_desc, factor_desc, factor_in_first, rank, block_rank = rows_desc, weight_desc, in_first, 0, 16
+    if low_rank is not None:
+        small, factor = low_rank
+        rank, block_rank = small.shape[1], _block(small.shape[1], BLOCK_INNER)
+        small_desc = TensorDescriptor(small, list(small.shape), list(small.stride()), [BLOCK_ROWS, block_rank])
+        factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
+    grid = (num_tiles * triton.cdiv(columns, block_columns),)
     _grouped_linear_kernel[grid](
-        rows, rows_desc, tiles if tokens is None else tokens, weight_desc, out, tiles, num_tiles, offsets,
-        rows.stride(0), out.stride(0), inner, columns, tokens is not None, in_first,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        rows, rows_desc, tiles if tokens is None else tokens, weight_desc, small_desc, factor_desc, out, tiles,
+        num_tiles, offsets, rows.stride(0), out.stride(0), inner, columns, rank, tokens is not None, in_first,
+        factor_in_first, BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank,
+        num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2, num_stages=NUM_STAGES,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _grouped_outer_kernel(
+    wide, tokens, narrow, out, offsets, wide_stride, narrow_stride, out_expert, out_wide, out_narrow, WIDE, NARROW,
+    GATHER: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    column = tl.program_id(0) * BW + tl.arange(0, BW)
+    small = tl.program_id(2) * BN + tl.arange(0, BN)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((BW, BN), tl.float32)
+    for first in range(start, end, BR):
+        row = first + tl.arange(0, BR)
+        valid = row < end
+        source = tl.load(tokens + row, mask=valid, other=0).to(tl.int64) if GATHER else row.to(tl.int64)
+        left = tl.load(
+            wide + source[:, None] * wide_stride + column[None, :],
+            mask=valid[:, None] & (column < WIDE)[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            narrow + row.to(tl.int64)[:, None] * narrow_stride + small[None, :],
+            mask=valid[:, None] & (small < NARROW)[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(left.T, right, total)
+    target = out + expert.to(tl.int64) * out_expert + column[:, None] * out_wide + small[None, :] * out_narrow
+    tl.store(target, total.to(out.dtype.element_ty), mask=(column < WIDE)[:, None] & (small < NARROW)[None, :])
+
+
+def grouped_outer(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    *,
+    left_tokens: Tensor | None,
+    right_tokens: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = left.new_empty(offsets.shape[0], left.shape[1], right.shape[1], dtype=out_dtype)
+    wide, narrow, tokens, view = left, right, left_tokens, out
+    if right_tokens is not None or (left_tokens is None and left.shape[1] < right.shape[1]):
+        assert left_tokens is None, "the kernel gathers one side's rows"
+        wide, narrow, tokens, view = right, left, right_tokens, out.mT
+    num_experts, width, rank = view.shape
+    block = _block(rank, 64)
+    grid = (triton.cdiv(width, 128), num_experts, triton.cdiv(rank, block))
+    _grouped_outer_kernel[grid](
+        wide, offsets if tokens is None else tokens, narrow, view, offsets, wide.stride(0), narrow.stride(0),
+        *view.stride(), width, rank, tokens is not None, 128, block, 64, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -146,7 +233,7 @@ def gated(pre_activation: Tensor, kind: str) -> Tensor:
 
 @triton.jit
 def _gated_backward_kernel(
-    grad, pre, grad_pre, gates, inner, scaled, num_rows, I: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
+    grad, pre, grad_pre, gates, inner, num_rows, I: tl.constexpr, KIND: tl.constexpr, NEEDS: tl.constexpr,
     BR: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -168,25 +255,25 @@ def _gated_backward_kernel(
         target = grad_pre + wide * (2 * I) + column
         tl.store(target, (through * up * slope).to(grad_pre.dtype.element_ty), mask=mask)
         tl.store(target + I, (through * value).to(grad_pre.dtype.element_ty), mask=mask)
-        if SCALED:
-            tl.store(scaled + wide * I + column, (activated * scale).to(scaled.dtype.element_ty), mask=mask)
+        if NEEDS is not None:
+            kept = activated if NEEDS == "a" else activated * scale
+            tl.store(grad + wide * I + column, kept.to(grad.dtype.element_ty), mask=mask)
     tl.store(inner + row, dot, mask=valid)
 
 
 def gated_backward(
-    pre_activation: Tensor, grad_unscaled: Tensor, gates: Tensor, kind: str, *, needs_scaled: bool, overwrite: bool
+    pre_activation: Tensor, grad_unscaled: Tensor, gates: Tensor, kind: str, *, needs: str | None, overwrite: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     num_rows, intermediate = grad_unscaled.shape
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = grad.new_empty(num_rows, dtype=torch.float32)
-    scaled = torch.empty_like(grad_unscaled) if needs_scaled else None
     if num_rows:
         block = min(1024, triton.next_power_of_2(intermediate))
         _gated_backward_kernel[(triton.cdiv(num_rows, 2),)](
-            grad_unscaled, pre_activation, grad, gates, inner, grad if scaled is None else scaled, num_rows,
-            intermediate, kind, needs_scaled, 2, block, num_warps=8,
+            grad_unscaled, pre_activation, grad, gates, inner, num_rows, intermediate, kind, needs, 2, block,
+            num_warps=8,
         )  # fmt: skip
-    return grad, inner, scaled
+    return grad, inner, grad_unscaled if needs else None
 
 
 @triton.jit

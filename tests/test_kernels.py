@@ -49,7 +49,7 @@ def test_silu_gated_takes_the_gate_from_the_first_half():
 def test_grouped_linear_multiplies_each_row_by_its_experts_weight(in_first, dtype):
     rows, weight = normal(10, 16, dtype=dtype), normal(5, 16, 24, seed=1, dtype=dtype)
     expected = torch.cat([rows[group].double() @ weight[e].double() for e, group in enumerate(groups())])
-    result = grouped_linear(rows, weight if in_first else weight.mT.contiguous(), offsets(), in_first=in_first)
+    result = grouped_linear(rows, weight if in_first else weight.mT.contiguous().mT, offsets())
     assert result.dtype == dtype
     assert relative_error(result, expected) <= tolerance(dtype)
 
@@ -72,35 +72,38 @@ def test_grouped_sum_sums_each_experts_rows(dtype):
 
 def test_grouped_products_take_no_rows():
     none, empty = torch.empty(0, 16), torch.zeros(5, dtype=torch.int32)
-    assert grouped_linear(none, normal(5, 16, 24), empty, in_first=True).shape == (0, 24)
+    assert grouped_linear(none, normal(5, 16, 24), empty).shape == (0, 24)
     assert torch.equal(grouped_outer(none, torch.empty(0, 24), empty), torch.zeros(5, 16, 24))
     assert torch.equal(grouped_sum(none, empty), torch.zeros(5, 16))
 
 
-@pytest.mark.parametrize("needs_scaled", [True, False])
+@pytest.mark.parametrize("needs", [None, "a", "gated a"])
 @pytest.mark.parametrize("activation", [silu_gated, gpt_oss_interleaved, relu_squared])
-def test_activation_backward_is_autograd_of_the_gated_activation(activation, needs_scaled):
+def test_activation_backward_is_autograd_of_the_gated_activation(activation, needs):
     h, gates = normal(6, 16), torch.tensor([1.5, -0.5, 0.0, 1e-40, -3.0, 0.7])
     exact_h, exact_gates = h.double().requires_grad_(), gates.double().requires_grad_()
     scaled_truth = exact_gates[:, None] * activation(exact_h)
     grad = normal(*scaled_truth.shape, seed=1)
     scaled_truth.backward(grad.double())
 
-    grad_h, inner, scaled = activation_backward(activation, h, grad, gates, needs_scaled=needs_scaled)
+    grad_h, inner, activated = activation_backward(activation, h, grad, gates, needs=needs)
     assert relative_error(grad_h, exact_h.grad) <= FLOAT32_TOLERANCE
     assert relative_error(inner, exact_gates.grad) <= FLOAT32_TOLERANCE
     assert inner[2] != 0  # a gate of zero has a gradient
-    if needs_scaled:
-        assert relative_error(scaled, scaled_truth) <= FLOAT32_TOLERANCE
+    if needs is None:
+        assert activated is None
     else:
-        assert scaled is None
+        expected = scaled_truth if needs == "gated a" else activation(exact_h)
+        assert relative_error(activated, expected) <= FLOAT32_TOLERANCE
+        assert activated.data_ptr() == grad.data_ptr()
 
 
 def test_activation_backward_sums_the_inner_product_in_float32():
     h, grad = normal(6, 4096, dtype=torch.bfloat16), normal(6, 2048, seed=1, dtype=torch.bfloat16)
-    grad_h, inner, scaled = activation_backward(silu_gated, h, grad, torch.ones(6), needs_scaled=True)
     activated = silu_gated(h)  # the inner product is of what the forward computed, rounding included
-    assert relative_error(inner, (activated.double() * grad.double()).sum(-1)) <= 1e-5
+    expected = (activated.double() * grad.double()).sum(-1)
+    grad_h, inner, scaled = activation_backward(silu_gated, h, grad, torch.ones(6), needs="gated a")
+    assert relative_error(inner, expected) <= 1e-5
     assert inner.dtype == torch.float32
     assert grad_h.dtype == scaled.dtype == torch.bfloat16
 
@@ -108,7 +111,7 @@ def test_activation_backward_sums_the_inner_product_in_float32():
 def test_activation_backward_leaves_nothing_on_the_tape():
     h = normal(6, 16).requires_grad_()
     with torch.no_grad():
-        results = activation_backward(silu_gated, h, normal(6, 8), torch.ones(6), needs_scaled=True)
+        results = activation_backward(silu_gated, h, normal(6, 8), torch.ones(6), needs="gated a")
     assert not any(result.requires_grad for result in results)
     assert h.grad is None
 
@@ -148,18 +151,46 @@ def test_combine_of_nothing():
 def test_grouped_linear_gathers_in_pieces(in_first, chunk_rows, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_ROWS", chunk_rows)
     source, tokens = normal(7, 16), torch.tensor([0, 3, 3, 6, 1, 2, 5, 4, 0, 6])
-    weight = normal(5, 16, 24, seed=1) if in_first else normal(5, 24, 16, seed=1)
-    result = grouped_linear(source, weight, offsets(), in_first=in_first, tokens=tokens)
-    expected = grouped_linear(source[tokens], weight, offsets(), in_first=in_first)
+    weight = normal(5, 16, 24, seed=1) if in_first else normal(5, 24, 16, seed=1).mT
+    result = grouped_linear(source, weight, offsets(), tokens=tokens)
+    expected = grouped_linear(source[tokens], weight, offsets())
     assert relative_error(result, expected) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+def test_a_low_rank_term_is_added(chunk_rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", chunk_rows)
+    rows, weight, small, factor = normal(10, 16), normal(5, 16, 24, seed=1), normal(10, 4, seed=2), normal(5, 4, 24)
+    expected = torch.cat([rows[g].double() @ weight[e].double() + small[g].double() @ factor[e].double()
+                          for e, g in enumerate(groups())])  # fmt: skip
+    result = grouped_linear(rows, weight, offsets(), low_rank=(small, factor.mT.contiguous().mT))
+    assert relative_error(result, expected) <= FLOAT32_TOLERANCE
+    assert relative_error(grouped_linear(rows, weight, offsets()), expected) > 0.1
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_grouped_outer_gathers_one_side(side, chunk_rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", chunk_rows)
+    tokens = torch.tensor([0, 3, 3, 6, 1, 2, 5, 4, 0, 6])
+    source, rows = normal(7, 16), normal(10, 24, seed=1)
+    if side == "left":
+        result = grouped_outer(source, rows, offsets(), left_tokens=tokens)
+        expected = grouped_outer(source[tokens], rows, offsets())
+    else:
+        result = grouped_outer(rows, source, offsets(), right_tokens=tokens)
+        expected = grouped_outer(rows, source[tokens], offsets())
+    assert relative_error(result, expected) <= FLOAT32_TOLERANCE
+    assert relative_error(grouped_outer(source[tokens.roll(1)], rows, offsets()), expected if side == "left" else
+                          expected.mT) > 0.1  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", [silu_gated, gpt_oss_interleaved])
 def test_activation_backward_in_pieces_and_over_its_input(activation, monkeypatch):
     h, grad, gates = normal(10, 16), normal(10, 8, seed=1), normal(10, seed=2)
-    whole = activation_backward(activation, h, grad, gates, needs_scaled=True)
+    whole = activation_backward(activation, h, grad.clone(), gates, needs="gated a")
     monkeypatch.setattr(kernels, "CHUNK_ROWS", 3)
-    pieces = activation_backward(activation, h, grad, gates, needs_scaled=True, overwrite=True)
+    pieces = activation_backward(activation, h, grad, gates, needs="gated a", overwrite=True)
     assert all(relative_error(piece, part) <= FLOAT32_TOLERANCE for piece, part in zip(pieces, whole, strict=True))
     assert pieces[0].data_ptr() == h.data_ptr() != whole[0].data_ptr()
 

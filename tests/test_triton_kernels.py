@@ -64,18 +64,68 @@ def test_grouped_linear(dtype, routing, in_first, inner, columns):
     offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
-    weight = weight if in_first else weight.mT.contiguous()
+    weight = weight if in_first else weight.mT.contiguous().mT
     tiles = triton_kernels.tiles(offsets, num_rows)
-    expected = plain("grouped_linear")(source[tokens], weight, offsets, in_first=in_first)
-    gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, in_first=in_first, tokens=tokens)
-    given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles, in_first=in_first)
-    part = weight.narrow(2 if in_first else 1, 8, 16)
-    narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles, in_first=in_first)
+    expected = plain("grouped_linear")(source[tokens], weight, offsets)
+    gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=tokens)
+    given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles)
+    part = weight[..., 8:24]
+    narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles)
     assert gathered.shape == expected.shape
     assert torch.equal(gathered, given)
     if num_rows:
         assert relative_error(gathered, expected) <= TOLERANCE[dtype]
         assert relative_error(narrow, expected[:, 8:24]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("rank", [8, 24, 72])
+@pytest.mark.parametrize("in_first", [True, False])
+def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
+    offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
+    rows, weight = normal(num_rows, 72, dtype=dtype), normal(6, 72, 264, dtype=dtype, seed=1)
+    small, factor = normal(num_rows, rank, dtype=dtype, seed=2), normal(6, rank, 264, dtype=dtype, seed=3)
+    factor = factor if in_first else factor.mT.contiguous().mT
+    tiles = triton_kernels.tiles(offsets, num_rows)
+    result = triton_kernels.grouped_linear(rows, weight, offsets, tiles, low_rank=(small, factor))
+    part = triton_kernels.grouped_linear(rows, weight[..., 128:], offsets, tiles, low_rank=(small, factor[..., 128:]))
+    reduced = triton_kernels.grouped_linear(small, factor[..., :16], offsets, tiles)
+    if num_rows:
+        expected = plain("grouped_linear")(rows, weight, offsets) + plain("grouped_linear")(small, factor, offsets)
+        assert relative_error(result, expected) <= 2 * TOLERANCE[dtype]
+        assert relative_error(part, expected[:, 128:]) <= 2 * TOLERANCE[dtype]
+        assert relative_error(plain("grouped_linear")(rows, weight, offsets), expected) > 0.1
+        assert relative_error(reduced, plain("grouped_linear")(small, factor[..., :16], offsets)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("width", "rank"), [(40, 8), (264, 72), (16, 64)])
+def test_grouped_outer(dtype, routing, width, rank):
+    offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
+    tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    source, small = normal(50, width, dtype=dtype), normal(num_rows, rank, dtype=dtype, seed=1)
+    rows = source[tokens]
+    options = {"left_tokens": None, "right_tokens": None, "out_dtype": torch.float32}
+    gathered = triton_kernels.grouped_outer(source, small, offsets, **options | {"left_tokens": tokens})
+    turned = triton_kernels.grouped_outer(small, source, offsets, **options | {"right_tokens": tokens})
+    given = triton_kernels.grouped_outer(rows, small, offsets, **options)
+    narrow = triton_kernels.grouped_outer(small, rows, offsets, **options | {"out_dtype": dtype})
+    expected = torch.stack([
+        rows[start:end].double().T @ small[start:end].double()
+        for start, end in zip([0, *ROUTINGS[routing]], ROUTINGS[routing], strict=False)
+    ])  # fmt: skip
+    for result in (gathered, turned.mT, given):
+        assert result.dtype == torch.float32
+        assert result.shape == expected.shape
+        if num_rows:
+            assert relative_error(result, expected) <= 1e-6
+    if num_rows:
+        assert relative_error(narrow.mT, expected) <= TOLERANCE[dtype]
+        assert relative_error(given.roll(1, 0), expected) > 0.1
+    else:
+        assert not gathered.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,9 +142,12 @@ def test_gated_and_its_backward(dtype, num_rows, intermediate, activation):
     (grad_h,) = torch.autograd.grad(activated, exact, scale * grad.double())
     expected = [activated, grad_h, (activated * grad.double()).sum(1), scale * activated]
     results = [triton_kernels.gated(h, kind)]
-    bare = triton_kernels.gated_backward(h, grad, gates, kind, needs_scaled=False, overwrite=False)
-    results += triton_kernels.gated_backward(h, grad, gates, kind, needs_scaled=True, overwrite=True)
+    bare = triton_kernels.gated_backward(h, grad, gates, kind, needs=None, overwrite=False)
+    ungated = triton_kernels.gated_backward(h, grad.clone(), gates, kind, needs="a", overwrite=False)
+    results += triton_kernels.gated_backward(h, grad, gates, kind, needs="gated a", overwrite=True)
     assert bare[2] is None
+    assert torch.equal(ungated[2], results[0])
+    assert results[3].data_ptr() == grad.data_ptr()
     assert torch.equal(bare[0], results[1])
     assert torch.equal(bare[1], results[2])
     assert results[1].data_ptr() == h.data_ptr()

@@ -1,0 +1,123 @@
+"""Low-rank updates of the experts' weights: what one is, and how PEFT's wrappers hold theirs.
+
+An update is W + scaling · B A per expert. The operation takes its two factors and never forms the product. PEFT
+(`target_parameters`) nests a wrapper around the experts module for each adapted parameter, and stores all experts'
+factors in two matrices: `lora_A.weight` (r·E, in), expert by expert, and `lora_B.weight` (out, r·E), rank by rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank update of one projection of every expert, to W + scaling · B A.
+
+    Attributes:
+        a: A, (E, r, in), any floating dtype and strides.
+        b: B, (E, out, r), any floating dtype and strides.
+        scaling: of the product; LoRA's alpha / r, say.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The factors' inner size, r."""
+        return self.a.shape[1]
+
+
+class Factors(NamedTuple):
+    """The updates of one projection, joined along the rank: a (E, R, in) and b (E, out, R), the scalings in b."""
+
+    a: Tensor
+    b: Tensor
+
+
+def join(updates: Sequence[LowRank], dtype: torch.dtype) -> Factors:
+    """Joins updates along the rank, in `dtype`, padded with zeros to rows of whole multiples of 16 bytes."""
+    step = 16 // dtype.itemsize
+    rank = -(-sum(update.rank for update in updates) // step) * step
+    (experts, _, width_in), width_out = updates[0].a.shape, updates[0].b.shape[1]
+    a = updates[0].a.new_zeros(experts, rank, width_in, dtype=dtype)
+    b = a.new_zeros(experts, width_out, rank)
+    start = 0
+    for update in updates:
+        a[:, start : start + update.rank] = update.a
+        torch.mul(update.b, update.scaling, out=b[..., start : start + update.rank])
+        start += update.rank
+    return Factors(a, b)
+
+
+def split_gradients(
+    grad_a: Tensor | None, grad_b: Tensor | None, updates: Sequence[LowRank]
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The gradients of each update's factors from those of the joined ones."""
+    start = 0
+    for update in updates:
+        part = slice(start, start + update.rank)
+        yield (
+            None if grad_a is None else grad_a[:, part].to(update.a.dtype),
+            None if grad_b is None else (grad_b[..., part] * update.scaling).to(update.b.dtype),
+        )
+        start += update.rank
+
+
+def wrappers_around(model: nn.Module, name: str) -> list[ParamWrapper]:
+    """PEFT's wrappers around the module of that name, the innermost first."""
+    wrappers = []
+    while name.endswith((".base_layer", "._orig_mod")):
+        name = name.rpartition(".")[0]
+        wrapper = model.get_submodule(name)
+        if isinstance(wrapper, ParamWrapper):
+            wrappers.append(wrapper)
+    return wrappers
+
+
+def active_adapters(wrapper: ParamWrapper) -> list[str]:
+    """The adapters that this wrapper applies now: none where they are disabled or merged."""
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
+def low_rank(wrapper: Any, adapter: str) -> LowRank:
+    """An adapter's factors, as views of its parameters."""
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    experts = wrapper.num_experts
+    return LowRank(
+        a=a.reshape(experts, -1, a.shape[1]),
+        b=b.reshape(b.shape[0], -1, experts).permute(2, 0, 1),
+        scaling=wrapper.scaling[adapter],
+    )
+
+
+def merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | None:
+    """Why PEFT has to merge this wrapper's adapters into the weight; None if the factors can be kept apart.
+
+    Args:
+        wrapper: PEFT's.
+        module: the experts module inside.
+        weights: the names of the two projections' parameters.
+    """
+    name = wrapper.parameter_name
+    if name not in weights:
+        return f"PEFT merges the adapter on {name}: only {' and '.join(weights)} have a low-rank form"
+    if type(wrapper).forward is not ParamWrapper.forward:
+        return f"PEFT merges the adapter on {name}: {type(wrapper).__name__} has a forward of its own"
+    if is_parametrized(module, name):
+        return f"PEFT merges the adapter on {name}: the parameter has another parametrization"
+    for adapter in active_adapters(wrapper):
+        if adapter in wrapper.lora_variant or wrapper.lora_bias.get(adapter):
+            return f"PEFT merges the adapter on {name}: {adapter!r} is a variant of LoRA, or has a bias"
+        if not (type(wrapper.lora_A[adapter]) is type(wrapper.lora_B[adapter]) is nn.Linear):
+            return f"PEFT merges the adapter on {name}: the factors of {adapter!r} are not plain linear layers"
+    return None

@@ -5,6 +5,7 @@ Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
 
 from lightning_moe.callback import MoEGateGradCallback
 from lightning_moe.experts import moe_experts
+from lightning_moe.lora import LowRank
 from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
 from lightning_moe.metrics import GateGradHealth
 from lightning_moe.patching import LayerReport, PatchReport, gategrad, patch_moe, unpatch_moe
@@ -13,6 +14,7 @@ __all__ = [
     "GateGradHealth",
     "LayerReport",
     "LayerTape",
+    "LowRank",
     "MemoryMonitor",
     "MoEGateGradCallback",
     "PatchReport",

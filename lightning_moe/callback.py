@@ -17,7 +17,15 @@ from lightning_moe.discovery import DownBias
 from lightning_moe.health import HealthCounts
 from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth
-from lightning_moe.patching import PatchReport, check_options, layer_patch, patch_moe, patched_modules, unpatch_moe
+from lightning_moe.patching import (
+    PatchReport,
+    check_options,
+    layer_patch,
+    patch_moe,
+    patched_modules,
+    touched_modules,
+    unpatch_moe,
+)
 
 ENVIRONMENT_SWITCH = "LIGHTNING_MOE_GATEGRAD"
 
@@ -41,6 +49,8 @@ class MoEGateGradCallback(Callback):
         down_bias: `"exact"` runs the operation on layers whose down projection has a bias, with the bias's term added;
             `"fallback"` runs stock code on them and counts them.
         chunk_tokens: how many tokens' rows are in flight at once; see `moe_experts`.
+        recompute_up: keep less and project the layer's input twice; see `moe_experts`. For a model without activation
+            checkpointing.
         audit_every_n_steps: every so many optimizer steps, the gate gradient of a few tokens of one layer, each layer
             in turn, is also formed by stock code's own autograd and compared. 0 turns it off.
         on_missing: what to do where no MoE layer can be patched: `"error"` or `"warn"`.
@@ -56,6 +66,7 @@ class MoEGateGradCallback(Callback):
         *,
         down_bias: DownBias = "exact",
         chunk_tokens: ChunkTokens = "auto",
+        recompute_up: bool = False,
         audit_every_n_steps: int = 0,
         on_missing: Literal["error", "warn"] = "error",
     ) -> None:
@@ -77,10 +88,11 @@ class MoEGateGradCallback(Callback):
         self.enabled = os.environ.get(ENVIRONMENT_SWITCH) != "0" if enabled is None else enabled
         self.down_bias = down_bias
         self.chunk_tokens = chunk_tokens
+        self.recompute_up = recompute_up
         self.audit_every_n_steps = audit_every_n_steps
         self.on_missing = on_missing
         self.report: PatchReport | None = None
-        self._patched: list[nn.Module] = []
+        self._touched: list[nn.Module] = []
         self._metric = GateGradHealth()
         self._micro_batches = 0
         self._step_before_batch = 0
@@ -151,14 +163,16 @@ class MoEGateGradCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         self._detach(pl_module)
-        self.report = patch_moe(pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens)
-        self._patched = patched_modules(pl_module)
+        self.report = patch_moe(
+            pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens, recompute_up=self.recompute_up
+        )
+        self._touched = touched_modules(pl_module)
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self.report is not None:
-            for module in (pl_module, *self._patched):  # the module may have let go of one meanwhile
+            for module in (pl_module, *self._touched):  # the module may have let go of one meanwhile
                 unpatch_moe(module)
-            self._patched = []
+            self._touched = []
             self.report = None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,6 +185,8 @@ class MoEGateGradCallback(Callback):
         self._micro_batches = 0
         if self.report.fallback:
             rank_zero_warn(f"MoEGateGradCallback leaves some MoE layers to stock code:\n{self.report}")
+        elif self.report.merging:
+            rank_zero_warn(f"MoEGateGradCallback leaves some adapters to PEFT, which merges them:\n{self.report}")
         if self.report.active:
             rank_zero_info(f"MoEGateGradCallback: {len(self.report.active)} MoE layers patched")
             return

@@ -6,11 +6,12 @@ three refusals are the one list of why stock code runs instead.
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
@@ -19,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import unsupported
 from lightning_moe.kernels import Activation, gelu_gated, gelu_tanh_gated, silu_gated
+from lightning_moe.lora import merge_reason, wrappers_around
 
 DownBias = Literal["exact", "fallback"]
 
@@ -43,12 +45,14 @@ class MoELayer:
         module: the experts module itself, wrappers taken off.
         reason: why the operation may not run in it, or None if it may.
         is_dispatched: whether the module's calls go through Transformers' registry, so that it can be patched at all.
+        wrappers: PEFT's, around the module for the parameters that it adapts, the innermost first.
     """
 
     name: str
     module: nn.Module
     reason: str | None
     is_dispatched: bool
+    wrappers: tuple[ParamWrapper, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,8 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
         if is_decorated(module):
             elsewhere = _dispatch_refusal(module)
             reason = elsewhere or refusal(module, down_bias=down_bias) or content_refusal(module)
-            found[name] = MoELayer(name, module, reason, is_dispatched=elsewhere is None)
+            wrappers = tuple(wrappers_around(model, name))
+            found[name] = MoELayer(name, module, reason, is_dispatched=elsewhere is None, wrappers=wrappers)
     holders = {ancestor for name in found for ancestor in _ancestors(name)}
     for name, module in modules.items():
         inside = name in found or any(ancestor in found for ancestor in _ancestors(name))
@@ -193,6 +198,11 @@ def content_refusal(module: Any) -> str | None:
     return unsupported(weights.gate_up_proj, weights.down_proj)
 
 
+def adapter_reason(wrapper: ParamWrapper, module: Any) -> str | None:
+    """Why PEFT has to merge a wrapper's adapters into the weight; None if their factors can be kept apart."""
+    return merge_reason(wrapper, module, (read_contract(module).up_name, "down_proj"))
+
+
 def _ancestors(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
@@ -211,16 +221,23 @@ class TapeEstimate:
     Attributes:
         stock_per_row: stock grouped_mm, per (token, slot) row.
         kept_per_row: the operation, per row.
+        stock_merged: stock, whatever the rows: the weights that PEFT merges its adapters into.
     """
 
     stock_per_row: int
     kept_per_row: int
+    stock_merged: int = 0
 
 
-def estimate_tape(module: nn.Module) -> TapeEstimate:
+def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: bool) -> TapeEstimate:
     """Estimates a decorated layer's tape where its input and gates want gradients.
 
     The activation's share is measured by running it on one row; the rest follows from the shapes.
+
+    Args:
+        module: the experts module.
+        ranks: of the adapters that are kept apart, by the name of the parameter that they adapt.
+        recompute_up: see `moe_experts`.
     """
     contract = read_contract(module)
     weights = contract.weights(module)
@@ -234,15 +251,18 @@ def estimate_tape(module: nn.Module) -> TapeEstimate:
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
-        kept.append(tensor)
+        alive.append(tensor)
         return tensor
 
-    kept: list[Tensor] = []
+    alive: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
         contract.activation(torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True))
     routing = 2 * torch.long.itemsize + size
-    trained_rows = hidden * size * up.requires_grad + intermediate * size * down.requires_grad
+    adapts_up, adapts_down = contract.up_name in ranks, "down_proj" in ranks
+    trained_rows = (up.requires_grad or adapts_up) * hidden + (down.requires_grad or adapts_down) * intermediate
+    kept = 0 if recompute_up else width
     return TapeEstimate(
-        stock_per_row=sum(storages.values()) + hidden * size + trained_rows + routing,
-        kept_per_row=width * size + routing,
+        stock_per_row=sum(storages.values()) + (hidden + trained_rows) * size + routing,
+        kept_per_row=(kept + sum(ranks.values())) * size + routing,
+        stock_merged=(adapts_up * up.numel() + adapts_down * down.numel()) * size,
     )

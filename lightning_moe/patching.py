@@ -1,21 +1,26 @@
 """Patching: points a model's experts modules at the operation, and puts everything back.
 
-The only writer of Transformers' private names. A decorated experts module looks up its forward in a registry under
-`module.config._experts_implementation`, at every call. Patching registers one function there, `gategrad`, and gives
-each module a copy of its config that names it; the model's own config, other models built from it and the state dict
-stay untouched. What belongs to a layer's patch is one attribute on its module, which copies and pickles with it.
+The only writer of Transformers' and PEFT's private names. A decorated experts module looks up its forward in a registry
+under `module.config._experts_implementation`, at every call. Patching registers one function there, `gategrad`, and
+gives each module a copy of its config that names it; the model's own config, other models built from it and the state
+dict stay untouched. What belongs to a layer's patch is one attribute on its module, which copies and pickles with it.
+
+PEFT's wrappers around an experts module get a forward of their own that hands the wrapper on to the function, in the
+call's arguments, instead of merging its adapters into the weight.
 """
 
 import copy
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
+from types import MethodType
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,7 +30,9 @@ from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
+    MoELayer,
     TapeEstimate,
+    adapter_reason,
     content_refusal,
     estimate_tape,
     find_moe_layers,
@@ -35,8 +42,10 @@ from lightning_moe.discovery import (
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
+from lightning_moe.lora import LowRank, active_adapters, low_rank
 
 IMPLEMENTATION = "gategrad"
+APART = "apart"
 _PATCH = "_gategrad_patch"
 
 
@@ -49,16 +58,20 @@ class LayerPatch:
         reason: why stock code runs, or None.
         down_bias: see `patch_moe`.
         chunk_tokens: see `moe_experts`.
+        recompute_up: see `moe_experts`.
         tape: what stock code and the operation keep for backward.
         health: the layer's counters.
+        merge_reasons: why PEFT merges some of the layer's adapters, as far as has been said.
     """
 
     config: Any
     reason: str | None = None
     down_bias: DownBias = "exact"
     chunk_tokens: ChunkTokens = "auto"
+    recompute_up: bool = False
     tape: TapeEstimate = TapeEstimate(0, 0)
     health: LayerHealth = field(default_factory=LayerHealth)
+    merge_reasons: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,9 @@ class LayerReport:
         reason: why stock code runs; empty for an active layer.
         bytes_before: estimated bytes per token that stock grouped_mm keeps for backward; None where unknown.
         bytes_after: the same with the operation.
+        adapters: what becomes of PEFT's adapters on the experts: `apart`, or why PEFT merges them into the weight;
+            empty where there are none.
+        bytes_merged: estimated bytes, whatever the tokens, that the merged weights would keep and `apart` does not.
     """
 
     name: str
@@ -80,6 +96,8 @@ class LayerReport:
     reason: str = ""
     bytes_before: int | None = None
     bytes_after: int | None = None
+    adapters: str = ""
+    bytes_merged: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,11 @@ class PatchReport:
         """The layers that run stock code."""
         return tuple(layer for layer in self.layers if layer.status == "fallback")
 
+    @property
+    def merging(self) -> tuple[LayerReport, ...]:
+        """The layers in which PEFT merges adapters into a weight."""
+        return tuple(layer for layer in self.layers if layer.adapters not in ("", APART))
+
     def __str__(self) -> str:
         """The report as a plain-text table, wide enough that nothing is cut."""
         console = Console(file=StringIO(), width=160, color_system=None)
@@ -114,16 +137,22 @@ class PatchReport:
             table.add_column(header, overflow="fold")
         for header in ("stock", "now"):
             table.add_column(f"{header},\nKiB/token", justify="right")
+        has_adapters = any(layer.adapters for layer in self.layers)
+        if has_adapters:
+            table.add_column("adapters", overflow="fold")
         if self.fallback:
             table.add_column("reason", overflow="fold")
         groups: dict[tuple[Any, ...], list[str]] = {}
         for layer in self.layers:
             alike = (re.sub(r"\d+", "*", layer.name), layer.class_name, layer.status, layer.bytes_before,
-                     layer.bytes_after, layer.reason)  # fmt: skip
+                     layer.bytes_after, layer.adapters, layer.bytes_merged, layer.reason)  # fmt: skip
             groups.setdefault(alike, []).append(layer.name)
-        for (pattern, class_name, status, before, after, reason), names in groups.items():
+        for (pattern, class_name, status, before, after, adapters, merged, reason), names in groups.items():
             name = names[0] if len(names) == 1 else f"{pattern} ({len(names)} layers)"
-            table.add_row(name, class_name, status, _kib(before), _kib(after), *[reason] * bool(self.fallback))
+            if merged:
+                adapters += f"; merged, they would keep {merged / 2**20:.1f} MiB more"
+            optional = [adapters] * has_adapters + [reason] * bool(self.fallback)
+            table.add_row(name, class_name, status, _kib(before), _kib(after), *optional)
         return table
 
 
@@ -131,7 +160,13 @@ def _kib(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / 1024:.1f}"
 
 
-def patch_moe(model: nn.Module, *, down_bias: DownBias = "exact", chunk_tokens: ChunkTokens = "auto") -> PatchReport:
+def patch_moe(
+    model: nn.Module,
+    *,
+    down_bias: DownBias = "exact",
+    chunk_tokens: ChunkTokens = "auto",
+    recompute_up: bool = False,
+) -> PatchReport:
     """Makes every MoE layer of a model that can take the operation run it; the others keep stock code.
 
     Patching a patched model applies the new options. If patching fails, the model is as it was.
@@ -141,6 +176,7 @@ def patch_moe(model: nn.Module, *, down_bias: DownBias = "exact", chunk_tokens: 
         down_bias: `"exact"` adds the bias's term to the gates' gradient; `"fallback"` runs stock code for a layer whose
             down projection has a bias.
         chunk_tokens: see `moe_experts`.
+        recompute_up: see `moe_experts`.
 
     Returns:
         Every MoE layer, what became of it and why.
@@ -153,17 +189,20 @@ def patch_moe(model: nn.Module, *, down_bias: DownBias = "exact", chunk_tokens: 
     reports = []
     try:
         for layer in find_moe_layers(model, down_bias=down_bias):
-            before = after = None
-            if layer.is_dispatched:
-                patch = LayerPatch(layer.module.config, layer.reason, down_bias, chunk_tokens)
-                if layer.reason is None:
-                    patch.tape = estimate_tape(layer.module)
-                    before, after = _per_token(patch)
+            class_name = type(layer.module).__name__
+            if layer.reason is None:
+                patch = LayerPatch(layer.module.config, None, down_bias, chunk_tokens, recompute_up)
                 _attach(layer.module, patch)
-            status: Literal["active", "fallback"] = "active" if layer.reason is None else "fallback"
-            reports.append(
-                LayerReport(layer.name, type(layer.module).__name__, status, layer.reason or "", before, after)
-            )
+                adapters = _attach_wrappers(layer, patch)
+                patch.tape = estimate_tape(layer.module, _ranks_apart(layer), recompute_up=recompute_up)
+                before, after = _per_token(patch)
+                merged = patch.tape.stock_merged
+                reports.append(LayerReport(layer.name, class_name, "active", "", before, after, adapters, merged))
+            else:
+                if layer.is_dispatched:
+                    _attach(layer.module, LayerPatch(layer.module.config, layer.reason, down_bias))
+                adapters = "PEFT merges them, as the layer runs stock code" if layer.wrappers else ""
+                reports.append(LayerReport(layer.name, class_name, "fallback", layer.reason, adapters=adapters))
     except BaseException:
         unpatch_moe(model)
         raise
@@ -172,16 +211,23 @@ def patch_moe(model: nn.Module, *, down_bias: DownBias = "exact", chunk_tokens: 
 
 def unpatch_moe(model: nn.Module) -> None:
     """Puts back what `patch_moe` changed. Does nothing to a model that is not patched."""
-    for module in patched_modules(model):
-        module.config = vars(module).pop(_PATCH).config  # type: ignore[assignment]
+    for module in touched_modules(model):
+        if _PATCH in vars(module):
+            module.config = vars(module).pop(_PATCH).config  # type: ignore[assignment]
+        else:
+            del module.forward
 
 
 @contextmanager
 def gategrad(
-    model: nn.Module, *, down_bias: DownBias = "exact", chunk_tokens: ChunkTokens = "auto"
+    model: nn.Module,
+    *,
+    down_bias: DownBias = "exact",
+    chunk_tokens: ChunkTokens = "auto",
+    recompute_up: bool = False,
 ) -> Iterator[PatchReport]:
     """`patch_moe` on entering, `unpatch_moe` on leaving, also by an exception. Arguments as for `patch_moe`."""
-    report = patch_moe(model, down_bias=down_bias, chunk_tokens=chunk_tokens)
+    report = patch_moe(model, down_bias=down_bias, chunk_tokens=chunk_tokens, recompute_up=recompute_up)
     try:
         yield report
     finally:
@@ -208,8 +254,13 @@ def check_options(*, down_bias: DownBias, chunk_tokens: ChunkTokens) -> None:
 
 
 def patched_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that carry a patch, active or not."""
+    """The experts modules of a model that carry a patch, active or not."""
     return [module for module in model.modules() if _PATCH in vars(module)]
+
+
+def touched_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that patching changed: experts modules, and PEFT's wrappers around them."""
+    return [module for module in model.modules() if _PATCH in vars(module) or _hands_on(module)]
 
 
 def layer_patch(module: nn.Module) -> LayerPatch:
@@ -221,6 +272,47 @@ def _attach(module: Any, patch: LayerPatch) -> None:
     setattr(module, _PATCH, patch)
     module.config = copy.copy(patch.config)
     module.config._experts_implementation_internal = IMPLEMENTATION
+
+
+def _hands_on(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _hand_on
+
+
+def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> str:
+    """Patches PEFT's wrappers around a layer; says what becomes of the adapters."""
+    for wrapper in layer.wrappers:
+        reason = adapter_reason(wrapper, layer.module)
+        if "forward" in vars(wrapper):
+            reason = f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced its forward"
+        else:
+            wrapper.forward = MethodType(_hand_on, wrapper)  # type: ignore[method-assign]
+        if reason is not None:
+            patch.merge_reasons.add(reason)
+    return "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
+
+
+def _ranks_apart(layer: MoELayer) -> dict[str, int]:
+    return {
+        wrapper.parameter_name: sum(wrapper.r[adapter] for adapter in active_adapters(wrapper))
+        for wrapper in layer.wrappers
+        if _hands_on(wrapper) and adapter_reason(wrapper, layer.module) is None and active_adapters(wrapper)
+    }
+
+
+def _hand_on(self: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a patched wrapper: leaves the weight alone, and adds itself to the call's `adapted_by`."""
+    module: Any = self.get_base_layer()
+    patch = vars(module).get(_PATCH)
+    is_active = patch is not None and patch.reason is None and module.config is not patch.config
+    if is_active and active_adapters(self) and "adapter_names" not in kwargs:
+        reason = adapter_reason(self, module)
+        if reason is None:
+            adapted_by = (*kwargs.pop("adapted_by", ()), self)
+            return self.base_layer(x, *args, **kwargs, adapted_by=adapted_by)
+        if reason not in patch.merge_reasons:
+            patch.merge_reasons.add(reason)
+            warnings.warn(reason, stacklevel=2)
+    return ParamWrapper.forward(self, x, *args, **kwargs)
 
 
 def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
@@ -240,7 +332,13 @@ def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index:
 
 
 @torch.compiler.disable
-def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def gategrad_experts(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapted_by: tuple[ParamWrapper, ...] = (),
+) -> Tensor:
     """The experts function in Transformers' signature, registered as `gategrad`.
 
     Runs the operation where it may, and otherwise what the layer had before; either is counted in backward. Compiled
@@ -251,6 +349,7 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
         hidden_states: (T, H).
         top_k_index: (T, K) integer.
         top_k_weights: (T, K) floating.
+        adapted_by: PEFT's wrappers whose adapters are not in the weights.
 
     Returns:
         (T, H).
@@ -260,7 +359,10 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     gates = top_k_weights.view_as(top_k_weights)  # a tensor of our own, whose gradient is this layer's alone
 
     def stock(hidden_states: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
-        return _stock_experts(module, patch.config, hidden_states, top_k_index, gates)
+        with ExitStack() as merged:
+            for wrapper in adapted_by:
+                merged.enter_context(wrapper._activate_lora(wrapper.active_adapters))
+            return _stock_experts(module, patch.config, hidden_states, top_k_index, gates)
 
     contract = read_contract(module)
     reason = patch.reason or refusal(module, down_bias=patch.down_bias)
@@ -277,6 +379,10 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
         patch.health.watch(output, gates, active=False, bias_fallback=reason == DOWN_BIAS)
         return output
 
+    updates: dict[str, list[LowRank]] = {}
+    for wrapper in adapted_by:
+        found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
+        updates.setdefault(wrapper.parameter_name, []).extend(found)
     output = moe_experts(
         hidden_states,
         top_k_index,
@@ -284,9 +390,13 @@ def gategrad_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
         **weights._asdict(),
         activation=contract.activation,
         is_transposed=contract.is_transposed,
+        gate_up_updates=updates.get(contract.up_name, ()),
+        down_updates=updates.get("down_proj", ()),
         chunk_tokens=patch.chunk_tokens,
+        recompute_up=patch.recompute_up,
     )
-    saved = (patch.tape.stock_per_row - patch.tape.kept_per_row) * top_k_index.numel()
+    tape = patch.tape
+    saved = (tape.stock_per_row - tape.kept_per_row) * top_k_index.numel() + tape.stock_merged
     patch.health.watch(output, gates, active=True, tape_bytes_saved=saved)
     if patch.health.audit_due:
         patch.health.audit(stock, hidden_states, top_k_index, gates, output)

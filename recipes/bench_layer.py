@@ -39,6 +39,7 @@ Mode = Literal["frozen", "lora", "full"]
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 MIB = 2**20
 NUM_INPUTS = 3
+RANK = 16
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_30b_a3b": {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
@@ -73,9 +74,11 @@ class Block(nn.Module):
         self.requires_grad_(mode == "full")
         if mode == "lora":
             names = ["experts.gate_up_proj", "experts.down_proj"]
-            options = LoraConfig(r=16, target_modules=[], target_parameters=names, init_lora_weights=False)
+            options = LoraConfig(r=RANK, target_modules=[], target_parameters=names, init_lora_weights=False)
             torch.manual_seed(0)
             inject_adapter_in_model(options, self)
+            for _, parameter in self.adapters():
+                parameter.data = parameter.data.float()  # as get_peft_model does
 
     @property
     def weights(self) -> Any:
@@ -84,6 +87,10 @@ class Block(nn.Module):
         while hasattr(module, "base_layer"):
             module = module.base_layer
         return module
+
+    def adapters(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapters' factors."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if "lora_" in name]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
         """The layer."""
@@ -153,9 +160,9 @@ def stock(block: Block, implementation: str = "grouped_mm") -> Layer:
     return block
 
 
-def ours(block: Block, chunk_tokens: Any = "auto") -> Layer:
+def ours(block: Block, **options: Any) -> Layer:
     """The patched layer."""
-    patch_moe(block, chunk_tokens=chunk_tokens)
+    patch_moe(block, **options)
     return block
 
 
@@ -174,7 +181,8 @@ def contenders(mode: Mode, num_tokens: int) -> dict[str, Callable[[Block], Layer
     found: dict[str, Callable[[Block], Layer]] = {
         "stock grouped_mm": stock,
         "lightning_moe": ours,
-        "lightning_moe, chunk_tokens = tokens/8": lambda block: ours(block, max(num_tokens // 8, 1)),
+        "lightning_moe, chunk_tokens = tokens/8": lambda block: ours(block, chunk_tokens=max(num_tokens // 8, 1)),
+        "lightning_moe, recompute_up": lambda block: ours(block, recompute_up=True),
     }
     if mode == "lora":
         return found
@@ -200,21 +208,36 @@ def make_inputs(config: Qwen3MoeConfig, num_tokens: int, device: torch.device, s
 
 
 def reference(block: Block, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Output and gradients of the frozen layer in float32, expert by expert."""
+    """Output and gradients of the frozen layer, and of its adapters, in float32, expert by expert."""
     hidden, index, gates, grad = inputs
     weights, x, g, dout = block.weights, hidden.detach().float(), gates.detach().float(), grad.float()
     out, dx, dg = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(g)
+    adapters = block.adapters()
+    d_adapters = [torch.zeros_like(parameter) for _, parameter in adapters]
     for expert in range(weights.num_experts):
         token, slot = torch.where(index == expert)
+        # PEFT stores A expert by expert, B rank by rank.
+        ours = [slice(expert * RANK, (expert + 1) * RANK) if "lora_A" in name else (slice(None), slice(expert, None,
+                weights.num_experts)) for name, _ in adapters]  # fmt: skip
         with torch.enable_grad():
             rows, row_gates = x[token].requires_grad_(), g[token, slot].requires_grad_()
-            gate, up = (rows @ weights.gate_up_proj[expert].detach().float().t()).chunk(2, dim=-1)
-            y = (F.silu(gate) * up) @ weights.down_proj[expert].detach().float().t() * row_gates[:, None]
-        grad_rows, grad_gates = torch.autograd.grad(y, (rows, row_gates), dout[token])
+            factors = [p.detach()[part].requires_grad_() for (_, p), part in zip(adapters, ours, strict=True)]
+            up_weight, down_weight = weights.gate_up_proj[expert].detach(), weights.down_proj[expert].detach()
+            down_weight, up_weight = down_weight.float(), up_weight.float()
+            if factors:
+                up_a, up_b, down_a, down_b = factors
+                scaling = block.experts.scaling["default"]  # type: ignore[index, union-attr]
+                down_weight, up_weight = down_weight + scaling * down_b @ down_a, up_weight + scaling * up_b @ up_a
+            gate, up = (rows @ up_weight.t()).chunk(2, dim=-1)
+            y = (F.silu(gate) * up) @ down_weight.t() * row_gates[:, None]
+        grad_rows, grad_gates, *grad_factors = torch.autograd.grad(y, (rows, row_gates, *factors), dout[token])
         out.index_add_(0, token, y.detach())
         dx.index_add_(0, token, grad_rows)
         dg[token, slot] = grad_gates
-    return {"output": out, "d hidden": dx, "d gate": dg}
+        for total, part, one in zip(d_adapters, ours, grad_factors, strict=True):
+            total[part] = one
+    wanted = {"output": out, "d hidden": dx, "d gate": dg}
+    return wanted | {f"d adapter {name}": total for (name, _), total in zip(adapters, d_adapters, strict=True)}
 
 
 def measure(layer: Layer, block: Block, inputs: list[tuple[Tensor, ...]], repeats: int) -> dict[str, Any]:
@@ -259,13 +282,14 @@ def measure(layer: Layer, block: Block, inputs: list[tuple[Tensor, ...]], repeat
     }
 
 
-def errors(layer: Layer, inputs: tuple[Tensor, ...], wanted: dict[str, Tensor]) -> dict[str, float]:
+def errors(layer: Layer, block: Block, inputs: tuple[Tensor, ...], wanted: dict[str, Tensor]) -> dict[str, float]:
     """Relative errors of output and gradients, and whether two runs are bit-identical."""
     hidden, index, gates, grad = inputs
     runs = []
     for _ in range(2):
         output = layer(hidden, index, gates)
-        runs.append([output.detach(), *torch.autograd.grad(output, (hidden, gates), grad)])
+        leaves = (hidden, gates, *(parameter for _, parameter in block.adapters()))
+        runs.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
     found = {
         name: ((ours.float() - want).norm() / want.norm()).item()
         for (name, want), ours in zip(wanted.items(), runs[0], strict=True)
@@ -291,12 +315,12 @@ def bench(config: Qwen3MoeConfig, mode: Mode, num_tokens: int, repeats: int) -> 
     """Every contender at one size."""
     device, results = torch.device("cuda"), []
     inputs = [make_inputs(config, num_tokens, device, seed) for seed in range(NUM_INPUTS)]
-    wanted = reference(Block(config, "frozen", device), inputs[0]) if mode != "lora" else None
+    wanted = reference(Block(config, mode, device), inputs[0])
     for name, make in track(contenders(mode, num_tokens).items(), description=f"{num_tokens} tokens", transient=True):
         block = Block(config, mode, device)
         try:
             layer = make(block)
-            found = errors(layer, inputs[0], wanted) if wanted is not None else None
+            found = errors(layer, block, inputs[0], wanted)
             results.append(Result(name, num_tokens, **measure(layer, block, inputs, repeats), errors=found))
         except Exception as error:  # a peer that fails is a line of the table, not the end of it
             results.append(Result(name, num_tokens, failure=f"{type(error).__name__}: {error}"[:60]))
@@ -313,7 +337,9 @@ def rows_of(results: list[Result], floors: dict[int, float]) -> list[list[str]]:
             rows.append([str(result.num_tokens), result.name, result.failure, *[""] * 6])
             continue
         base = next(r for r in results if r.num_tokens == result.num_tokens)
-        found = result.errors or {}
+        found = dict(result.errors or {})
+        if adapters := [error for name, error in found.items() if name.startswith("d adapter")]:
+            found["d adapters"] = max(adapters)
         rows.append([
             str(result.num_tokens),
             result.name,
@@ -322,12 +348,13 @@ def rows_of(results: list[Result], floors: dict[int, float]) -> list[list[str]]:
             f"{result.forward:.2f}",
             f"{result.total:.2f} ({result.total / base.total:.2f})",
             f"{result.total / floors[result.num_tokens]:.2f}",
-            " / ".join(f"{found[name]:.1e}" for name in ("output", "d hidden", "d gate") if name in found),
+            " / ".join(f"{found[name]:.1e}" for name in ERRORS if name in found),
             {1.0: "yes", 0.0: "no"}.get(found.get("repeats", -1.0), ""),
         ])  # fmt: skip
     return rows
 
 
+ERRORS = ("output", "d hidden", "d gate", "d adapters")
 HEADERS = [
     "tokens",
     "what",
@@ -336,7 +363,7 @@ HEADERS = [
     "fwd ms",
     "total ms",
     "× floor",
-    "error: out / dx / dgate",
+    "error: out / dx / dgate / largest of the adapters'",
     "repeats",
 ]
 

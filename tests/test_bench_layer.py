@@ -13,14 +13,16 @@ def config():
     return made
 
 
-@pytest.mark.parametrize("mode", ["frozen", "full"])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_every_contender_computes_the_same_layer(mode, monkeypatch):
     monkeypatch.setattr(bench_layer.importlib.util, "find_spec", lambda name: None)  # peers need a GPU
     device = torch.device("cpu")
     inputs = make_inputs(config(), 64, device, seed=0)
-    wanted = reference(Block(config(), "frozen", device), inputs)
+    wanted = reference(Block(config(), mode, device), inputs)
+    assert len(wanted) == (7 if mode == "lora" else 3)
     for name, make in contenders(mode, 64).items():
-        found = errors(make(Block(config(), mode, device)), inputs, wanted)
+        block = Block(config(), mode, device)
+        found = errors(make(block), block, inputs, wanted)
         assert found.pop("repeats") == 1.0
         assert max(found.values()) < 2e-2, name
 
@@ -29,7 +31,7 @@ def test_the_comparison_sees_another_layer():
     device = torch.device("cpu")
     inputs, others = (make_inputs(config(), 64, device, seed) for seed in range(2))
     block = Block(config(), "frozen", device)
-    assert min(v for n, v in errors(block, inputs, reference(block, others)).items() if n != "repeats") > 0.5
+    assert min(v for n, v in errors(block, block, inputs, reference(block, others)).items() if n != "repeats") > 0.5
 
 
 def test_table_and_plot(tmp_path):

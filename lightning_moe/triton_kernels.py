@@ -67,13 +67,14 @@ def _grouped_linear_kernel(
         else:
             right = weight_desc.load([expert, column, k]).reshape(BN, BK).T
         total = tl.dot(left, right, total)
-    for k in range(0, RANK, BR):
-        left = small_desc.load([first_row, k])
-        if FACTOR_IN_FIRST:
-            right = factor_desc.load([expert, k, column]).reshape(BR, BN)
-        else:
-            right = factor_desc.load([expert, column, k]).reshape(BN, BR).T
-        total = tl.dot(left, right, total)
+    if RANK > 0:  # a loop of no turns is compiled too
+        for k in range(0, RANK, BR):
+            left = small_desc.load([first_row, k])
+            if FACTOR_IN_FIRST:
+                right = factor_desc.load([expert, k, column]).reshape(BR, BN)
+            else:
+                right = factor_desc.load([expert, column, k]).reshape(BN, BR).T
+            total = tl.dot(left, right, total)
     columns = column + tl.arange(0, BN)
     target = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])

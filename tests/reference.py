@@ -13,10 +13,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lightning_moe.experts import moe_experts
+from lightning_moe import LowRank, moe_experts
 
 WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 DIFFERENTIABLE = ("hidden_states", "top_k_weights", *WEIGHTS)
+# The factors of up to two low-rank updates of each projection, and their scalings.
+SCALINGS = (2.0, 0.75)
+FACTORS = tuple(f"{side}_{factor}{i}" for side in ("gate_up", "down") for i in range(2) for factor in "ab")
 
 # Norm-wise; several times what two orders of summation of some tens of float32 terms differ by.
 FLOAT32_TOLERANCE = 2e-6
@@ -74,6 +77,11 @@ class Problem:
     def num_experts(self):
         return self.tensors["gate_up_proj"].shape[0]
 
+    @property
+    def everything(self):
+        """The names of all that can want a gradient."""
+        return tuple(name for name in (*DIFFERENTIABLE, *FACTORS) if name in self.tensors)
+
     def wanting(self, *names):
         return replace(self, requires_grad=frozenset(names) & self.tensors.keys())
 
@@ -117,7 +125,11 @@ def make_problem(
     num_experts=5,
     hidden_size=16,
     intermediate_size=24,
-    requires_grad=DIFFERENTIABLE,
+    gate_up_ranks=(),
+    down_ranks=(),
+    factor_dtype=None,
+    update_size=1.0,
+    requires_grad=(*DIFFERENTIABLE, *FACTORS),
 ):
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
     generator = torch.Generator().manual_seed(seed)
@@ -137,14 +149,37 @@ def make_problem(
     hidden_dtype = hidden_dtype or dtype
     tensors["hidden_states"] = normal(num_tokens, hidden_size).to(hidden_dtype)
     tensors["top_k_weights"] = make_gates(gates, (num_tokens, top_k), gate_dtype or dtype, generator)
+    sides = ("gate_up", gate_up_ranks, hidden_size, width), ("down", down_ranks, intermediate_size, hidden_size)
+    for side, ranks, width_in, width_out in sides:
+        for i, rank in enumerate(ranks):
+            a = normal(num_experts, rank, width_in) / width_in**0.5
+            b = normal(num_experts, width_out, rank) * update_size / rank**0.5
+            tensors |= {f"{side}_a{i}": a.to(factor_dtype or dtype), f"{side}_b{i}": b.to(factor_dtype or dtype)}
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     top_k_index = scores.argsort(dim=1)[:, :top_k].contiguous()
     grad_output = normal(num_tokens, hidden_size).to(hidden_dtype)
     return Problem(layout, tensors, top_k_index, grad_output).wanting(*requires_grad)
 
 
+def updates(leaves, side):
+    names = [(f"{side}_a{i}", f"{side}_b{i}", scaling) for i, scaling in enumerate(SCALINGS)]
+    return [LowRank(leaves[a], leaves[b], scaling) for a, b, scaling in names if a in leaves]
+
+
+def merged(layout, leaves):
+    """The leaves without factors: each weight is W + Σ scaling · BA, in its own dtype, as PEFT makes it."""
+    plain = {name: tensor for name, tensor in leaves.items() if name not in FACTORS}
+    for name, side in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+        for update in updates(leaves, side):
+            a, b = update.a.to(plain[name].dtype), update.b.to(plain[name].dtype)
+            left, right = (a.mT, b.mT) if layout.is_transposed else (b, a)
+            plain[name] = torch.baddbmm(plain[name], left, right, alpha=update.scaling)
+    return plain
+
+
 def loop(layout, top_k_index, leaves):
     """The definition, one token and one slot at a time."""
+    leaves = merged(layout, leaves)
     experts = {name: leaves[name].unbind() for name in WEIGHTS if name in leaves}
     rows = []
     for x, gates, chosen in zip(
@@ -164,7 +199,8 @@ def loop(layout, top_k_index, leaves):
                 result = result + weights["down_proj_bias"]
             total = total + gate * result
         rows.append(total)
-    return torch.stack(rows) if rows else leaves["hidden_states"] * 1.0
+    # Of no tokens, still a function of every leaf.
+    return torch.stack(rows) if rows else leaves["hidden_states"] + 0.0 * sum(leaf.sum() for leaf in leaves.values())
 
 
 def gradients(problem, leaves, output):
@@ -172,7 +208,7 @@ def gradients(problem, leaves, output):
     results = {"output": output.detach()}
     if problem.requires_grad:
         output.backward(problem.grad_output.to(output.dtype))
-    for name in DIFFERENTIABLE:
+    for name in (*DIFFERENTIABLE, *FACTORS):
         if name in problem.requires_grad:
             grad = leaves[name].grad
             results[name] = torch.zeros_like(leaves[name]) if grad is None else grad
@@ -195,7 +231,9 @@ def call(problem, leaves, **options):
         top_k_index=problem.top_k_index,
         activation=problem.layout.activation,
         is_transposed=problem.layout.is_transposed,
-        **leaves,
+        gate_up_updates=updates(leaves, "gate_up"),
+        down_updates=updates(leaves, "down"),
+        **{name: tensor for name, tensor in leaves.items() if name not in FACTORS},
         **options,
     )
 
@@ -243,6 +281,7 @@ EAGER = {
 
 
 def call_stock(problem, leaves, implementation="grouped_mm"):
+    leaves = merged(problem.layout, leaves)
     inputs = leaves["hidden_states"], problem.top_k_index, leaves["top_k_weights"]
     if implementation == "eager":
         module_class, donor = next(EAGER[name] for name in EAGER if LAYOUTS[name] == problem.layout)

@@ -12,6 +12,7 @@ from reference import (
     CORRUPTIONS,
     DIFFERENTIABLE,
     EAGER,
+    FACTORS,
     FLOAT32_TOLERANCE,
     GATE_KINDS,
     LAYOUTS,
@@ -34,11 +35,13 @@ from reference import (
     run_stock,
 )
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
+from lightning_moe import LowRank, moe_experts
 from lightning_moe import experts as experts_module
 from lightning_moe import kernels as kernels_module
-from lightning_moe.experts import moe_experts
 
 # A subnormal float32 has fewer bits than a normal one: products with it are rounded more coarsely, by any code.
 SUBNORMAL_TOLERANCE = 1e-5
@@ -60,6 +63,40 @@ def test_float32_results_equal_stock_code_and_the_loop(layout, gates):
     results = run(problem)
     assert_agrees(results, run_stock(problem), tolerance_for(gates))
     assert_agrees(results, run_loop(problem), tolerance_for(gates))
+
+
+# Ranks of the low-rank updates: one projection or both, one update or two, and ranks that need padding.
+RANKS = {
+    "gate_up": {"gate_up_ranks": (4,)},
+    "down": {"down_ranks": (4,)},
+    "both": {"gate_up_ranks": (4,), "down_ranks": (8,)},
+    "two_each": {"gate_up_ranks": (4, 3), "down_ranks": (1, 5)},
+    "wider_than_the_layer": {"gate_up_ranks": (40,), "down_ranks": (40,)},
+}
+
+
+@pytest.mark.parametrize("recompute_up", [False, True])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_low_rank_updates_equal_stock_code_with_merged_weights_and_the_loop(layout, ranks, recompute_up):
+    problem = make_problem(layout, gates="mixed", **RANKS[ranks])
+    results = run(problem, recompute_up=recompute_up)
+    assert set(results) == {"output", *problem.everything}
+    assert_agrees(results, run_stock(problem))
+    assert_agrees(results, run_loop(problem))
+
+
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32], ids=["own_dtype", "float32_factors"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+@pytest.mark.parametrize("wants", ["everything", "factors"])
+def test_16_bit_updates_are_no_further_from_the_loop_than_merged_weights(wants, layout, dtype, factor_dtype):
+    problems = low_precision_problems(
+        layout, dtype=dtype, factor_dtype=factor_dtype, gate_up_ranks=(16,), down_ranks=(16,), update_size=0.1
+    )
+    if wants == "factors":
+        problems = [problem.wanting(*FROZEN_WEIGHTS, *FACTORS) for problem in problems]
+    assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)])
 
 
 @pytest.mark.parametrize("gates", ["positive", "mixed"])
@@ -127,18 +164,18 @@ def test_small_gates_and_a_small_incoming_gradient_underflow_no_more_than_in_sto
 
 @cache
 def float32_results():
-    problem = make_problem("gpt_oss")
+    problem = make_problem("gpt_oss", **RANKS["two_each"])
     return problem, run(problem), run_stock(problem)
 
 
 @cache
 def low_precision_results(dtype):
-    problems = low_precision_problems("gpt_oss", dtype=dtype)
+    problems = low_precision_problems("gpt_oss", dtype=dtype, gate_up_ranks=(8, 8), down_ranks=(8, 8), update_size=0.1)
     return problems, [*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)]
 
 
 @pytest.mark.parametrize("how", CORRUPTIONS)
-@pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE])
+@pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE, *FACTORS])
 def test_the_float32_comparison_fails_on_a_corrupted_result(name, how):
     problem, results, stock = float32_results()
     assert_agrees(results, stock)
@@ -147,7 +184,7 @@ def test_the_float32_comparison_fails_on_a_corrupted_result(name, how):
 
 
 @pytest.mark.parametrize("how", CORRUPTIONS)
-@pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE])
+@pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE, *FACTORS])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_the_16_bit_comparison_fails_on_a_corrupted_result(dtype, name, how):
     problems, results, stock, truths = low_precision_results(dtype)
@@ -619,6 +656,66 @@ def test_hidden_states_are_kept_only_where_the_first_weight_wants_a_gradient(wan
     assert ("hidden_states" in inputs) == ("gate_up_proj" in names)
 
 
+def test_low_rank_updates_keep_their_small_products_and_no_row_of_x_or_a():
+    problem = make_problem("gpt_oss", **TAPE_SIZES, gate_up_ranks=(4,), down_ranks=(8,))
+    rows = problem.top_k_index.numel()
+    inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS, *FACTORS))
+    assert made == sorted([pre_activation_size(problem), rows * 4, rows * 8])
+    assert {"hidden_states", *FACTORS} & problem.tensors.keys() <= inputs
+    inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS, "gate_up_a0"))
+    assert made == [pre_activation_size(problem)]
+    inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS))
+    assert made == [pre_activation_size(problem)]
+    assert "hidden_states" not in inputs
+
+
+@pytest.mark.parametrize("ranks", [{}, RANKS["both"]], ids=["plain", "low_rank"])
+def test_recompute_up_keeps_the_input_instead_of_the_pre_activation(ranks):
+    problem = make_problem("gpt_oss", **TAPE_SIZES, **ranks).wanting(*FROZEN_WEIGHTS, *FACTORS)
+    inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, recompute_up=True), problem)
+    assert made == ([problem.top_k_index.numel() * 8] if ranks else [])
+    assert "hidden_states" in inputs
+
+
+@pytest.mark.parametrize("ranks", [{}, RANKS["both"]], ids=["plain", "low_rank"])
+def test_recompute_up_gives_the_same_bits(ranks):
+    problem = make_problem("gpt_oss", **ranks)
+    kept, recomputed = run(problem), run(problem, recompute_up=True)
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+class largest_allocation(TorchDispatchMode):  # noqa: N801 (a context manager)
+    """The most elements that any one operation's result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+@pytest.mark.parametrize("recompute_up", [False, True])
+def test_nothing_as_large_as_a_merged_weight_is_allocated(layout, recompute_up):
+    sizes = {"num_tokens": 4, "top_k": 2, "num_experts": 32, "hidden_size": 64, "intermediate_size": 32}
+    problem = make_problem(layout, **sizes, gate_up_ranks=(4,), down_ranks=(4,))
+    problem = problem.wanting(*FROZEN_WEIGHTS, *FACTORS)
+    leaves = problem.leaves()  # before the watch: the weights themselves are that large
+    smallest_weight = min(leaves[name].numel() for name in ("gate_up_proj", "down_proj"))
+    with largest_allocation() as ours:
+        gradients(problem, leaves, call(problem, leaves, recompute_up=recompute_up))
+    assert ours.elements <= smallest_weight / 4
+    leaves = problem.leaves()
+    with largest_allocation() as stock:
+        gradients(problem, leaves, call_stock(problem, leaves))
+    assert stock.elements >= smallest_weight
+
+
 def test_chunks_keep_no_more():
     problem = make_problem("gpt_oss", **TAPE_SIZES, requires_grad=FROZEN_WEIGHTS)
     inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, chunk_tokens=2), problem)
@@ -671,6 +768,14 @@ SHAPE_ERRORS = [
     ({"is_transposed": True}, r"gate_up_proj takes 48 and down_proj gives 24 \(is_transposed=True\)"),
     ({"gate_up_proj_bias": zeros(5, 24)}, r"gate_up_proj_bias must be \(5, 48\), got \(5, 24\)"),
     ({"down_proj_bias": zeros(4, 16)}, r"down_proj_bias must be \(5, 16\), got \(4, 16\)"),
+    (
+        {"gate_up_updates": [LowRank(zeros(5, 4, 16), zeros(5, 24, 4))]},
+        r"gate_up_updates must have a of \(5, 'r', 16\)",
+    ),
+    ({"gate_up_updates": [LowRank(zeros(20, 16), zeros(48, 20))]}, r"rank r .* got \(20, 16\) and \(48, 20\)"),
+    ({"down_updates": [LowRank(zeros(5, 0, 24), zeros(5, 16, 0))]}, "rank r of at least 1"),
+    ({"down_updates": [LowRank(zeros(5, 4, 24), zeros(5, 16, 3))]}, r"down_updates must have .* got .* \(5, 16, 3\)"),
+    ({"down_updates": [LowRank(zeros(5, 4, 24).int(), zeros(5, 16, 4))]}, "down_updates must be floating"),
     ({"top_k_index": torch.full((7, 3), 5)}, "top_k_index names experts 5 to 5, but there are 5"),
     ({"top_k_index": torch.full((7, 3), -1)}, "top_k_index names experts -1 to -1"),
     *(
@@ -726,9 +831,10 @@ def problems(draw):
     index = torch.randint(
         sizes["num_experts"], (sizes["num_tokens"], sizes["top_k"]), generator=torch.Generator().manual_seed(0)
     )
-    wants = draw(st.sets(st.sampled_from(DIFFERENTIABLE)))
-    seed = draw(st.integers(0, 99))
-    return problem_with_index_of_any_size(index, layout, gates=gates, seed=seed, requires_grad=wants, **sizes)
+    wants = draw(st.sets(st.sampled_from((*DIFFERENTIABLE, *FACTORS))))
+    ranks = st.lists(st.integers(1, 9), max_size=2)
+    options = {"gate_up_ranks": draw(ranks), "down_ranks": draw(ranks), "seed": draw(st.integers(0, 99))}
+    return problem_with_index_of_any_size(index, layout, gates=gates, requires_grad=wants, **sizes, **options)
 
 
 def problem_with_index_of_any_size(index, layout, *, top_k, num_experts, **options):
@@ -739,8 +845,9 @@ def problem_with_index_of_any_size(index, layout, *, top_k, num_experts, **optio
     return replace(problem.with_tensors(top_k_weights=gates), top_k_index=index)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(problem=problems(), chunk_tokens=st.sampled_from(["auto", 1, 2]))
-def test_any_problem_equals_the_loop(problem, chunk_tokens):
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problem=problems(), chunk_tokens=st.sampled_from(["auto", 1, 2]), recompute_up=st.booleans())
+def test_any_problem_equals_the_loop(problem, chunk_tokens, recompute_up):
     # A result of few terms may cancel, so that more of its digits are rounding.
-    assert_agrees(run(problem, chunk_tokens=chunk_tokens), run_loop(problem), tolerance=2e-5)
+    results = run(problem, chunk_tokens=chunk_tokens, recompute_up=recompute_up)
+    assert_agrees(results, run_loop(problem), tolerance=2e-5)

@@ -71,6 +71,15 @@ def split_gradients(
         start += update.rank
 
 
+def merge(weight: Tensor, updates: Sequence[LowRank], *, is_transposed: bool) -> Tensor:
+    """W + Σ scaling · B A in W's dtype, differentiable: what PEFT's path computes with. (E, out, in), or transposed."""
+    for update in updates:
+        a, b = update.a.to(weight.dtype), update.b.to(weight.dtype)
+        left, right = (a.mT, b.mT) if is_transposed else (b, a)
+        weight = torch.baddbmm(weight, left, right, alpha=update.scaling)
+    return weight
+
+
 def wrappers_around(model: nn.Module, name: str) -> list[ParamWrapper]:
     """PEFT's wrappers around the module of that name, the innermost first."""
     wrappers = []

@@ -12,11 +12,10 @@ call's arguments, instead of merging its adapters into the weight.
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -42,7 +41,7 @@ from lightning_moe.discovery import (
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
-from lightning_moe.lora import LowRank, active_adapters, low_rank
+from lightning_moe.lora import LowRank, active_adapters, low_rank, merge
 
 IMPLEMENTATION = "gategrad"
 APART = "apart"
@@ -260,7 +259,7 @@ def patched_modules(model: nn.Module) -> list[nn.Module]:
 
 def touched_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that patching changed: experts modules, and PEFT's wrappers around them."""
-    return [module for module in model.modules() if _PATCH in vars(module) or _hands_on(module)]
+    return [module for module in model.modules() if _PATCH in vars(module) or _is_apart(module)]
 
 
 def layer_patch(module: nn.Module) -> LayerPatch:
@@ -274,8 +273,8 @@ def _attach(module: Any, patch: LayerPatch) -> None:
     module.config._experts_implementation_internal = IMPLEMENTATION
 
 
-def _hands_on(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "__func__", None) is _hand_on
+def _is_apart(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("forward"), _KeepApart)
 
 
 def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> str:
@@ -285,7 +284,7 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> str:
         if "forward" in vars(wrapper):
             reason = f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced its forward"
         else:
-            wrapper.forward = MethodType(_hand_on, wrapper)  # type: ignore[method-assign]
+            wrapper.forward = _KeepApart(wrapper)  # type: ignore[method-assign]
         if reason is not None:
             patch.merge_reasons.add(reason)
     return "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
@@ -295,24 +294,33 @@ def _ranks_apart(layer: MoELayer) -> dict[str, int]:
     return {
         wrapper.parameter_name: sum(wrapper.r[adapter] for adapter in active_adapters(wrapper))
         for wrapper in layer.wrappers
-        if _hands_on(wrapper) and adapter_reason(wrapper, layer.module) is None and active_adapters(wrapper)
+        if _is_apart(wrapper) and adapter_reason(wrapper, layer.module) is None and active_adapters(wrapper)
     }
 
 
-def _hand_on(self: ParamWrapper, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a patched wrapper: leaves the weight alone, and adds itself to the call's `adapted_by`."""
-    module: Any = self.get_base_layer()
-    patch = vars(module).get(_PATCH)
-    is_active = patch is not None and patch.reason is None and module.config is not patch.config
-    if is_active and active_adapters(self) and "adapter_names" not in kwargs:
-        reason = adapter_reason(self, module)
-        if reason is None:
-            adapted_by = (*kwargs.pop("adapted_by", ()), self)
-            return self.base_layer(x, *args, **kwargs, adapted_by=adapted_by)
-        if reason not in patch.merge_reasons:
-            patch.merge_reasons.add(reason)
-            warnings.warn(reason, stacklevel=2)
-    return ParamWrapper.forward(self, x, *args, **kwargs)
+class _KeepApart:
+    """The forward of a patched wrapper: leaves the weight alone, and adds the wrapper to the call's `adapted_by`.
+
+    An object and not a bound function, so that copies and pickles of the model hold one of their own.
+    """
+
+    def __init__(self, wrapper: ParamWrapper) -> None:
+        self.wrapper = wrapper
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        wrapper = self.wrapper
+        module: Any = wrapper.get_base_layer()
+        patch = vars(module).get(_PATCH)
+        is_active = patch is not None and patch.reason is None and module.config is not patch.config
+        if is_active and active_adapters(wrapper) and "adapter_names" not in kwargs:
+            reason = adapter_reason(wrapper, module)
+            if reason is None:
+                adapted_by = (*kwargs.pop("adapted_by", ()), wrapper)
+                return wrapper.base_layer(x, *args, **kwargs, adapted_by=adapted_by)
+            if reason not in patch.merge_reasons:
+                patch.merge_reasons.add(reason)
+                warnings.warn(reason, stacklevel=2)
+        return ParamWrapper.forward(wrapper, x, *args, **kwargs)
 
 
 def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
@@ -329,6 +337,18 @@ def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index:
         name = "grouped_mm"
     stock = ALL_EXPERTS_FUNCTIONS.get_interface(name, stock_forward(module))
     return stock(module, hidden_states, top_k_index, gates)
+
+
+@contextmanager
+def _merged(module: Any, updates: Mapping[str, list[LowRank]]) -> Iterator[None]:
+    """Has the module's parameters be the sums of weight and updates, for stock code to compute with."""
+    kept = {name: module._parameters[name] for name in updates}
+    try:
+        for name, weight in kept.items():
+            module._parameters[name] = merge(weight, updates[name], is_transposed=module.is_transposed)
+        yield
+    finally:
+        module._parameters.update(kept)
 
 
 @torch.compiler.disable
@@ -359,12 +379,14 @@ def gategrad_experts(
     gates = top_k_weights.view_as(top_k_weights)  # a tensor of our own, whose gradient is this layer's alone
 
     def stock(hidden_states: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
-        with ExitStack() as merged:
-            for wrapper in adapted_by:
-                merged.enter_context(wrapper._activate_lora(wrapper.active_adapters))
+        with _merged(module, updates):
             return _stock_experts(module, patch.config, hidden_states, top_k_index, gates)
 
     contract = read_contract(module)
+    updates: dict[str, list[LowRank]] = {}
+    for wrapper in adapted_by:
+        found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
+        updates.setdefault(wrapper.parameter_name, []).extend(found)
     reason = patch.reason or refusal(module, down_bias=patch.down_bias)
     if not is_patched:
         reason = reason or content_refusal(module)
@@ -379,10 +401,6 @@ def gategrad_experts(
         patch.health.watch(output, gates, active=False, bias_fallback=reason == DOWN_BIAS)
         return output
 
-    updates: dict[str, list[LowRank]] = {}
-    for wrapper in adapted_by:
-        found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
-        updates.setdefault(wrapper.parameter_name, []).extend(found)
     output = moe_experts(
         hidden_states,
         top_k_index,

@@ -81,6 +81,20 @@ def with_attention_lora(model):
     return get_peft_model(model, config)
 
 
+EXPERT_TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def expert_lora_config(targets=EXPERT_TARGETS, *, r=4, attention=False, **options):
+    modules = ["q_proj", "v_proj"] if attention else []
+    return LoraConfig(r=r, target_modules=modules, target_parameters=list(targets), init_lora_weights=False, **options)
+
+
+def with_expert_lora(model, targets=EXPERT_TARGETS, **options):
+    """PEFT's adapters on expert parameters, far from zero."""
+    torch.manual_seed(1)
+    return get_peft_model(model, expert_lora_config(targets, **options))
+
+
 def experts_modules(model):
     return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
 

@@ -17,6 +17,7 @@ from lightning_moe.discovery import DownBias
 from lightning_moe.health import HealthCounts
 from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth
+from lightning_moe.movement import AdapterWatch, Unmoved
 from lightning_moe.patching import (
     PatchReport,
     check_options,
@@ -52,7 +53,11 @@ class MoEGateGradCallback(Callback):
         recompute_up: keep less and project the layer's input twice; see `moe_experts`. For a model without activation
             checkpointing.
         audit_every_n_steps: every so many optimizer steps, the gate gradient of a few tokens of one layer, each layer
-            in turn, is also formed by stock code's own autograd and compared. 0 turns it off.
+            in turn, is also formed by stock code's own autograd and compared. 0 turns it off. A layer with adapters
+            merges them into its weights for that.
+        check_adapters_after_n_steps: after so many optimizer steps, or at the end of a shorter fit, says whether each
+            trainable adapter on the experts got a gradient and changed, for every expert; logs
+            `gategrad/experts_without_update` from there on. 0 turns it off.
         on_missing: what to do where no MoE layer can be patched: `"error"` or `"warn"`.
 
     Raises:
@@ -68,6 +73,7 @@ class MoEGateGradCallback(Callback):
         chunk_tokens: ChunkTokens = "auto",
         recompute_up: bool = False,
         audit_every_n_steps: int = 0,
+        check_adapters_after_n_steps: int = 10,
         on_missing: Literal["error", "warn"] = "error",
     ) -> None:
         try:
@@ -81,6 +87,13 @@ class MoEGateGradCallback(Callback):
                 "MoEGateGradCallback: audit_every_n_steps must be an integer of at least 0, "
                 f"not {audit_every_n_steps!r}"
             )
+        if type(check_adapters_after_n_steps) is not int or not (
+            check_adapters_after_n_steps >= 2 or check_adapters_after_n_steps == 0
+        ):
+            raise MisconfigurationException(
+                "MoEGateGradCallback: check_adapters_after_n_steps must be an integer of at least 2 (in the first step "
+                f"LoRA's A has no gradient yet), or 0, not {check_adapters_after_n_steps!r}"
+            )
         if on_missing not in ("error", "warn"):
             raise MisconfigurationException(
                 f"MoEGateGradCallback: on_missing must be 'error' or 'warn', not {on_missing!r}"
@@ -90,6 +103,7 @@ class MoEGateGradCallback(Callback):
         self.chunk_tokens = chunk_tokens
         self.recompute_up = recompute_up
         self.audit_every_n_steps = audit_every_n_steps
+        self.check_adapters_after_n_steps = check_adapters_after_n_steps
         self.on_missing = on_missing
         self.report: PatchReport | None = None
         self._touched: list[nn.Module] = []
@@ -97,6 +111,9 @@ class MoEGateGradCallback(Callback):
         self._micro_batches = 0
         self._step_before_batch = 0
         self._audited_step = -1
+        self._adapters: AdapterWatch | None = None
+        self._conclude_at_step = 0
+        self._experts_without_update: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Patches what is built by now."""
@@ -116,8 +133,15 @@ class MoEGateGradCallback(Callback):
         self._attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Patches what was built since `setup`; complains if there is nothing."""
+        """Patches what was built since `setup`; complains if there is nothing. Begins to watch the adapters."""
         self._start(trainer, pl_module)
+        self._adapters, self._experts_without_update = None, None
+        if self.report is None or not self.check_adapters_after_n_steps:
+            return
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        if left >= 2 and len(adapters := AdapterWatch(pl_module)):
+            self._adapters = adapters
+            self._conclude_at_step = trainer.global_step + int(min(self.check_adapters_after_n_steps, left))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As `on_fit_start`, unless this validation is part of a fit."""
@@ -143,6 +167,11 @@ class MoEGateGradCallback(Callback):
         if active:
             active[step // every % len(active)].health.audit_due = True
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Notes which adapters have a gradient, while they are watched."""
+        if self._adapters is not None:
+            self._adapters.note_gradients()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -150,6 +179,12 @@ class MoEGateGradCallback(Callback):
         if self.report is None:
             return
         self._micro_batches += 1
+        if self._adapters is not None and trainer.global_step >= self._conclude_at_step:
+            self._experts_without_update, unmoved = self._adapters.conclude()
+            self._adapters = None
+            self._complain(unmoved, trainer.global_step)
+        if self._experts_without_update is not None:
+            pl_module.log("gategrad/experts_without_update", float(self._experts_without_update))
         if logs_now(trainer, pl_module, self._step_before_batch):
             self._log(pl_module)
 
@@ -213,6 +248,16 @@ class MoEGateGradCallback(Callback):
         self._micro_batches = 0
         if "audit_rel_error" in figures:
             self._judge(figures["audit_rel_error"].item(), pl_module)
+
+    def _complain(self, unmoved: list[Unmoved], step: int) -> None:
+        if not unmoved:
+            rank_zero_info(f"MoEGateGradCallback: by step {step} every expert's adapter has moved")
+            return
+        layers: dict[str, list[str]] = {}
+        for one in unmoved:
+            layers.setdefault(str(one), []).append(one.layer)
+        lines = "\n".join(f"- {what}: {', '.join(names)}" for what, names in layers.items())
+        rank_zero_warn(f"MoEGateGradCallback: by step {step} some experts' adapters have not moved:\n{lines}")
 
     def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
         active: Any = next(module for module in patched_modules(pl_module) if layer_patch(module).reason is None)

@@ -100,13 +100,21 @@ def active_adapters(wrapper: ParamWrapper) -> list[str]:
 
 def low_rank(wrapper: Any, adapter: str) -> LowRank:
     """An adapter's factors, as views of its parameters."""
-    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    experts = wrapper.num_experts
     return LowRank(
-        a=a.reshape(experts, -1, a.shape[1]),
-        b=b.reshape(b.shape[0], -1, experts).permute(2, 0, 1),
+        a=split_a(wrapper.lora_A[adapter].weight, wrapper.num_experts),
+        b=split_b(wrapper.lora_B[adapter].weight, wrapper.num_experts),
         scaling=wrapper.scaling[adapter],
     )
+
+
+def split_a(weight: Tensor, num_experts: int) -> Tensor:
+    """PEFT's `lora_A.weight`, or its gradient, as (E, r, in)."""
+    return weight.reshape(num_experts, -1, weight.shape[1])
+
+
+def split_b(weight: Tensor, num_experts: int) -> Tensor:
+    """PEFT's `lora_B.weight`, or its gradient, as (E, out, r)."""
+    return weight.reshape(weight.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
 def merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | None:

@@ -143,9 +143,10 @@ class PatchReport:
             table.add_column("reason", overflow="fold")
         groups: dict[tuple[Any, ...], list[str]] = {}
         for layer in self.layers:
-            alike = (re.sub(r"\d+", "*", layer.name), layer.class_name, layer.status, layer.bytes_before,
+            shown = layer.name.replace(".base_layer", "")
+            alike = (re.sub(r"\d+", "*", shown), layer.class_name, layer.status, layer.bytes_before,
                      layer.bytes_after, layer.adapters, layer.bytes_merged, layer.reason)  # fmt: skip
-            groups.setdefault(alike, []).append(layer.name)
+            groups.setdefault(alike, []).append(shown)
         for (pattern, class_name, status, before, after, adapters, merged, reason), names in groups.items():
             name = names[0] if len(names) == 1 else f"{pattern} ({len(names)} layers)"
             if merged:

@@ -1,0 +1,129 @@
+"""Did every expert's adapter move? Whole runs have been lost to adapters that never trained.
+
+Watches the trainable factors of PEFT's adapters on experts, expert by expert: whether a gradient other than zero came,
+and whether the optimizer changed the bits. Until `conclude`, nothing is read from the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.discovery import find_moe_layers
+from lightning_moe.lora import split_a, split_b
+
+# Integers as wide as a factor's elements, to compare bits by.
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Unmoved:
+    """An adapter on one layer's experts, some of which it did not move for.
+
+    Attributes:
+        layer: the experts module's path in the model, PEFT's wrappers left out.
+        parameter: the parameter that is adapted.
+        adapter: PEFT's name of the adapter.
+        num_experts: E.
+        without_gradient: experts for which a trainable factor got no gradient but zeros.
+        unchanged: further experts for which a factor got one, and has the bits that it had.
+    """
+
+    layer: str
+    parameter: str
+    adapter: str
+    num_experts: int
+    without_gradient: int
+    unchanged: int
+
+    def __str__(self) -> str:
+        """What an engineer should look for."""
+        reasons = []
+        if self.without_gradient:
+            reasons.append(
+                f"{self.without_gradient} of {self.num_experts} experts without a gradient (no token went there, or "
+                "the loss does not depend on them)"
+            )
+        if self.unchanged:
+            reasons.append(
+                f"{self.unchanged} of {self.num_experts} experts with a gradient but unchanged (is the adapter in the "
+                "optimizer, its learning rate above 0 and large enough for its dtype?)"
+            )
+        return f"{self.parameter}, adapter {self.adapter!r}: {'; '.join(reasons)}"
+
+
+class _Factor:
+    """One trainable factor: its experts' bits when the watch began, and which got a gradient since."""
+
+    def __init__(self, parameter: nn.Parameter, split: Any, num_experts: int) -> None:
+        self.parameter, self.split, self.num_experts = parameter, split, num_experts
+        self.before = self._fingerprint()
+        self.has_gradient = torch.zeros(num_experts, dtype=torch.bool, device=parameter.device)
+
+    def note_gradient(self) -> None:
+        if self.parameter.grad is not None:
+            grad = self.split(self.parameter.grad, self.num_experts)
+            self.has_gradient |= torch.linalg.vector_norm(grad, torch.inf, dim=(1, 2)) != 0
+
+    def is_changed(self) -> Tensor:
+        return self._fingerprint() != self.before
+
+    def _fingerprint(self) -> Tensor:
+        """(E,) int64: sums of each expert's bits, read as integers."""
+        experts = self.split(self.parameter.detach(), self.num_experts)
+        return experts.view(BITS[experts.element_size()]).sum((1, 2), dtype=torch.int64)
+
+
+class AdapterWatch:
+    """Watches from here on the adapters on a model's experts that train.
+
+    Args:
+        model: holds the layers, patched or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._factors: dict[tuple[str, str, str, int], list[_Factor]] = {}
+        for name, wrapper, adapter in _adapters(model):
+            factors = [
+                _Factor(linear.weight, split, wrapper.num_experts)
+                for linear, split in ((wrapper.lora_A[adapter], split_a), (wrapper.lora_B[adapter], split_b))
+                if linear.weight.requires_grad
+            ]
+            if factors:
+                self._factors[name, wrapper.parameter_name, adapter, wrapper.num_experts] = factors
+
+    def __len__(self) -> int:
+        """How many adapters are watched."""
+        return len(self._factors)
+
+    def note_gradients(self) -> None:
+        """To be called before each optimizer step, while the gradients are there."""
+        for factors in self._factors.values():
+            for factor in factors:
+                factor.note_gradient()
+
+    def conclude(self) -> tuple[int, list[Unmoved]]:
+        """Compares with the beginning. Waits for the device.
+
+        Returns:
+            How many experts, counted over the layers, have an adapter that did not move; and which adapters those are.
+        """
+        unmoved: list[Unmoved] = []
+        experts: dict[str, Tensor] = {}
+        for (layer, parameter, adapter, num_experts), factors in self._factors.items():
+            gradient = torch.stack([factor.has_gradient for factor in factors]).all(0)
+            moved = gradient & torch.stack([factor.is_changed() for factor in factors]).all(0)
+            without, still = int((~gradient).sum()), int((gradient & ~moved).sum())
+            experts[layer] = ~moved | experts.get(layer, ~moved)
+            if without or still:
+                unmoved.append(Unmoved(layer, parameter, adapter, num_experts, without, still))
+        return sum(int(still.sum()) for still in experts.values()), unmoved
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    for layer in find_moe_layers(model):
+        for wrapper in layer.wrappers:
+            for adapter in wrapper.lora_A:
+                yield layer.name.replace(".base_layer", ""), wrapper, adapter

@@ -3,6 +3,7 @@
 Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
 """
 
+from lightning_moe.adapters import export_adapter
 from lightning_moe.callback import MoEGateGradCallback
 from lightning_moe.experts import moe_experts
 from lightning_moe.lora import LowRank
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryMonitor",
     "MoEGateGradCallback",
     "PatchReport",
+    "export_adapter",
     "gategrad",
     "measure_moe_tape",
     "moe_experts",

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_moe.adapters import CHECKPOINT_KEY, describe
 from lightning_moe.arguments import ChunkTokens
 from lightning_moe.discovery import DownBias
 from lightning_moe.health import HealthCounts
@@ -187,6 +188,11 @@ class MoEGateGradCallback(Callback):
             pl_module.log("gategrad/experts_without_update", float(self._experts_without_update))
         if logs_now(trainer, pl_module, self._step_before_batch):
             self._log(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Describes PEFT's adapters, so that `python -m lightning_moe.export` needs no base model."""
+        if adapters := describe(pl_module):
+            checkpoint[CHECKPOINT_KEY] = adapters
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts the model back."""

@@ -18,7 +18,7 @@ from lightning_moe.discovery import DownBias
 from lightning_moe.health import HealthCounts
 from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth
-from lightning_moe.movement import AdapterWatch, Unmoved
+from lightning_moe.movement import AdapterWatch, Unmoved, listing
 from lightning_moe.patching import (
     PatchReport,
     check_options,
@@ -259,11 +259,9 @@ class MoEGateGradCallback(Callback):
         if not unmoved:
             rank_zero_info(f"MoEGateGradCallback: by step {step} every expert's adapter has moved")
             return
-        layers: dict[str, list[str]] = {}
-        for one in unmoved:
-            layers.setdefault(str(one), []).append(one.layer)
-        lines = "\n".join(f"- {what}: {', '.join(names)}" for what, names in layers.items())
-        rank_zero_warn(f"MoEGateGradCallback: by step {step} some experts' adapters have not moved:\n{lines}")
+        rank_zero_warn(
+            f"MoEGateGradCallback: by step {step} some experts' adapters have not moved:\n{listing(unmoved)}"
+        )
 
     def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
         active: Any = next(module for module in patched_modules(pl_module) if layer_patch(module).reason is None)

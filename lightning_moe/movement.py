@@ -4,7 +4,7 @@ Watches the trainable factors of PEFT's adapters on experts, expert by expert: w
 and whether the optimizer changed the bits. Until `conclude`, nothing is read from the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,20 +38,32 @@ class Unmoved:
     without_gradient: int
     unchanged: int
 
-    def __str__(self) -> str:
-        """What an engineer should look for."""
-        reasons = []
+    @property
+    def reasons(self) -> str:
+        """How many experts, why, and what an engineer should look for."""
+        found = []
         if self.without_gradient:
-            reasons.append(
+            found.append(
                 f"{self.without_gradient} of {self.num_experts} experts without a gradient (no token went there, or "
                 "the loss does not depend on them)"
             )
         if self.unchanged:
-            reasons.append(
+            found.append(
                 f"{self.unchanged} of {self.num_experts} experts with a gradient but unchanged (is the adapter in the "
                 "optimizer, its learning rate above 0 and large enough for its dtype?)"
             )
-        return f"{self.parameter}, adapter {self.adapter!r}: {'; '.join(reasons)}"
+        return "; ".join(found)
+
+
+def listing(unmoved: Sequence[Unmoved]) -> str:
+    """Lines for people, in which parameters and layers that share their reasons share a line."""
+    layers: dict[tuple[str, str, str], list[str]] = {}
+    for one in unmoved:
+        layers.setdefault((one.layer, one.adapter, one.reasons), []).append(one.parameter)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (layer, adapter, reasons), parameters in layers.items():
+        lines.setdefault((reasons, f"{' and '.join(parameters)}, adapter {adapter!r}"), []).append(layer)
+    return "\n".join(f"- {reasons}: {what}, in {', '.join(names)}" for (reasons, what), names in lines.items())
 
 
 class _Factor:

@@ -3,14 +3,17 @@
     python recipes/qwen3_lora.py                                   a small random model on the CPU, in two minutes
     python recipes/qwen3_lora.py fit --config FILE                 another configuration, such as configs/*.yaml
     python recipes/qwen3_lora.py fit --config FILE --trainer.max_steps 20 --model.learning_rate 1e-4
+    python recipes/qwen3_lora.py fit --config FILE --model.experts true     adapters on the experts too
     python recipes/qwen3_lora.py fit --help                        every option
 
-Ends with a summary, an adapter-only checkpoint to resume from and a PEFT adapter folder.
+Ends with a summary, an adapter-only checkpoint to resume from and a PEFT adapter folder, or one for each of
+`--model.adapter_layouts "[fused, per_expert]"`.
 """
 
 import os
 import sys
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +28,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback
+from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 GENERATED_TOKENS = 48
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 UNHELPFUL_WARNINGS = (
     ".*does not have many workers",  # the data is in memory: worker processes would only cost
@@ -50,10 +54,13 @@ class Qwen3LoRA(LightningModule):
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
+        experts: put adapters on the experts' projections too; most of the model's weights are there.
         modules_to_save: modules that train in full beside the adapters, such as the head of a random base.
         learning_rate: of AdamW, after the warm-up.
         warmup_steps: over which the learning rate rises from 0.
         activation_checkpointing: recompute each layer in backward.
+        adapter_layouts: in which layouts the adapter is written at the end: `fused`, as PEFT has it, and `per_expert`,
+            as inference servers and older Transformers read adapters on experts.
     """
 
     def __init__(
@@ -65,10 +72,12 @@ class Qwen3LoRA(LightningModule):
         rank: int = 16,
         alpha: int = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        experts: bool = False,
         modules_to_save: tuple[str, ...] = (),
         learning_rate: float = 1e-4,
         warmup_steps: int = 10,
         activation_checkpointing: bool = False,
+        adapter_layouts: tuple[Literal["fused", "per_expert"], ...] = ("fused",),
     ) -> None:
         super().__init__()
         if init == "pretrained" and not name:
@@ -97,6 +106,7 @@ class Qwen3LoRA(LightningModule):
             r=options["rank"],
             lora_alpha=options["alpha"],
             target_modules=list(options["target_modules"]),
+            target_parameters=list(EXPERT_PARAMETERS) if options["experts"] else None,
             modules_to_save=list(options["modules_to_save"]) or None,
             task_type="CAUSAL_LM",
         )
@@ -190,8 +200,7 @@ class RunSummary(Callback):
         assert pl_module.network is not None
         if not trainer.is_global_zero or not self._losses:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        pl_module.network.save_pretrained(str(folder / "adapter"))
+        adapters = self._write_adapters(Path(trainer.log_dir or trainer.default_root_dir), pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         prompt, wanted = data.held_out[0].prompt, data.held_out[0].answer
         after = pl_module.answer(data, prompt)
@@ -211,6 +220,13 @@ class RunSummary(Callback):
                     "MoE tape, stock and now",
                     f"{stock / 2**20:.2f} → {kept / 2**20:.2f} MiB ({kept / stock:.2f}), {len(callback.tape)} layers",
                 )
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in pl_module.parameters())
+        on_experts = sum(p.numel() for n, p in pl_module.named_parameters() if p.requires_grad and ".experts." in n)
+        table.add_row(
+            "parameters that train",
+            f"{trained:,} of {total:,} ({trained / total:.2%}); {on_experts:,} of them on experts",
+        )
         table.add_row("prompt held out", prompt.strip())
         table.add_row("answer wanted", wanted)
         table.add_row("answer before", self._before)
@@ -220,8 +236,19 @@ class RunSummary(Callback):
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
             table.add_row("checkpoint", os.path.relpath(checkpoint.last_model_path))
-        table.add_row("PEFT adapter", os.path.relpath(folder / "adapter"))
+        for layout, folder in adapters.items():
+            table.add_row(f"PEFT adapter, {layout}", os.path.relpath(folder))
         Console().print(table)
+
+    def _write_adapters(self, folder: Path, module: Qwen3LoRA) -> dict[str, Path]:
+        """One folder for each layout, under a name that is free: an earlier run's adapter stays."""
+        written = {}
+        for layout in module.hparams["adapter_layouts"]:
+            stem = "adapter" if layout == "fused" else f"adapter_{layout}"
+            names = (stem if number == 0 else f"{stem}-{number}" for number in count())
+            written[layout] = next(folder / name for name in names if not (folder / name).exists())
+            export_adapter(module, written[layout], layout)
+        return written
 
 
 def main(args: list[str] | None = None) -> LightningCLI:

@@ -12,7 +12,7 @@ from models import Tiny, experts_modules, qwen3, tokens, with_attention_lora, wi
 
 from lightning_moe import MoEGateGradCallback
 from lightning_moe.lora import split_a, split_b
-from lightning_moe.movement import AdapterWatch, Unmoved
+from lightning_moe.movement import AdapterWatch, Unmoved, listing
 
 EVERY = 2 * 8  # layers x experts
 
@@ -73,7 +73,7 @@ def test_an_adapter_outside_the_optimizer_is_unchanged():
         "down_proj",
     )
     assert (unmoved.without_gradient, unmoved.unchanged) == (0, 8)
-    assert "is the adapter in the optimizer" in str(unmoved)
+    assert "is the adapter in the optimizer" in unmoved.reasons
 
 
 def test_a_learning_rate_too_small_for_the_dtype_is_seen():
@@ -101,7 +101,7 @@ def test_an_expert_without_a_token_is_counted_alone():
     count, unmoved = watch.conclude()
     assert count == 2
     assert {(u.num_experts, u.without_gradient, u.unchanged) for u in unmoved} == {(8, 1, 0)}
-    assert "1 of 8 experts without a gradient (no token went there" in str(unmoved[0])
+    assert "1 of 8 experts without a gradient (no token went there" in unmoved[0].reasons
 
 
 def test_one_changed_element_of_one_expert_is_seen():
@@ -126,10 +126,13 @@ def test_frozen_adapters_are_not_watched():
     assert len(AdapterWatch(with_attention_lora(qwen3()))) == 0
 
 
-def test_a_message_names_both_reasons():
-    text = str(Unmoved("layers.0", "down_proj", "default", 8, 2, 3))
-    assert text.startswith("down_proj, adapter 'default': 2 of 8 experts without a gradient")
-    assert "; 3 of 8 experts with a gradient but unchanged" in text
+def test_the_listing_names_reasons_parameters_and_layers_once():
+    unmoved = [Unmoved(f"layers.{i}", name, "default", 8, 2, 3) for i in range(2) for name in ("up_proj", "down_proj")]
+    (line,) = listing(unmoved).splitlines()
+    assert line.startswith("- 2 of 8 experts without a gradient")
+    assert "; 3 of 8 experts with a gradient but unchanged" in line
+    assert line.endswith("up_proj and down_proj, adapter 'default', in layers.0, layers.1")
+    assert len(listing([*unmoved, Unmoved("layers.2", "up_proj", "default", 8, 8, 0)]).splitlines()) == 2
 
 
 class Trained(Tiny):
@@ -174,7 +177,9 @@ def test_the_callback_warns_with_the_layers_names(tmp_path):
     trainer, logged, (said,) = fit(module, tmp_path, check_adapters_after_n_steps=3)
     assert trainer.callback_metrics["gategrad/experts_without_update"] == 8
     assert logged == [None, None, 8.0, 8.0, 8.0, 8.0]
-    assert said.count("layers.1.mlp.experts") == 2
+    assert (
+        "gate_up_proj and down_proj, adapter 'default', in network.base_model.model.model.layers.1.mlp.experts" in said
+    )
     assert "layers.0" not in said
     assert "by step 3" in said
 

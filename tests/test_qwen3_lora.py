@@ -116,11 +116,52 @@ def test_adapter_folder_loads_with_peft(twenty_steps):
     assert not torch.allclose(bare, want)  # the adapter does something
 
 
+@pytest.mark.filterwarnings("ignore:.*pattern keys did not match")  # PEFT's loader; they do match afterwards
+@pytest.mark.filterwarnings("ignore:MoEGateGradCallback. by step 10 some")  # a random router leaves experts idle
+def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
+    options = ["--model.experts=true", "--model.adapter_layouts=[fused, per_expert]"]
+    cli = fit(tmp_path / "ours", *options, steps=12)
+    printed = capsys.readouterr().out
+    on_experts = 4 * 16 * 16 * ((192 + 2 * 96) + (96 + 192))
+    assert f"{on_experts:,} of them on experts" in printed
+    assert "apart" in printed
+    for words in ("PEFT adapter, fused", "PEFT adapter, per_expert"):
+        assert words in printed
+    unmoved = logged(tmp_path / "ours", "gategrad/experts_without_update")
+    assert len(unmoved) == 3  # from the tenth step on
+    assert max(unmoved) <= 32
+
+    run = tmp_path / "ours" / "log" / "version_0"
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        want = cli.model.network.eval()(tokens).logits
+        for name in ("adapter", "adapter_per_expert"):
+            restored = PeftModel.from_pretrained(cli.model.build_base(), run / name).eval()
+            assert torch.equal(restored(tokens).logits, want)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert sum(".mlp.experts." in name for name in checkpoint["state_dict"]) == 4 * 4
+
+    monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", "0")
+    fit(tmp_path / "stock", *options, steps=12)
+    ours, stock = (logged(tmp_path / name, "train/loss") for name in ("ours", "stock"))
+    assert max(abs(a - b) for a, b in zip(ours, stock, strict=True)) < 1e-4
+    assert stock[-1] < stock[0] - 1.0
+
+
+def test_an_earlier_adapter_is_left_alone(tmp_path):
+    first = fit(tmp_path, steps=1)
+    summary = next(callback for callback in first.trainer.callbacks if isinstance(callback, qwen3_lora.RunSummary))
+    folder = tmp_path / "log" / "version_0"
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert summary._write_adapters(folder, first.model) == {"fused": folder / "adapter-1"}
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_summary_shows_what_a_user_looks_for(tmp_path, capsys):
     fit(tmp_path, steps=2)
     printed = capsys.readouterr().out
     for words in ("4 active, 0 fallback", "loss, first and last", "peak memory", "MoE tape, stock and now",
-                  "answer before", "answer after", "CSVLogger", "PEFT adapter"):  # fmt: skip
+                  "answer before", "answer after", "CSVLogger", "PEFT adapter", "parameters that train"):  # fmt: skip
         assert words in printed
 
 

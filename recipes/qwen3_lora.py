@@ -223,10 +223,9 @@ class RunSummary(Callback):
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in pl_module.parameters())
         on_experts = sum(p.numel() for n, p in pl_module.named_parameters() if p.requires_grad and ".experts." in n)
-        table.add_row(
-            "parameters that train",
-            f"{trained:,} of {total:,} ({trained / total:.2%}); {on_experts:,} of them on experts",
-        )
+        table.add_row("parameters that train", f"{trained:,} of {total:,} ({trained / total:.2%})")
+        if on_experts:
+            table.add_row("of these on experts", f"{on_experts:,}")
         table.add_row("prompt held out", prompt.strip())
         table.add_row("answer wanted", wanted)
         table.add_row("answer before", self._before)

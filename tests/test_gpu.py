@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import assert_no_worse, make_problem, relative_error, run, run_loop, run_stock
+from reference import (
+    FACTORS,
+    assert_no_worse,
+    call,
+    gradients,
+    make_problem,
+    pooled_error,
+    relative_error,
+    run,
+    run_loop,
+    run_stock,
+)
 
 from lightning_moe import kernels, moe_experts
 from lightning_moe.kernels import FUSED_ACTIVATIONS, silu_gated
@@ -115,17 +126,71 @@ def test_offsets_pass_two_to_the_thirty_one():
         assert relative_error(ours[tail].cpu(), few.cpu()) < 2**-7
 
 
+def on_gpu(problem):
+    moved = problem.with_tensors(**{name: tensor.cuda() for name, tensor in problem.tensors.items()})
+    return replace(moved, top_k_index=problem.top_k_index.cuda(), grad_output=problem.grad_output.cuda())
+
+
+def back(results):
+    return {name: result.cpu() for name, result in results.items()}
+
+
+def on_experts(wants=("hidden_states", "top_k_weights", *FACTORS), **options):
+    """Problems with low-rank updates, for the kernels' shapes."""
+    sizes = {"num_tokens": 200, "top_k": 3, "num_experts": 6, "hidden_size": 136, "intermediate_size": 72}
+    return [make_problem(**{**sizes, "seed": seed, **options}).wanting(*wants) for seed in range(3)]
+
+
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32], ids=["own_dtype", "float32_factors"])
+@pytest.mark.parametrize("ranks", [(16,), (8, 3), (100,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_rank_updates_are_nearer_to_the_truth_than_merged_weights(dtype, ranks, factor_dtype):
+    problems = on_experts(dtype=dtype, factor_dtype=factor_dtype, gate_up_ranks=ranks, down_ranks=ranks)
+    truths = [run_loop(problem) for problem in problems]
+    ours, stock = ([back(function(on_gpu(problem))) for problem in problems] for function in (run, run_stock))
+    for name in truths[0]:
+        assert pooled_error(ours, truths, name) <= pooled_error(stock, truths, name), name
+        zeros = [{name: torch.zeros_like(truth[name])} for truth in truths]
+        permuted = [{name: result[name].roll(1, 0)} for result in ours]
+        assert min(pooled_error(zeros, truths, name), pooled_error(permuted, truths, name)) > 0.1
+
+
+@pytest.mark.parametrize("layout", ["gpt_oss", "no_gate_projection"])
+def test_low_rank_updates_on_other_layouts(layout):
+    problems = on_experts(layout=layout, dtype=torch.bfloat16, gate_up_ranks=(16,), down_ranks=(16,), update_size=0.1)
+    ours, stock = ([back(function(on_gpu(problem))) for problem in problems] for function in (run, run_stock))
+    assert_no_worse(ours, stock, [run_loop(problem) for problem in problems])
+
+
+@pytest.mark.parametrize("sizes", [{"num_tokens": 0}, {"num_tokens": 1}, {"num_experts": 1, "top_k": 1}])
+def test_edges_of_low_rank_updates(sizes, monkeypatch):
+    problem = on_gpu(on_experts(dtype=torch.bfloat16, gate_up_ranks=(4,), down_ranks=(4,), **sizes)[0])
+    fused = run(problem)
+    monkeypatch.setattr(kernels, "_kernels", lambda tensor: None)
+    for name, plain in run(problem).items():
+        assert fused[name].shape == plain.shape
+        assert relative_error(fused[name].cpu(), plain.cpu()) < 2**-5, name
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("recompute_up", [False, True])
+def test_low_rank_updates_wait_for_nothing_and_repeat(recompute_up):
+    problem = on_gpu(on_experts(dtype=torch.bfloat16, gate_up_ranks=(16,), down_ranks=(16,))[0])
+    first = run(problem)
+    leaves = problem.leaves()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = call(problem, leaves, recompute_up=recompute_up)
+        second = gradients(problem, leaves, output)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("layout", ["gpt_oss", "no_gate_projection", "transposed_biased"])
 def test_generic_paths_on_the_gpu(layout):
     problems = [make_problem(layout, dtype=torch.bfloat16, seed=seed, num_tokens=80) for seed in range(4)]
-
-    def on_gpu(problem):
-        moved = problem.with_tensors(**{name: tensor.cuda() for name, tensor in problem.tensors.items()})
-        return replace(moved, top_k_index=problem.top_k_index.cuda(), grad_output=problem.grad_output.cuda())
-
-    def back(results):
-        return {name: result.cpu() for name, result in results.items()}
-
     ours = [back(run(on_gpu(problem))) for problem in problems]
     stock = [back(run_stock(on_gpu(problem))) for problem in problems]
     assert_no_worse(ours, stock, [run_loop(problem) for problem in problems])

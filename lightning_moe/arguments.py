@@ -93,6 +93,8 @@ def unsupported(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:
         return f"weights must both be float32, bfloat16 or float16, got {gate_up_proj.dtype} and {dtype}"
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if weight.dim() != 3:
+            return f"{name} must be three-dimensional with the experts first, got {tuple(weight.shape)}"
         # The activations' rows are as long as the weights' sides; a stride of one is the contiguous side's.
         steps = [*weight.shape[1:], *(stride for stride in weight.stride() if stride != 1)]
         if any(step * weight.element_size() % 16 for step in steps):

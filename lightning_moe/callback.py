@@ -18,7 +18,7 @@ from lightning_moe.discovery import DownBias
 from lightning_moe.health import HealthCounts
 from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth
-from lightning_moe.movement import AdapterWatch, Unmoved, listing
+from lightning_moe.movement import AdapterWatch, listing
 from lightning_moe.patching import (
     PatchReport,
     check_options,
@@ -56,7 +56,7 @@ class MoEGateGradCallback(Callback):
         audit_every_n_steps: every so many optimizer steps, the gate gradient of a few tokens of one layer, each layer
             in turn, is also formed by stock code's own autograd and compared. 0 turns it off. A layer with adapters
             merges them into its weights for that.
-        check_adapters_after_n_steps: after so many optimizer steps, or at the end of a shorter fit, says whether each
+        check_adapters_after_n_steps: after so many optimizer steps, or at the end of a shorter fit, says whether every
             trainable adapter on the experts got a gradient and changed, for every expert; logs
             `gategrad/experts_without_update` from there on. 0 turns it off.
         on_missing: what to do where no MoE layer can be patched: `"error"` or `"warn"`.
@@ -113,7 +113,7 @@ class MoEGateGradCallback(Callback):
         self._step_before_batch = 0
         self._audited_step = -1
         self._adapters: AdapterWatch | None = None
-        self._conclude_at_step = 0
+        self._watched_from_step = 0
         self._experts_without_update: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,15 +134,8 @@ class MoEGateGradCallback(Callback):
         self._attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Patches what was built since `setup`; complains if there is nothing. Begins to watch the adapters."""
+        """Patches what was built since `setup`; complains if there is nothing."""
         self._start(trainer, pl_module)
-        self._adapters, self._experts_without_update = None, None
-        if self.report is None or not self.check_adapters_after_n_steps:
-            return
-        left = trainer.estimated_stepping_batches - trainer.global_step
-        if left >= 2 and len(adapters := AdapterWatch(pl_module)):
-            self._adapters = adapters
-            self._conclude_at_step = trainer.global_step + int(min(self.check_adapters_after_n_steps, left))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As `on_fit_start`, unless this validation is part of a fit."""
@@ -156,6 +149,13 @@ class MoEGateGradCallback(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As `on_fit_start`."""
         self._start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to watch the adapters, those of a checkpoint included."""
+        self._experts_without_update = None
+        if self.report is not None and self.check_adapters_after_n_steps:
+            self._adapters = AdapterWatch(pl_module) or None
+            self._watched_from_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Asks one layer for an audit on the steps that want one."""
@@ -180,14 +180,19 @@ class MoEGateGradCallback(Callback):
         if self.report is None:
             return
         self._micro_batches += 1
-        if self._adapters is not None and trainer.global_step >= self._conclude_at_step:
-            self._experts_without_update, unmoved = self._adapters.conclude()
-            self._adapters = None
-            self._complain(unmoved, trainer.global_step)
+        if self._watched_steps(trainer) >= self.check_adapters_after_n_steps:
+            self._conclude(trainer)
         if self._experts_without_update is not None:
             pl_module.log("gategrad/experts_without_update", float(self._experts_without_update))
         if logs_now(trainer, pl_module, self._step_before_batch):
             self._log(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what became of the adapters, in a fit too short to have said so."""
+        if self._watched_steps(trainer) >= 2:
+            figure = {"gategrad/experts_without_update": float(self._conclude(trainer))}
+            for logger in trainer.loggers:
+                logger.log_metrics(figure, step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Describes PEFT's adapters, so that `python -m lightning_moe.export` needs no base model."""
@@ -210,6 +215,7 @@ class MoEGateGradCallback(Callback):
         self._touched = touched_modules(pl_module)
 
     def _detach(self, pl_module: LightningModule) -> None:
+        self._adapters = None
         if self.report is not None:
             for module in (pl_module, *self._touched):  # the module may have let go of one meanwhile
                 unpatch_moe(module)
@@ -255,13 +261,20 @@ class MoEGateGradCallback(Callback):
         if "audit_rel_error" in figures:
             self._judge(figures["audit_rel_error"].item(), pl_module)
 
-    def _complain(self, unmoved: list[Unmoved], step: int) -> None:
-        if not unmoved:
-            rank_zero_info(f"MoEGateGradCallback: by step {step} every expert's adapter has moved")
-            return
-        rank_zero_warn(
-            f"MoEGateGradCallback: by step {step} some experts' adapters have not moved:\n{listing(unmoved)}"
-        )
+    def _watched_steps(self, trainer: Trainer) -> int:
+        """Optimizer steps since the adapters are watched; -1 where they are not."""
+        return -1 if self._adapters is None else trainer.global_step - self._watched_from_step
+
+    def _conclude(self, trainer: Trainer) -> int:
+        assert self._adapters is not None
+        self._experts_without_update, unmoved = self._adapters.conclude()
+        self._adapters = None
+        when = f"by step {trainer.global_step}"
+        if unmoved:
+            rank_zero_warn(f"MoEGateGradCallback: {when} some experts' adapters have not moved:\n{listing(unmoved)}")
+        else:
+            rank_zero_info(f"MoEGateGradCallback: {when} every expert's adapter has moved")
+        return self._experts_without_update
 
     def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
         active: Any = next(module for module in patched_modules(pl_module) if layer_patch(module).reason is None)

@@ -1,7 +1,6 @@
 """Discovery: the MoE layers of a model, under whatever wraps it, and whether the operation may run in each.
 
-The only reader of what Transformers' experts classes look like, and the
-three refusals are the one list of why stock code runs instead.
+The only reader of what Transformers' experts classes look like; its refusals are the one list of why stock code runs.
 """
 
 import inspect
@@ -140,7 +139,8 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
         inside = name in found or any(ancestor in found for ancestor in _ancestors(name))
         if not inside and name not in holders and _looks_like_moe(name, module):
             reason = f"{type(module).__name__} does not go through Transformers' experts registry"
-            found[name] = MoELayer(name, module, reason, is_dispatched=False)
+            wrappers = tuple(wrappers_around(model, name))
+            found[name] = MoELayer(name, module, reason, is_dispatched=False, wrappers=wrappers)
     return [found[name] for name in modules if name in found]
 
 
@@ -211,7 +211,12 @@ def _ancestors(name: str) -> Iterator[str]:
 
 def _looks_like_moe(name: str, module: nn.Module) -> bool:
     """Whether a module's name or class says that it routes tokens to experts."""
-    return name.rpartition(".")[2] == "experts" or re.search(r"(Experts|MoE)$", type(module).__name__) is not None
+    if isinstance(module, ParamWrapper):  # what it wraps will do
+        return False
+    return (
+        name.replace(".base_layer", "").rpartition(".")[2] == "experts"
+        or re.search(r"(Experts|MoE)$", type(module).__name__) is not None
+    )
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,14 @@ class Factors(NamedTuple):
 
 def join(updates: Sequence[LowRank], dtype: torch.dtype) -> Factors:
     """Joins updates along the rank, in `dtype`, padded with zeros to rows of whole multiples of 16 bytes."""
-    step = 16 // dtype.itemsize
-    rank = -(-sum(update.rank for update in updates) // step) * step
+    step, used = 16 // dtype.itemsize, sum(update.rank for update in updates)
+    rank = -(-used // step) * step
     (experts, _, width_in), width_out = updates[0].a.shape, updates[0].b.shape[1]
-    a = updates[0].a.new_zeros(experts, rank, width_in, dtype=dtype)
-    b = a.new_zeros(experts, width_out, rank)
+    a = updates[0].a.new_empty(experts, rank, width_in, dtype=dtype)
+    b = a.new_empty(experts, width_out, rank)
+    if rank > used:
+        a[:, used:].zero_()
+        b[..., used:].zero_()
     start = 0
     for update in updates:
         a[:, start : start + update.rank] = update.a
@@ -73,17 +76,18 @@ def split_gradients(
 
 def merge(weight: Tensor, updates: Sequence[LowRank], *, is_transposed: bool) -> Tensor:
     """W + Σ scaling · B A in W's dtype, differentiable: what PEFT's path computes with. (E, out, in), or transposed."""
-    for update in updates:
-        a, b = update.a.to(weight.dtype), update.b.to(weight.dtype)
-        left, right = (a.mT, b.mT) if is_transposed else (b, a)
-        weight = torch.baddbmm(weight, left, right, alpha=update.scaling)
+    with torch.autocast(weight.device.type, enabled=False):
+        for update in updates:
+            a, b = update.a.to(weight.dtype), update.b.to(weight.dtype)
+            left, right = (a.mT, b.mT) if is_transposed else (b, a)
+            weight = torch.baddbmm(weight, left, right, alpha=update.scaling)
     return weight
 
 
 def wrappers_around(model: nn.Module, name: str) -> list[ParamWrapper]:
     """PEFT's wrappers around the module of that name, the innermost first."""
     wrappers = []
-    while name.endswith((".base_layer", "._orig_mod")):
+    while name.rpartition(".")[2] in ("base_layer", "_orig_mod"):
         name = name.rpartition(".")[0]
         wrapper = model.get_submodule(name)
         if isinstance(wrapper, ParamWrapper):

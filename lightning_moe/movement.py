@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.lora import split_a, split_b
@@ -76,7 +77,7 @@ class _Factor:
 
     def note_gradient(self) -> None:
         if self.parameter.grad is not None:
-            grad = self.split(self.parameter.grad, self.num_experts)
+            grad = self.split(_whole(self.parameter.grad), self.num_experts)
             self.has_gradient |= torch.linalg.vector_norm(grad, torch.inf, dim=(1, 2)) != 0
 
     def is_changed(self) -> Tensor:
@@ -84,8 +85,13 @@ class _Factor:
 
     def _fingerprint(self) -> Tensor:
         """(E,) int64: sums of each expert's bits, read as integers."""
-        experts = self.split(self.parameter.detach(), self.num_experts)
+        experts = self.split(_whole(self.parameter.detach()), self.num_experts)
         return experts.view(BITS[experts.element_size()]).sum((1, 2), dtype=torch.int64)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered; every rank comes by here in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class AdapterWatch:

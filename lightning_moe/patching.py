@@ -23,6 +23,7 @@ from peft.tuners.lora import ParamWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
@@ -300,14 +301,16 @@ def _ranks_apart(layer: MoELayer) -> dict[str, int]:
 
 
 class _KeepApart:
-    """The forward of a patched wrapper: leaves the weight alone, and adds the wrapper to the call's `adapted_by`.
+    """The forward of a patched wrapper: leaves the weight alone, and adds itself to the call's `adapted_by`.
 
-    An object and not a bound function, so that copies and pickles of the model hold one of their own.
+    An object and not a bound function, so that copies and pickles of the model hold one of their own; and not a module,
+    which libraries that look through a call's arguments would move.
     """
 
     def __init__(self, wrapper: ParamWrapper) -> None:
         self.wrapper = wrapper
 
+    @torch.compiler.disable  # one code object for all wrappers: each would be compiled anew, up to a limit
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wrapper = self.wrapper
         module: Any = wrapper.get_base_layer()
@@ -316,12 +319,16 @@ class _KeepApart:
         if is_active and active_adapters(wrapper) and "adapter_names" not in kwargs:
             reason = adapter_reason(wrapper, module)
             if reason is None:
-                adapted_by = (*kwargs.pop("adapted_by", ()), wrapper)
+                adapted_by = (*kwargs.pop("adapted_by", ()), self)
                 return wrapper.base_layer(x, *args, **kwargs, adapted_by=adapted_by)
-            if reason not in patch.merge_reasons:
-                patch.merge_reasons.add(reason)
-                warnings.warn(reason, stacklevel=2)
+            _say_once(patch, reason)
         return ParamWrapper.forward(wrapper, x, *args, **kwargs)
+
+
+def _say_once(patch: LayerPatch, reason: str) -> None:
+    if reason not in patch.merge_reasons:
+        patch.merge_reasons.add(reason)
+        warnings.warn(reason, stacklevel=3)
 
 
 def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
@@ -358,7 +365,7 @@ def gategrad_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    adapted_by: tuple[ParamWrapper, ...] = (),
+    adapted_by: tuple[_KeepApart, ...] = (),
 ) -> Tensor:
     """The experts function in Transformers' signature, registered as `gategrad`.
 
@@ -370,7 +377,7 @@ def gategrad_experts(
         hidden_states: (T, H).
         top_k_index: (T, K) integer.
         top_k_weights: (T, K) floating.
-        adapted_by: PEFT's wrappers whose adapters are not in the weights.
+        adapted_by: the forwards of PEFT's wrappers whose adapters are not in the weights.
 
     Returns:
         (T, H).
@@ -385,13 +392,16 @@ def gategrad_experts(
 
     contract = read_contract(module)
     updates: dict[str, list[LowRank]] = {}
-    for wrapper in adapted_by:
+    for wrapper in (forward.wrapper for forward in adapted_by):
         found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
         updates.setdefault(wrapper.parameter_name, []).extend(found)
     reason = patch.reason or refusal(module, down_bias=patch.down_bias)
     if not is_patched:
         reason = reason or content_refusal(module)
     if reason is None:
+        for name in (contract.up_name, "down_proj"):
+            if is_parametrized(module, name) and not any(f" on {name}" in said for said in patch.merge_reasons):
+                _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
         reason = unsupported(weights.gate_up_proj, weights.down_proj)
     if reason is not None:
@@ -414,8 +424,9 @@ def gategrad_experts(
         chunk_tokens=patch.chunk_tokens,
         recompute_up=patch.recompute_up,
     )
-    tape = patch.tape
-    saved = (tape.stock_per_row - tape.kept_per_row) * top_k_index.numel() + tape.stock_merged
+    merged = {contract.up_name: weights.gate_up_proj, "down_proj": weights.down_proj}
+    saved = (patch.tape.stock_per_row - patch.tape.kept_per_row) * top_k_index.numel()
+    saved += sum(merged[name].nbytes for name in updates)
     patch.health.watch(output, gates, active=True, tape_bytes_saved=saved)
     if patch.health.audit_due:
         patch.health.audit(stock, hidden_states, top_k_index, gates, output)

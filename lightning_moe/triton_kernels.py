@@ -121,8 +121,11 @@ def grouped_linear(
         return out
     block_columns = _block(columns, BLOCK_COLUMNS)
     weight_desc, in_first = _weight_descriptor(weight, BLOCK_INNER, block_columns)
-    rows_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [BLOCK_ROWS, BLOCK_INNER])
-    small_desc, factor_desc, factor_in_first, rank, block_rank = rows_desc, weight_desc, in_first, 0, 16
+    # Each descriptor is encoded anew at each launch, by the host: none that the kernel does not read.
+    rows_desc = small_desc = factor_desc = None
+    factor_in_first, rank, block_rank = True, 0, 16
+    if tokens is None:
+        rows_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [BLOCK_ROWS, BLOCK_INNER])
     if low_rank is not None:
         small, factor = low_rank
         rank, block_rank = small.shape[1], _block(small.shape[1], BLOCK_INNER)
@@ -130,7 +133,7 @@ def grouped_linear(
         factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
     grid = (num_tiles * triton.cdiv(columns, block_columns),)
     _grouped_linear_kernel[grid](
-        rows, rows_desc, tiles if tokens is None else tokens, weight_desc, small_desc, factor_desc, out, tiles,
+        rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
         num_tiles, offsets, rows.stride(0), out.stride(0), inner, columns, rank, tokens is not None, in_first,
         factor_in_first, BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank,
         num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2, num_stages=NUM_STAGES,

@@ -11,6 +11,7 @@ from models import (
     EXPERT_TARGETS,
     expert_lora_config,
     gpt_oss,
+    llama4,
     qwen3,
     tokens,
     with_expert_lora,
@@ -453,6 +454,45 @@ def test_mixed_batches_are_refused_as_peft_refuses_them():
         wrappers(model)[0](torch.zeros(2, 32), torch.zeros(2, 2).long(), torch.zeros(2, 2), adapter_names=["a", "b"])
 
 
+def test_the_outermost_wrapper_may_be_what_is_patched():
+    model = with_expert_lora(qwen3())
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    with gategrad(experts) as report:
+        assert report.active[0].adapters == "apart"
+        assert len(touched_modules(experts)) == 3
+
+
+def test_an_adapter_put_on_after_patching_is_named():
+    model = qwen3()
+    patch_moe(model)
+    adapted = with_expert_lora(model, attention=True)
+    with pytest.warns(UserWarning, match="_proj: it was put on after patch_moe; patch again"):
+        ours = gradients(adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(adapted)
+    assert {layer.adapters for layer in patch_moe(adapted).active} == {"apart"}
+    assert agree(gradients(adapted), ours)
+    unpatch_moe(adapted)
+    assert agree(gradients(adapted), ours)
+
+
+def test_a_family_outside_the_registry_is_reported_with_its_adapters():
+    targets = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+    report = patch_moe(with_expert_lora(llama4(), targets))
+    assert {layer.class_name for layer in report.fallback} == {"Llama4TextExperts"}
+    assert all("PEFT merges them" in layer.adapters for layer in report.fallback)
+    assert len(report.fallback) == len(report.merging) == 2
+
+
+def test_weights_that_are_not_three_dimensional_are_refused():
+    model = qwen3()
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().flatten())
+    (layer,) = patch_moe(model).fallback
+    assert "gate_up_proj must be three-dimensional" in layer.reason
+
+
 # The patch itself
 
 
@@ -508,13 +548,15 @@ def test_stock_code_is_pefts_path():
     unpatch_moe(model)
 
 
-def test_the_audit_compares_with_merged_adapters():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_audit_compares_with_merged_adapters(autocast):
     model = two_adapters()
     patch_moe(model)
     patch = layer_patch(patched_modules(model)[0])
     patch.health.audit_due = True
-    gradients(model)
-    assert 0 < patch.health.drain().audit_rel_error < 1e-5
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        gradients(model)
+    assert patch.health.drain().audit_rel_error < 1e-5  # NaN, had there been no audit
     unpatch_moe(model)
 
 
@@ -556,6 +598,25 @@ def test_no_step_allocates_as_much_as_a_merged_weight():
         gradients(model, ids)
     assert ours.elements < merged / 2
     assert stock.elements >= patched_weight
+
+
+def test_the_savings_count_the_weights_that_are_not_merged_now():
+    model = with_expert_lora(qwen3(), attention=True)
+    merged = sum(parameter.numel() * 4 for parameter in expert_weights(model, 0))
+    patch_moe(model)
+    gradients(model)
+    saved = layer_patch(patched_modules(model)[0]).health.drain().tape_bytes_saved
+    with model.disable_adapter():
+        embeddings = torch.randn(2, 12, 32, requires_grad=True)
+        model(inputs_embeds=embeddings, labels=tokens()).loss.backward()
+    without = layer_patch(patched_modules(model)[0]).health.drain().tape_bytes_saved
+    assert saved - without == merged
+    unpatch_moe(model)
+
+
+def expert_weights(model, layer):
+    experts = model.base_model.model.model.layers[layer].mlp.experts.get_base_layer()
+    return experts.gate_up_proj, experts.down_proj
 
 
 def test_the_estimated_tape_is_the_measured_one():

@@ -5,10 +5,13 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Tiny, experts_modules, qwen3, tokens, with_attention_lora, with_expert_lora
+from peft.tuners.lora import ParamWrapper
+from torch import nn
+from torch.distributed.tensor import distribute_tensor
 
 from lightning_moe import MoEGateGradCallback
 from lightning_moe.lora import split_a, split_b
@@ -144,16 +147,17 @@ class Trained(Tiny):
         return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and self.trains(n)], lr=0.05)
 
 
-def fit(module, tmp_path, max_steps=6, **options):
+def fit(module, tmp_path, *callbacks, max_steps=6, ckpt_path=None, **options):
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = Trainer(
-        max_steps=max_steps, logger=logger, callbacks=[MoEGateGradCallback(**options)], log_every_n_steps=1,
+        max_steps=max_steps, logger=logger, callbacks=[MoEGateGradCallback(**options), *callbacks],
+        log_every_n_steps=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
         limit_val_batches=0,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module)
+        trainer.fit(module, ckpt_path=ckpt_path)
     said = [str(warning.message) for warning in caught if "have not moved" in str(warning.message)]
     if not (tmp_path / "metrics.csv").exists():
         return trainer, [], said
@@ -162,14 +166,64 @@ def fit(module, tmp_path, max_steps=6, **options):
     return trainer, [float(value) if value else None for value in logged], said
 
 
-@pytest.mark.parametrize(("max_steps", "after", "first"), [(6, 4, 3), (3, 10, 2)])
-def test_the_callback_logs_a_zero_where_all_have_moved(tmp_path, max_steps, after, first):
-    trainer, logged, said = fit(
-        Trained(num_batches=8), tmp_path, max_steps=max_steps, check_adapters_after_n_steps=after
-    )
+def test_the_callback_logs_a_zero_where_all_have_moved(tmp_path):
+    trainer, logged, said = fit(Trained(num_batches=8), tmp_path, check_adapters_after_n_steps=4)
     assert not said
     assert trainer.callback_metrics["gategrad/experts_without_update"] == 0
-    assert logged == [None] * first + [0.0] * (max_steps - first)
+    assert logged == [None] * 3 + [0.0] * 3
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop |= trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("stop_at", [3, 99])
+def test_a_fit_too_short_says_it_at_the_end(tmp_path, stop_at):
+    _, logged, said = fit(Trained(num_batches=8), tmp_path, StopAt(stop_at), max_steps=4)
+    assert not said
+    assert logged[-1] == 0.0
+    assert not any(value is not None for value in logged[:-1])
+    _, logged, said = fit(Trained(trains=lambda name: "layers.1.mlp" not in name), tmp_path / "b", max_steps=4)
+    assert "by step 4" in said[0]
+
+
+def test_a_resumed_fit_is_watched_from_where_it_resumes(tmp_path):
+    torch.manual_seed(0)
+    first = Trained(num_batches=20)
+    trainer, *_ = fit(first, tmp_path, max_steps=6, check_adapters_after_n_steps=0)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = Trained(num_batches=20)
+    _, logged, said = fit(second, tmp_path / "b", max_steps=12, ckpt_path=tmp_path / "last.ckpt",
+                          check_adapters_after_n_steps=4)  # fmt: skip
+    assert not said
+    assert logged == [None] * 3 + [0.0] * 3
+
+
+def test_sharded_factors_are_gathered():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = with_expert_lora(qwen3())
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for wrapper in (module for module in model.modules() if isinstance(module, ParamWrapper)):
+            for linear in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
+                linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh))
+        watch = AdapterWatch(model)
+        for factors in watch._factors.values():
+            for factor in factors:
+                factor.parameter.grad = torch.ones_like(factor.parameter)
+        watch.note_gradients()
+        assert watch.conclude()[0] == EVERY
+        for factors in watch._factors.values():
+            for factor in factors:
+                with torch.no_grad():
+                    factor.parameter += 1.0
+        assert watch.conclude() == (0, [])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_callback_warns_with_the_layers_names(tmp_path):

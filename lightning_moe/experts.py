@@ -118,12 +118,13 @@ class _Experts(torch.autograd.Function):
         plan: _Plan,
         *factors: Tensor,
     ) -> Tensor:
-        dtype, routing = down_weight.dtype, sort_by_expert(top_k_index, down_weight.shape[0])
+        dtype, in_first = down_weight.dtype, plan.in_first
+        routing = sort_by_expert(top_k_index, down_weight.shape[0])
         x = hidden_states.to(dtype).contiguous()
         tiles = product_tiles(x, routing.offsets, routing.num_rows)
         up_updates, down_updates = plan.updates(factors)
         with torch.autocast(x.device.type, enabled=False):
-            up = _Projection.of(up_weight, up_updates, plan)
+            up = _Projection.of(up_weight, up_updates, in_first)
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
             del x, up
             a = activate(plan.activation, h).to(dtype)
@@ -134,7 +135,7 @@ class _Experts(torch.autograd.Function):
                 )
             saved_h, saved_up_small = (h, up_small) if plan.records and not plan.recomputes_h else (None, None)
             del h, up_small
-            down = _Projection.of(down_weight, down_updates, plan)
+            down = _Projection.of(down_weight, down_updates, in_first)
             down_small = down.reduce(a, routing, tiles)
             out_dtype = hidden_states.dtype if down_bias is None else torch.float32  # rounded once, the bias added
             output = _project_and_combine(a, down, down_small, routing, tiles, gates, plan.chunk_columns, out_dtype)
@@ -193,10 +194,10 @@ class _Projection:
     b: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, updates: list[LowRank], plan: _Plan) -> "_Projection":
+    def of(cls, weight: Tensor, updates: list[LowRank], in_first: bool) -> "_Projection":
         """The projection in the layout that the products take."""
         a, b = join(updates, weight.dtype) if updates else (None, None)
-        view = weight if plan.in_first else weight.mT
+        view = weight if in_first else weight.mT
         return cls(view, None if a is None else a.mT, None if b is None else b.mT)
 
     @property
@@ -254,22 +255,20 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
     # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
     gates_the_gradient = dtype == torch.float16
 
-    x: Any
     up: Any
     a: Any
-    grad_small: Any
     grad_x = grad_gates = grad_up = grad_up_bias = grad_down = grad_down_bias = None
     grad_up_a = grad_up_b = grad_down_a = grad_down_b = None
     with torch.autocast(grad_output.device.type, enabled=False):
-        up = _Projection.of(up_weight, up_updates, plan) if up_weight is not None else None
-        x = None if hidden_states is None else hidden_states.to(dtype).contiguous()
+        up = _Projection.of(up_weight, up_updates, in_first) if up_weight is not None else None
+        x: Any = None if hidden_states is None else hidden_states.to(dtype).contiguous()
         if plan.recomputes_h:
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
 
         grad = grad_output.to(dtype).contiguous()
-        back = _Projection.of(down_weight, down_updates, plan).mT
-        grad_small = back.reduce(grad, routing, tiles, gather=True)
-        grad_a = back.project(grad, grad_small, routing, tiles, gather=True)
+        back = _Projection.of(down_weight, down_updates, in_first).mT
+        down_grad_small: Any = back.reduce(grad, routing, tiles, gather=True)
+        grad_a = back.project(grad, down_grad_small, routing, tiles, gather=True)
         row_gates = gates.flatten().index_select(0, permutation)
         grad_h, inner, a = activation_backward(
             plan.activation,
@@ -292,11 +291,11 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
             grad_down = _grad_weight(a, rows, offsets, in_first=in_first)
             del rows
         if needs_down_a:
-            small = (grad_small * gate_column).to(dtype) if gates_the_gradient else grad_small
-            grad_down_a = grouped_outer(small, a, offsets, out_dtype=torch.float32)
+            gated = (down_grad_small * gate_column).to(dtype) if gates_the_gradient else down_grad_small
+            grad_down_a = grouped_outer(gated, a, offsets, out_dtype=torch.float32)
         if needs_down_b:
-            small = down_small if gates_the_gradient else (down_small * gate_column).to(dtype)
-            grad_down_b = grouped_outer(rows_grad, small, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
+            gated = down_small if gates_the_gradient else (down_small * gate_column).to(dtype)
+            grad_down_b = grouped_outer(rows_grad, gated, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
         del a, rows_grad
 
         if needs_up_bias:
@@ -306,12 +305,12 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
         if needs_up_b:
             grad_up_b = grouped_outer(grad_h, up_small, offsets, out_dtype=torch.float32)
         if needs_x or needs_up_a:
-            grad_small = up.mT.reduce(grad_h, routing, tiles)
+            up_grad_small: Any = up.mT.reduce(grad_h, routing, tiles)
         if needs_up_a:
-            grad_up_a = grouped_outer(grad_small, x, offsets, right_tokens=tokens, out_dtype=torch.float32)
+            grad_up_a = grouped_outer(up_grad_small, x, offsets, right_tokens=tokens, out_dtype=torch.float32)
         if needs_x:
             grad_x = _project_and_combine(
-                grad_h, up.mT, grad_small, routing, tiles, None, plan.chunk_columns, ctx.hidden_dtype
+                grad_h, up.mT, up_grad_small, routing, tiles, None, plan.chunk_columns, ctx.hidden_dtype
             )
         if down_bias is not None:
             grad = grad_output.to(torch.float32)

@@ -2,25 +2,29 @@
 
 `fused` is what PEFT writes: for each adapted parameter two matrices that hold all experts' factors. `per_expert` has a
 pair of plain LoRA matrices for each expert's gate, up and down projection, under the names that these had before
-Transformers 5; inference servers and older Transformers read them, and PEFT turns them back.
+Transformers 5; inference servers and older Transformers read them, and for most families PEFT turns them back.
 """
 
 import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper
+from peft.utils import transformers_weight_conversion
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -40,27 +44,54 @@ class Description:
     Attributes:
         config: PEFT's adapter_config.json, as text.
         model_type: Transformers' name of the base model's family; empty where it has none.
-        experts: for each adapted parameter of experts, the path of its wrapper under `base_model.model.`, PEFT's file
-            keys without `.lora_A.weight`; the parameter's name; and the number of experts.
-        keys: of the tensors that belong to the adapter, as in PEFT's file.
+        experts: for each adapted parameter of experts, its wrapper's path, that is PEFT's file key without
+            `base_model.model.` and `.lora_A.weight`; the parameter's name; and the number of experts.
+        tensors: for each of PEFT's file keys, the key in the checkpoint's state dict.
     """
 
     config: str
     model_type: str
     experts: list[tuple[str, str, int]]
-    keys: list[str]
+    tensors: dict[str, str]
+
+    @classmethod
+    def read(cls, entry: Any) -> "Description":
+        """A description out of a checkpoint. Raises ValueError unless it is one; fields of later versions are left."""
+        try:
+            found = cls(**{field.name: entry[field.name] for field in fields(cls)})
+            plain = isinstance(json.loads(found.config), dict) and isinstance(found.model_type, str)
+            experts = all(
+                isinstance(path, str) and isinstance(name, str) and type(count) is int and count > 0
+                for path, name, count in found.experts
+            )
+            tensors = bool(found.tensors) and all(
+                isinstance(text, str) for pair in found.tensors.items() for text in pair
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"its entry {CHECKPOINT_KEY!r} is damaged: {error!r}") from error
+        if not (plain and experts and tensors):
+            raise ValueError(f"its entry {CHECKPOINT_KEY!r} is damaged")
+        return found
 
 
-def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describes each LoRA adapter of the PEFT model inside `model`, for a checkpoint; empty where there is none."""
-    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+def describe(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Describes each LoRA adapter of the PEFT model inside `model`, for a checkpoint with that state dict.
+
+    Empty where there is no such model or more than one, or where the state dict does not hold the model's own tensors.
+    """
+    found = _peft_models(model)
     if len(found) != 1:
         return {}
-    return {
-        name: vars(_describe(found[0], name))
-        for name, config in found[0].peft_config.items()
-        if isinstance(config, LoraConfig)
-    }
+    keys = {_place(tensor): key for key, tensor in state_dict.items() if isinstance(tensor, Tensor)}
+    described = {}
+    for name, config in found[0].peft_config.items():
+        if config.peft_type != PeftType.LORA:
+            continue
+        tensors = get_peft_model_state_dict(found[0], adapter_name=name, save_embedding_layers=False)
+        places = {_clean(key): keys.get(_place(tensor)) for key, tensor in tensors.items()}
+        if all(places.values()):
+            described[name] = vars(_describe(found[0], name, places))
+    return described
 
 
 def export_adapter(
@@ -68,26 +99,32 @@ def export_adapter(
 ) -> None:
     """Writes a LoRA adapter as PEFT's two files, `adapter_model.safetensors` and `adapter_config.json`.
 
+    Where several processes train, one of them calls this.
+
     Args:
         model: a PEFT model, or a module that holds one, patched or not.
         folder: made if it is not there. Files of an earlier export are not overwritten.
-        layout: `"fused"` as PEFT writes it, or `"per_expert"` with two-dimensional matrices for each expert.
+        layout: `"fused"` as PEFT writes it, or `"per_expert"` with two-dimensional matrices for each expert. PEFT reads
+            the latter back for the families that it has a table of, and warns of missing keys where only some layers'
+            experts have an adapter; a family that it would misread is warned about here.
         adapter: which, where the model has more than one.
 
     Raises:
         ValueError: on a model without a LoRA adapter, an adapter that is not there, or one that the layout cannot hold.
         FileExistsError: if the folder holds an adapter.
+        OSError: if the files cannot be written; none of them is left then.
     """
-    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    found = _peft_models(model)
     if len(found) != 1:
-        raise ValueError(
-            f"export_adapter: {type(model).__name__} holds {len(found)} PEFT models and must hold one; "
-            "put adapters on it with peft.get_peft_model"
-        )
+        remedy = "put adapters on it with peft.get_peft_model" if not found else "pass the one that is meant"
+        raise ValueError(f"{type(model).__name__} holds {len(found)} PEFT models and must hold one: {remedy}")
     name = _choose(adapter, list(found[0].peft_config), "the model")
-    if not isinstance(found[0].peft_config[name], LoraConfig):
-        raise ValueError(f"export_adapter: adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
-    _write(get_peft_model_state_dict(found[0], adapter_name=name), _describe(found[0], name), Path(folder), layout)
+    if found[0].peft_config[name].peft_type != PeftType.LORA:
+        raise ValueError(f"adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
+    tensors = {_clean(key): tensor for key, tensor in get_peft_model_state_dict(found[0], adapter_name=name).items()}
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        raise ValueError(f"adapter {name!r} is sharded over devices: save a full checkpoint and export that")
+    _write(tensors, _describe(found[0], name, dict.fromkeys(tensors)), Path(folder), layout)
 
 
 def export_checkpoint(
@@ -109,6 +146,7 @@ def export_checkpoint(
         ValueError: on a file that lacks something; says what.
         FileNotFoundError: if there is no such file.
         FileExistsError: if the folder holds an adapter.
+        OSError: if the files cannot be written; none of them is left then.
     """
     path = Path(checkpoint)
     if path.is_dir():
@@ -122,19 +160,41 @@ def export_checkpoint(
         raise ValueError(f"{path} is not a checkpoint that can be loaded without running its code: {error}") from error
     for key, remedy in (
         ("state_dict", "it is not a Lightning checkpoint"),
-        (CHECKPOINT_KEY, "it was saved without MoEGateGradCallback; load the model and call export_adapter instead"),
+        (
+            CHECKPOINT_KEY,
+            "it was saved without MoEGateGradCallback, with save_weights_only=True, or of a module that holds no PEFT "
+            "model or several; load the model and call export_adapter instead",
+        ),
     ):
-        if not isinstance(content, dict) or not content.get(key):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict) or not content[key]:
             raise ValueError(f"{path} lacks {key!r}: {remedy}")
     name = _choose(adapter, list(content[CHECKPOINT_KEY]), str(path))
-    description = Description(**content[CHECKPOINT_KEY][name])
-    found = {_file_key(key, name): tensor for key, tensor in content["state_dict"].items() if PREFIX in key}
-    if missing := [key for key in description.keys if key not in found]:
+    try:
+        description = Description.read(content[CHECKPOINT_KEY][name])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    state = content["state_dict"]
+    if missing := [key for key, place in description.tensors.items() if not isinstance(state.get(place), Tensor)]:
         raise ValueError(
-            f"{path} lacks {len(missing)} of the {len(description.keys)} tensors of adapter {name!r}: "
+            f"{path} lacks {len(missing)} of the {len(description.tensors)} tensors of adapter {name!r}: "
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
         )
-    _write({key: found[key] for key in description.keys}, description, Path(folder), layout)
+    tensors = {key: state[place] for key, place in description.tensors.items()}
+    _write(tensors, description, Path(folder), layout)
+
+
+def _peft_models(model: nn.Module) -> list[PeftModel]:
+    return [module for module in model.modules() if isinstance(module, PeftModel)]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells one tensor's memory from another's; sharded tensors have none of their own."""
+    return (id(tensor),) if isinstance(tensor, DTensor) else (tensor.device, tensor.data_ptr(), tensor.shape)
+
+
+def _clean(name: str) -> str:
+    """A key or a path without the names that torch.compile and checkpoint wrappers put in."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _choose(adapter: str | None, names: list[str], where: str) -> str:
@@ -145,10 +205,10 @@ def _choose(adapter: str | None, names: list[str], where: str) -> str:
     return adapter
 
 
-def _describe(model: PeftModel, adapter: str) -> Description:
+def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Description:
     base = model.get_base_model()
     experts = [
-        (name, module.parameter_name, module.num_experts)
+        (_clean(name), module.parameter_name, module.num_experts)
         for name, module in base.named_modules()
         if isinstance(module, ParamWrapper) and adapter in module.lora_A
     ]
@@ -162,18 +222,8 @@ def _describe(model: PeftModel, adapter: str) -> Description:
         config=json.dumps(config, indent=2, sort_keys=True),
         model_type=getattr(getattr(base, "config", None), "model_type", ""),
         experts=experts,
-        keys=sorted(
-            _file_key(name, adapter)
-            for name, _ in model.named_parameters()
-            if f".{adapter}." in name and (".lora_" in name or ".modules_to_save." in name)
-        ),
+        tensors=tensors,
     )
-
-
-def _file_key(name: str, adapter: str) -> str:
-    """PEFT's file key of a parameter, wherever in a module the PEFT model is."""
-    name = name[name.index(PREFIX) :].replace("_orig_mod.", "")
-    return name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
 
 
 def _write(tensors: dict[str, Tensor], description: Description, folder: Path, layout: Layout) -> None:
@@ -181,50 +231,81 @@ def _write(tensors: dict[str, Tensor], description: Description, folder: Path, l
         raise ValueError(f"layout must be 'fused' or 'per_expert', not {layout!r}")
     config = json.loads(description.config)
     if layout == "per_expert":
-        tensors, config = _per_expert(tensors, description)
+        tensors, config = _per_expert(tensors, config, description)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder")
     if taken := [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]:
         raise FileExistsError(f"{folder} holds {' and '.join(taken)} already: name another folder or move them")
     folder.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: the names are given when the bytes are there.
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f".{WEIGHTS}", {"format": "pt"})
-    (folder / f".{CONFIG}").write_text(json.dumps(config, indent=2, sort_keys=True))
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f".{name}", folder / name)
+    partial = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
+    try:  # the names are given when all the bytes are there
+        save_file(_unshared(tensors), partial[WEIGHTS], {"format": "pt"})
+        partial[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True))
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
-def _per_expert(tensors: dict[str, Tensor], description: Description) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each in memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    out = {}
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        out[key] = tensor.clone() if pointer in seen else tensor.contiguous()
+        seen.add(pointer)
+    return out
+
+
+def _per_expert(
+    tensors: dict[str, Tensor], config: dict[str, Any], description: Description
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors under per-expert keys, and the config that goes with them."""
-    config = json.loads(description.config)
+    adapted = {parameter for _, parameter, _ in description.experts}
+    if not adapted:
+        return tensors, config
     names, renamings = _names_before_fusion(description.model_type)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError("the per_expert layout has one rank and one alpha, and the adapter has patterns of them")
-    rest = dict(tensors)
-    out: dict[str, Tensor] = {}
-    adapted = {parameter for _, parameter, _ in description.experts}
     if unknown := adapted - names.keys():
         raise ValueError(f"the per_expert layout has no place for an adapter on {', '.join(sorted(unknown))}")
+    if description.model_type not in getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}):
+        warnings.warn(
+            f"PEFT has no table for {description.model_type!r} and would misread its per_expert layout: keep the "
+            "fused one for PEFT",
+            stacklevel=4,
+        )
+    rest = dict(tensors)
+    out: dict[str, Tensor] = {}
+    console = Console(stderr=True)
     for path, parameter, num_experts in track(
-        description.experts, "splitting experts", console=Console(stderr=True), transient=True
+        description.experts, "splitting experts", console=console, transient=True, disable=not console.is_terminal
     ):
-        a, b = (rest.pop(f"{PREFIX}{path}.lora_{side}.weight") for side in "AB")
-        a, b = split_a(a, num_experts), split_b(b, num_experts)
+        pair: list[Any] = [rest.pop(f"{PREFIX}{path}.lora_{side}.weight", None) for side in "AB"]
+        if any(half is None or half.shape[side] % num_experts for side, half in enumerate(pair)):
+            raise ValueError(f"the adapter's matrices for the {num_experts} experts of {path} are not there")
+        a, b = split_a(pair[0], num_experts), split_b(pair[1], num_experts)
         out.update(_split(path, names[parameter], a, b, renamings))
         if adapted == {"gate_up_proj"}:
             # PEFT reads gate and up into the inner of two wrappers: there has to be an outer one, which adds zero.
-            zero_a, zero_b = (
-                a.new_zeros(*a.shape[:2], b.shape[1] // 2),
-                a.new_zeros(num_experts, a.shape[2], a.shape[1]),
-            )
+            zero_a = a.new_zeros(num_experts, a.shape[1], b.shape[1] // 2)
+            zero_b = a.new_zeros(num_experts, a.shape[2], a.shape[1])
             out.update(_split(path, names["down_proj"], zero_a, zero_b, renamings))
     leaves = {leaf for parameter in (names if "gate_up_proj" in adapted else adapted) for leaf in names[parameter]}
     if clash := [key for key in rest if any(f".{leaf}.lora_" in key for leaf in leaves)]:
         raise ValueError(f"the per_expert layout cannot tell experts' adapters from one on another layer: {clash[0]}")
-    if adapted:
-        config["target_modules"] = sorted({*(config.get("target_modules") or ()), *leaves})
-        config["target_parameters"] = None
-        if config.get("use_rslora"):  # alpha / sqrt(r), said as alpha / r: gate and up are joined to twice the rank
-            config["lora_alpha"] *= config["r"] ** 0.5
-            config["use_rslora"] = False
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):  # a pattern: the names that it matched
+        targets = {key.partition(".lora_")[0].rpartition(".")[2] for key in rest if ".lora_" in key}
+    config["target_modules"] = sorted({*targets, *leaves})
+    config["target_parameters"] = None
+    if config.get("use_rslora"):  # alpha / sqrt(r), said as alpha / r: gate and up are joined to twice the rank
+        config["lora_alpha"] *= config["r"] ** 0.5
+        config["use_rslora"] = False
     return rest | out, config
 
 
@@ -244,7 +325,10 @@ def _split(
 
 
 def _names_before_fusion(model_type: str) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
-    """From Transformers' own table: what each fused parameter's parts were called, and which modules were renamed."""
+    """From Transformers' own table: what each fused parameter's parts were called, and which modules were renamed.
+
+    Renamings by pattern are for other keys than experts'; two parts make a gated projection, the only one known here.
+    """
     names: dict[str, list[str]] = {}
     renamings: list[tuple[str, str]] = []
     for entry in get_checkpoint_conversion_mapping(model_type) or ():

@@ -196,7 +196,7 @@ class MoEGateGradCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Describes PEFT's adapters, so that `python -m lightning_moe.export` needs no base model."""
-        if adapters := describe(pl_module):
+        if adapters := describe(pl_module, checkpoint["state_dict"]):
             checkpoint[CHECKPOINT_KEY] = adapters
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

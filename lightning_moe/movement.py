@@ -28,8 +28,9 @@ class Unmoved:
         parameter: the parameter that is adapted.
         adapter: PEFT's name of the adapter.
         num_experts: E.
-        without_gradient: experts for which a trainable factor got no gradient but zeros.
-        unchanged: further experts for which a factor got one, and has the bits that it had.
+        without_gradient: experts for which no trainable factor got a finite gradient other than zero.
+        unchanged: experts for which one did, and a factor has the bits that it had or got none itself.
+        nonfinite: experts of which a factor holds NaN or infinity.
     """
 
     layer: str
@@ -38,6 +39,7 @@ class Unmoved:
     num_experts: int
     without_gradient: int
     unchanged: int
+    nonfinite: int = 0
 
     @property
     def reasons(self) -> str:
@@ -45,14 +47,16 @@ class Unmoved:
         found = []
         if self.without_gradient:
             found.append(
-                f"{self.without_gradient} of {self.num_experts} experts without a gradient (no token went there, or "
-                "the loss does not depend on them)"
+                f"{self.without_gradient} of {self.num_experts} experts without a gradient (no token went there, the "
+                "adapter is not active, or the loss does not depend on it)"
             )
         if self.unchanged:
             found.append(
                 f"{self.unchanged} of {self.num_experts} experts with a gradient but unchanged (is the adapter in the "
                 "optimizer, its learning rate above 0 and large enough for its dtype?)"
             )
+        if self.nonfinite:
+            found.append(f"{self.nonfinite} of {self.num_experts} experts hold NaN or infinity")
         return "; ".join(found)
 
 
@@ -78,7 +82,12 @@ class _Factor:
     def note_gradient(self) -> None:
         if self.parameter.grad is not None:
             grad = self.split(_whole(self.parameter.grad), self.num_experts)
-            self.has_gradient |= torch.linalg.vector_norm(grad, torch.inf, dim=(1, 2)) != 0
+            size = torch.linalg.vector_norm(grad, torch.inf, dim=(1, 2))
+            self.has_gradient |= (size != 0) & size.isfinite()
+
+    def is_finite(self) -> Tensor:
+        experts = self.split(_whole(self.parameter.detach()), self.num_experts)
+        return torch.linalg.vector_norm(experts, torch.inf, dim=(1, 2)).isfinite()
 
     def is_changed(self) -> Tensor:
         return self._fingerprint() != self.before
@@ -95,7 +104,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class AdapterWatch:
-    """Watches from here on the adapters on a model's experts that train.
+    """Watches from here on the adapters on a model's experts that train now.
 
     Args:
         model: holds the layers, patched or not.
@@ -131,12 +140,17 @@ class AdapterWatch:
         unmoved: list[Unmoved] = []
         experts: dict[str, Tensor] = {}
         for (layer, parameter, adapter, num_experts), factors in self._factors.items():
-            gradient = torch.stack([factor.has_gradient for factor in factors]).all(0)
-            moved = gradient & torch.stack([factor.is_changed() for factor in factors]).all(0)
-            without, still = int((~gradient).sum()), int((gradient & ~moved).sum())
+            gradients, changes, finite = (
+                torch.stack(flags)
+                for flags in zip(*((f.has_gradient, f.is_changed(), f.is_finite()) for f in factors), strict=True)
+            )
+            some_gradient, is_finite = gradients.any(0), finite.all(0)
+            moved = (gradients & changes).all(0) & is_finite
             experts[layer] = ~moved | experts.get(layer, ~moved)
-            if without or still:
-                unmoved.append(Unmoved(layer, parameter, adapter, num_experts, without, still))
+            figures = [int(which.sum()) for which in
+                       (~some_gradient & is_finite, some_gradient & ~moved & is_finite, ~is_finite)]  # fmt: skip
+            if any(figures):
+                unmoved.append(Unmoved(layer, parameter, adapter, num_experts, *figures))
         return sum(int(still.sum()) for still in experts.values()), unmoved
 
 

@@ -60,7 +60,7 @@ class Qwen3LoRA(LightningModule):
         warmup_steps: over which the learning rate rises from 0.
         activation_checkpointing: recompute each layer in backward.
         adapter_layouts: in which layouts the adapter is written at the end: `fused`, as PEFT has it, and `per_expert`,
-            as inference servers and older Transformers read adapters on experts.
+            as inference servers and older Transformers read adapters on experts. A list: `"[fused, per_expert]"`.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class RunSummary(Callback):
     def _write_adapters(self, folder: Path, module: Qwen3LoRA) -> dict[str, Path]:
         """One folder for each layout, under a name that is free: an earlier run's adapter stays."""
         written = {}
-        for layout in module.hparams["adapter_layouts"]:
+        for layout in dict.fromkeys(module.hparams["adapter_layouts"]):
             stem = "adapter" if layout == "fused" else f"adapter_{layout}"
             names = (stem if number == 0 else f"{stem}-{number}" for number in count())
             written[layout] = next(folder / name for name in names if not (folder / name).exists())

@@ -21,8 +21,10 @@ from models import (
     with_expert_lora,
 )
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import JambaConfig, JambaForCausalLM
 
 from lightning_moe import MoEGateGradCallback, export_adapter, gategrad
 from lightning_moe.adapters import CHECKPOINT_KEY, CONFIG, WEIGHTS, describe, export_checkpoint
@@ -181,6 +183,86 @@ def test_the_checkpoints_files_are_the_models(tmp_path):
             assert (tmp_path / "a" / layout / name).read_bytes() == (tmp_path / "b" / layout / name).read_bytes()
 
 
+def with_options(name="default", base=qwen3, **options):
+    def build():
+        torch.manual_seed(1)
+        config = expert_lora_config(attention=True)
+        for key, value in options.items():
+            setattr(config, key, value)
+        return get_peft_model(base(), config, adapter_name=name)
+
+    return build
+
+
+def tied():
+    return qwen3(tie_word_embeddings=True)
+
+
+def with_attention_bias():
+    return qwen3(attention_bias=True)
+
+
+# What belongs to an adapter is PEFT's to say, whatever the adapter's name and kind.
+KINDS = {
+    **{f"named_{name}": with_options(name) for name in ("experts", "mlp", "q_proj", "base_layer", "0", "lora_A")},
+    "embedding": with_options(target_modules={"q_proj", "embed_tokens"}),
+    "bias": with_options(base=with_attention_bias, bias="lora_only"),
+    "trainable_tokens": with_options(trainable_token_indices=[1, 3]),
+    "modules_to_save": with_options(modules_to_save=["lm_head", "gate"]),
+    "pattern": with_options(target_modules=r".*\.(q|o)_proj"),
+    "tied": with_options(base=tied, modules_to_save=["embed_tokens"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_any_kind_of_adapter_exports_what_the_model_does(tmp_path, kind):
+    module = Tiny(build=KINDS[kind])
+    content = {"state_dict": module.state_dict()}
+    content[CHECKPOINT_KEY] = describe(module, content["state_dict"])
+    torch.save(content, tmp_path / "last.ckpt")
+    export_adapter(module, tmp_path / "model")
+    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "checkpoint")
+    ours, wanted = (load_file(tmp_path / name / WEIGHTS) for name in ("checkpoint", "model"))
+    if kind != "embedding":  # PEFT then saves the embedding's own weight as well
+        assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[key], wanted[key]) for key in ours)
+    assert sum(".mlp.experts." in key for key in ours) == 2 * 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_layers_leave_no_trace_in_the_keys(tmp_path, layout):
+    model = with_expert_lora(qwen3(), attention=True)
+    want = logits(model)
+    layers = model.base_model.model.model.layers
+    layers[0] = torch.compile(layers[0], backend="eager")
+    module = Tiny(build=lambda: model)
+    content = {"state_dict": module.state_dict()}
+    torch.save(content | {CHECKPOINT_KEY: describe(module, content["state_dict"])}, tmp_path / "last.ckpt")
+    export_adapter(module, tmp_path / "model", layout)
+    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "checkpoint", layout)
+    for name in ("model", "checkpoint"):
+        assert torch.equal(logits(reload(qwen3, tmp_path / name)), want)
+
+
+def test_a_family_that_peft_would_misread_is_warned_about(tmp_path):
+    model = with_expert_lora(jamba(), ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"))
+    with pytest.warns(UserWarning, match="PEFT has no table for 'jamba' and would misread"):
+        export_adapter(model, tmp_path, "per_expert")
+    assert any(".feed_forward.experts.0.up_proj.lora_A.weight" in key for key in load_file(tmp_path / WEIGHTS))
+
+
+def jamba():
+    config = JambaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, attn_layer_period=1, attn_layer_offset=0, expert_layer_period=1,
+        expert_layer_offset=0, use_mamba_kernels=False,
+    )  # fmt: skip
+    return JambaForCausalLM(config)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     with warnings.catch_warnings():
@@ -203,7 +285,10 @@ def drop_one(content):
     ("change", "message"),
     [
         (lambda content: content.pop("state_dict"), "lacks 'state_dict': it is not a Lightning checkpoint"),
-        (lambda content: content.pop(CHECKPOINT_KEY), "saved without MoEGateGradCallback; load the model"),
+        (
+            lambda content: content.pop(CHECKPOINT_KEY),
+            "saved without MoEGateGradCallback, with save_weights_only=True",
+        ),
         (drop_one, r"lacks 1 of the 16 tensors .* base_model.model.model.layers.1.mlp.experts.lora_B.weight"),
     ],
 )
@@ -212,6 +297,69 @@ def test_a_checkpoint_that_lacks_something_says_what(checkpoint, tmp_path, chang
     with pytest.raises(ValueError, match=message):
         export_checkpoint(path, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def entry(content):
+    return content[CHECKPOINT_KEY]["default"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: entry(content).pop("config"),
+        lambda content: entry(content).update(config="[]"),
+        lambda content: entry(content).update(config=3),
+        lambda content: entry(content).update(model_type=["qwen3_moe"]),
+        lambda content: entry(content).update(tensors={}),
+        lambda content: entry(content).update(tensors=None),
+        lambda content: entry(content).update(experts=None),
+        lambda content: entry(content).update(experts=[("path", "down_proj", 0)]),
+        lambda content: entry(content).update(experts=[("path", "down_proj", "8")]),
+        lambda content: content[CHECKPOINT_KEY].update(default=None),
+        lambda content: content[CHECKPOINT_KEY].update(default="text"),
+    ],
+)
+def test_a_damaged_description_is_refused(checkpoint, tmp_path, damage):
+    with pytest.raises(ValueError, match="its entry 'lightning_moe_adapters' is damaged"):
+        export_checkpoint(changed(checkpoint, tmp_path, damage), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("experts", [[("elsewhere", "down_proj", 8)], [("model.layers.0.mlp.experts", "down_proj", 7)]])
+def test_experts_that_are_not_there_are_refused(checkpoint, tmp_path, experts):
+    path = changed(checkpoint, tmp_path, lambda content: entry(content).update(experts=experts))
+    with pytest.raises(ValueError, match=f"experts of {experts[0][0]} are not there"):
+        export_checkpoint(path, tmp_path / "adapter", "per_expert")
+
+
+def test_a_later_versions_fields_are_left_alone(checkpoint, tmp_path):
+    path = changed(checkpoint, tmp_path, lambda content: entry(content).update(more=1))
+    export_checkpoint(path, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("failing", ["save_file", "os.replace"])
+def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, failing):
+    def fail(*_, **__):
+        raise SafetensorError("No space left") if failing == "save_file" else OSError("No space left")
+
+    monkeypatch.setattr(f"lightning_moe.adapters.{failing}", fail)
+    with pytest.raises(SystemExit, match="No space left"):
+        main([str(checkpoint), str(tmp_path / "adapter")])
+    assert not list((tmp_path / "adapter").iterdir())
+
+
+def test_a_file_in_the_way(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="is a file: name a folder"):
+        main([str(checkpoint), str(tmp_path / "file")])
+
+
+def test_two_peft_models_are_one_too_many(tmp_path):
+    both = nn.ModuleList([with_attention_lora(qwen3()), with_attention_lora(qwen3())])
+    with pytest.raises(ValueError, match="holds 2 PEFT models and must hold one: pass the one"):
+        export_adapter(both, tmp_path)
+    assert describe(both, both.state_dict()) == {}
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -275,7 +423,7 @@ def test_one_of_several_adapters_has_to_be_named(tmp_path):
     export_adapter(model, tmp_path / "other", "per_expert", adapter="other")
     model.set_adapter("other")
     assert torch.equal(logits(reload(qwen3, tmp_path / "other")), logits(model))
-    assert describe(model).keys() == {"default", "other"}
+    assert describe(model, model.state_dict()).keys() == {"default", "other"}
 
 
 def test_an_adapter_on_a_dense_layer_of_the_same_name_is_refused(monkeypatch, tmp_path):
@@ -304,4 +452,4 @@ def test_a_model_without_an_adapter_and_an_unknown_layout(tmp_path):
         export_adapter(qwen3(), tmp_path)
     with pytest.raises(ValueError, match="layout must be 'fused' or 'per_expert', not 'flat'"):
         export_adapter(with_expert_lora(qwen3()), tmp_path, "flat")
-    assert describe(qwen3()) == {}
+    assert describe(qwen3(), {}) == {}

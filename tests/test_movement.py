@@ -61,22 +61,43 @@ def test_the_first_step_moves_b_only():
     train(model, watch, num_steps=1)
     count, unmoved = watch.conclude()
     assert count == EVERY
-    assert [u.without_gradient for u in unmoved] == [8] * 4
+    assert [(u.without_gradient, u.unchanged) for u in unmoved] == [(0, 8)] * 4
 
 
-def test_an_adapter_outside_the_optimizer_is_unchanged():
-    model = with_expert_lora(qwen3())
-    inside = [p for n, p in model.named_parameters() if p.requires_grad and "layers.1.mlp.experts.lora" not in n]
+@pytest.mark.parametrize("build", [default_init, lambda: with_expert_lora(qwen3())], ids=["fresh", "trained"])
+@pytest.mark.parametrize("outside", ["lora_", "lora_B"])
+def test_an_adapter_outside_the_optimizer_is_unchanged(build, outside):
+    model = build()
+    inside = [p for n, p in model.named_parameters() if p.requires_grad and f"layers.1.mlp.experts.{outside}" not in n]
     watch = AdapterWatch(model)
     train(model, watch, parameters=inside)
     count, (unmoved,) = watch.conclude()
     assert count == 8
-    assert (unmoved.layer, unmoved.parameter) == (
-        "base_model.model.model.layers.1.mlp.experts",
-        "down_proj",
-    )
+    assert (unmoved.layer, unmoved.parameter) == ("base_model.model.model.layers.1.mlp.experts", "down_proj")
     assert (unmoved.without_gradient, unmoved.unchanged) == (0, 8)
     assert "is the adapter in the optimizer" in unmoved.reasons
+
+
+def test_factors_that_are_not_finite_have_not_moved():
+    model = default_init()
+    watch = AdapterWatch(model)
+    train(model, watch)
+    wrapper = model.base_model.model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        split_b(wrapper.lora_B["default"].weight, 8)[5, 0, 0] = torch.nan
+    count, (unmoved,) = watch.conclude()
+    assert (count, unmoved.nonfinite, unmoved.unchanged) == (1, 1, 0)
+    assert unmoved.reasons == "1 of 8 experts hold NaN or infinity"
+
+
+def test_gradients_of_nan_are_none():
+    model = default_init()
+    watch = AdapterWatch(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, torch.nan)
+    watch.note_gradients()
+    assert {u.without_gradient for u in watch.conclude()[1]} == {8}
 
 
 def test_a_learning_rate_too_small_for_the_dtype_is_seen():

@@ -28,8 +28,8 @@ class Unmoved:
         parameter: the parameter that is adapted.
         adapter: PEFT's name of the adapter.
         num_experts: E.
-        without_gradient: experts for which no trainable factor got a finite gradient other than zero.
-        unchanged: experts for which one did, and a factor has the bits that it had or got none itself.
+        without_gradient: experts for which a trainable factor got no finite gradient other than zero.
+        unchanged: experts for which one did and has the bits that it had; the others' reason may follow from that.
         nonfinite: experts of which a factor holds NaN or infinity.
     """
 
@@ -47,8 +47,8 @@ class Unmoved:
         found = []
         if self.without_gradient:
             found.append(
-                f"{self.without_gradient} of {self.num_experts} experts without a gradient (no token went there, the "
-                "adapter is not active, or the loss does not depend on it)"
+                f"{self.without_gradient} of {self.num_experts} experts without a gradient (too few tokens went there, "
+                "the adapter is not active, or the loss does not depend on it)"
             )
         if self.unchanged:
             found.append(
@@ -144,11 +144,11 @@ class AdapterWatch:
                 torch.stack(flags)
                 for flags in zip(*((f.has_gradient, f.is_changed(), f.is_finite()) for f in factors), strict=True)
             )
-            some_gradient, is_finite = gradients.any(0), finite.all(0)
+            is_finite = finite.all(0)
             moved = (gradients & changes).all(0) & is_finite
+            still = (gradients & ~changes).any(0) & is_finite
             experts[layer] = ~moved | experts.get(layer, ~moved)
-            figures = [int(which.sum()) for which in
-                       (~some_gradient & is_finite, some_gradient & ~moved & is_finite, ~is_finite)]  # fmt: skip
+            figures = [int(which.sum()) for which in (~moved & ~still & is_finite, still, ~is_finite)]
             if any(figures):
                 unmoved.append(Unmoved(layer, parameter, adapter, num_experts, *figures))
         return sum(int(still.sum()) for still in experts.values()), unmoved

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -360,3 +362,18 @@ def corrupt(problem, results, name, how):
 
 
 CORRUPTIONS = ("zeros", "permuted rows", "dropped gate", "doubled gate")
+
+
+class largest_allocation(TorchDispatchMode):  # noqa: N801 (a context manager)
+    """The most elements that any one operation's result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.elements = max(self.elements, tensor.numel())
+        return result

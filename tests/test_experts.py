@@ -25,6 +25,7 @@ from reference import (
     call_stock,
     corrupt,
     gradients,
+    largest_allocation,
     loop,
     low_precision_problems,
     make_problem,
@@ -35,8 +36,6 @@ from reference import (
     run_stock,
 )
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import LowRank, moe_experts
@@ -682,21 +681,6 @@ def test_recompute_up_gives_the_same_bits(ranks):
     problem = make_problem("gpt_oss", **ranks)
     kept, recomputed = run(problem), run(problem, recompute_up=True)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
-
-
-class largest_allocation(TorchDispatchMode):  # noqa: N801 (a context manager)
-    """The most elements that any one operation's result has."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, torch.Tensor) and not function.is_view:
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("layout", ["default", "gpt_oss"])

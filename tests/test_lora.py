@@ -18,10 +18,8 @@ from models import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import ParamWrapper
-from reference import LOW_PRECISION_SLACK, relative_error
+from reference import LOW_PRECISION_SLACK, largest_allocation, relative_error
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -570,21 +568,6 @@ def test_a_compiled_model():
         ours = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(compiled).items()}
     torch._dynamo.reset()
     assert agree(ours, stock)
-
-
-class largest_allocation(TorchDispatchMode):  # noqa: N801 (a context manager)
-    """The most elements that any one operation's result has."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, torch.Tensor) and not function.is_view:
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def test_no_step_allocates_as_much_as_a_merged_weight():

@@ -119,7 +119,9 @@ class LayerHealth:
         if not (gates.requires_grad and output.requires_grad and hidden_states.shape[0]):
             return
         num_tokens = hidden_states.shape[0]
-        tokens = torch.linspace(0, num_tokens - 1, min(NUM_AUDITED_TOKENS, num_tokens), device=gates.device).long()
+        count = min(NUM_AUDITED_TOKENS, num_tokens)
+        # In integers: the default dtype may be one that rounds the last token past the end.
+        tokens = torch.arange(count, device=gates.device) * (num_tokens - 1) // max(count - 1, 1)
         keep = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # hidden from activation checkpointing
         with torch.enable_grad(), keep:
             sampled_gates = gates.detach()[tokens].requires_grad_()

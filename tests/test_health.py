@@ -110,6 +110,27 @@ def test_an_audit_tells_a_linear_gate_from_another(stock, found):
     assert not health.audit_due
 
 
+@pytest.mark.parametrize(("num_tokens", "last"), [(1, 0), (3, 2), (8, 7), (2000, 1999)])
+def test_an_audit_takes_tokens_from_the_first_to_the_last(num_tokens, last):
+    """Under bfloat16-true the default dtype is one in which 1999 is 2000."""
+    seen = []
+
+    def stock(hidden, index, gates):
+        seen.extend(index[:, 0].tolist())
+        return linear(hidden, index, gates)
+
+    hidden, own = torch.randn(num_tokens, 4), torch.rand(num_tokens, 2).requires_grad_().clone()
+    index = torch.arange(num_tokens).view(-1, 1).repeat(1, 2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LayerHealth().audit(stock, hidden, index, own, linear(hidden, None, own))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen[0] == 0
+    assert seen[-1] == last
+    assert len(seen) == len(set(seen)) == min(8, num_tokens)
+
+
 def test_a_copy_counts_by_itself():
     health = LayerHealth()
     run(health)

@@ -171,7 +171,7 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
         self._peak_gib: float | None = None
-        self._before = ""
+        self._before = self._after = self._device = ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The patch report, and the answer before training."""
@@ -194,23 +194,27 @@ class RunSummary(Callback):
         if peak is not None:
             self._peak_gib = max(self._peak_gib or 0.0, peak.item())
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The answer after training, while the model is still on its device."""
+        assert isinstance(pl_module, Qwen3LoRA)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._after, self._device = pl_module.answer(data, data.held_out[0].prompt), pl_module.device.type
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The adapter folder, the answer after training and the table."""
+        """The adapter folder and the table."""
         assert isinstance(pl_module, Qwen3LoRA)
         assert pl_module.network is not None
         if not trainer.is_global_zero or not self._losses:
             return
         adapters = self._write_adapters(Path(trainer.log_dir or trainer.default_root_dir), pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        prompt, wanted = data.held_out[0].prompt, data.held_out[0].answer
-        after = pl_module.answer(data, prompt)
 
         table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
         table.add_column()
         table.add_column(overflow="fold")
         table.add_row("loss, first and last", f"{self._losses[0].item():.4f} → {self._losses[-1].item():.4f}")
         if self._peak_gib is not None:
-            kind = "allocated" if pl_module.device.type == "cuda" else "resident"
+            kind = "allocated" if self._device == "cuda" else "resident"
             table.add_row(f"peak memory ({kind})", f"{self._peak_gib:.2f} GiB")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MemoryMonitor) and callback.tape:
@@ -226,10 +230,10 @@ class RunSummary(Callback):
         table.add_row("parameters that train", f"{trained:,} of {total:,} ({trained / total:.2%})")
         if on_experts:
             table.add_row("of these on experts", f"{on_experts:,}")
-        table.add_row("prompt held out", prompt.strip())
-        table.add_row("answer wanted", wanted)
+        table.add_row("prompt held out", data.held_out[0].prompt.strip())
+        table.add_row("answer wanted", data.held_out[0].answer)
         table.add_row("answer before", self._before)
-        table.add_row("answer after", after)
+        table.add_row("answer after", self._after)
         for logger in trainer.loggers:
             table.add_row(type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or "."))
         checkpoint = trainer.checkpoint_callback

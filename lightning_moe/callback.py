@@ -180,11 +180,13 @@ class MoEGateGradCallback(Callback):
         if self.report is None:
             return
         self._micro_batches += 1
-        if self._watched_steps(trainer) >= self.check_adapters_after_n_steps:
+        concludes = self._watched_steps(trainer) >= self.check_adapters_after_n_steps
+        if concludes:
             self._conclude(trainer)
-        if self._experts_without_update is not None:
+        logs = logs_now(trainer, pl_module, self._step_before_batch)
+        if self._experts_without_update is not None and (concludes or logs):
             pl_module.log("gategrad/experts_without_update", float(self._experts_without_update))
-        if logs_now(trainer, pl_module, self._step_before_batch):
+        if logs:
             self._log(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -145,15 +145,14 @@ class _Experts(torch.autograd.Function):
                 output = output.addmm_(dense_gates, down_bias.to(torch.float32)).to(hidden_states.dtype)
 
         needs_x, _, needs_up, needs_up_bias, _, _ = ctx.needs_input_grad[:6]
-        needs_factors = ctx.needs_input_grad[9:]
-        num_up = 2 * len(up_updates)
+        needs_up_a, needs_up_b, _, needs_down_b = _needs_factors(ctx, len(up_updates))
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
-        uses_x = needs_up or plan.recomputes_h or any(needs_factors[:num_up:2])
+        uses_x = needs_up or plan.recomputes_h or needs_up_a
         ctx.save_for_backward(
             anchor,
             hidden_states if uses_x else None,
             gates,
-            up_weight if needs_x or needs_up or plan.recomputes_h or any(needs_factors[:num_up:2]) else None,
+            up_weight if needs_x or uses_x else None,
             up_bias if needs_up_bias or plan.recomputes_h else None,
             down_weight,
             down_bias,
@@ -163,8 +162,8 @@ class _Experts(torch.autograd.Function):
             routing.offsets,
             tiles,
             saved_h,
-            saved_up_small if any(needs_factors[1:num_up:2]) else None,
-            down_small if any(needs_factors[num_up + 1 :: 2]) else None,
+            saved_up_small if needs_up_b else None,
+            down_small if needs_down_b else None,
             *factors,
         )
         return output
@@ -229,10 +228,16 @@ class _Projection:
         )
 
 
+def _needs_factors(ctx: Any, num_up_updates: int) -> tuple[bool, bool, bool, bool]:
+    """Whether any A1, B1, A2, B2 wants a gradient."""
+    up, down = ctx.needs_input_grad[9 : 9 + 2 * num_up_updates], ctx.needs_input_grad[9 + 2 * num_up_updates :]
+    return any(up[::2]), any(up[1::2]), any(down[::2]), any(down[1::2])
+
+
 def _pre_activation(
     x: Tensor, up: _Projection, bias: Tensor | None, routing: Routing, tiles: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """H (S, N), and x A1ᵀ (S, R) where W1 has updates."""
+    """The pre-activation h (S, N), and x A1ᵀ (S, R) where W1 has updates."""
     small = up.reduce(x, routing, tiles, gather=True)
     h = up.project(x, small, routing, tiles, gather=True)
     if bias is not None:
@@ -249,9 +254,7 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
     needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
     plan, dtype, in_first = ctx.plan, down_weight.dtype, ctx.plan.in_first
     up_updates, down_updates = plan.updates(factors)
-    needs_factors, num_up = ctx.needs_input_grad[9:], 2 * len(up_updates)
-    needs_up_a, needs_up_b = any(needs_factors[:num_up:2]), any(needs_factors[1:num_up:2])
-    needs_down_a, needs_down_b = any(needs_factors[num_up::2]), any(needs_factors[num_up + 1 :: 2])
+    needs_up_a, needs_up_b, needs_down_a, needs_down_b = _needs_factors(ctx, len(up_updates))
     # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
     gates_the_gradient = dtype == torch.float16
 

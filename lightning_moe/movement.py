@@ -76,26 +76,31 @@ class _Factor:
 
     def __init__(self, parameter: nn.Parameter, split: Any, num_experts: int) -> None:
         self.parameter, self.split, self.num_experts = parameter, split, num_experts
-        self.before = self._fingerprint()
+        self.before = _fingerprint(self._experts())
         self.has_gradient = torch.zeros(num_experts, dtype=torch.bool, device=parameter.device)
 
     def note_gradient(self) -> None:
         if self.parameter.grad is not None:
-            grad = self.split(_whole(self.parameter.grad), self.num_experts)
-            size = torch.linalg.vector_norm(grad, torch.inf, dim=(1, 2))
+            size = _size(self.split(_whole(self.parameter.grad), self.num_experts))
             self.has_gradient |= (size != 0) & size.isfinite()
 
-    def is_finite(self) -> Tensor:
-        experts = self.split(_whole(self.parameter.detach()), self.num_experts)
-        return torch.linalg.vector_norm(experts, torch.inf, dim=(1, 2)).isfinite()
+    def verdict(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(E,) each: whether a gradient came, whether the bits changed, whether all is finite."""
+        experts = self._experts()
+        return self.has_gradient, _fingerprint(experts) != self.before, _size(experts).isfinite()
 
-    def is_changed(self) -> Tensor:
-        return self._fingerprint() != self.before
+    def _experts(self) -> Tensor:
+        return self.split(_whole(self.parameter.detach()), self.num_experts)
 
-    def _fingerprint(self) -> Tensor:
-        """(E,) int64: sums of each expert's bits, read as integers."""
-        experts = self.split(_whole(self.parameter.detach()), self.num_experts)
-        return experts.view(BITS[experts.element_size()]).sum((1, 2), dtype=torch.int64)
+
+def _size(experts: Tensor) -> Tensor:
+    """(E,): each expert's largest element."""
+    return torch.linalg.vector_norm(experts, torch.inf, dim=(1, 2))
+
+
+def _fingerprint(experts: Tensor) -> Tensor:
+    """(E,) int64: sums of each expert's bits, read as integers."""
+    return experts.view(BITS[experts.element_size()]).sum((1, 2), dtype=torch.int64)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -140,10 +145,7 @@ class AdapterWatch:
         unmoved: list[Unmoved] = []
         experts: dict[str, Tensor] = {}
         for (layer, parameter, adapter, num_experts), factors in self._factors.items():
-            gradients, changes, finite = (
-                torch.stack(flags)
-                for flags in zip(*((f.has_gradient, f.is_changed(), f.is_finite()) for f in factors), strict=True)
-            )
+            gradients, changes, finite = map(torch.stack, zip(*(factor.verdict() for factor in factors), strict=True))
             is_finite = finite.all(0)
             moved = (gradients & changes).all(0) & is_finite
             still = (gradients & ~changes).any(0) & is_finite

@@ -194,8 +194,9 @@ def patch_moe(
             if layer.reason is None:
                 patch = LayerPatch(layer.module.config, None, down_bias, chunk_tokens, recompute_up)
                 _attach(layer.module, patch)
-                adapters = _attach_wrappers(layer, patch)
-                patch.tape = estimate_tape(layer.module, _ranks_apart(layer), recompute_up=recompute_up)
+                ranks = _attach_wrappers(layer, patch)
+                adapters = "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
+                patch.tape = estimate_tape(layer.module, ranks, recompute_up=recompute_up)
                 before, after = _per_token(patch)
                 merged = patch.tape.stock_merged
                 reports.append(LayerReport(layer.name, class_name, "active", "", before, after, adapters, merged))
@@ -279,8 +280,9 @@ def _is_apart(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), _KeepApart)
 
 
-def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> str:
-    """Patches PEFT's wrappers around a layer; says what becomes of the adapters."""
+def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
+    """Patches PEFT's wrappers around a layer and notes why some merge; the others' active ranks, by parameter."""
+    ranks = {}
     for wrapper in layer.wrappers:
         reason = adapter_reason(wrapper, layer.module)
         if "forward" in vars(wrapper):
@@ -289,15 +291,9 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> str:
             wrapper.forward = _KeepApart(wrapper)  # type: ignore[method-assign]
         if reason is not None:
             patch.merge_reasons.add(reason)
-    return "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
-
-
-def _ranks_apart(layer: MoELayer) -> dict[str, int]:
-    return {
-        wrapper.parameter_name: sum(wrapper.r[adapter] for adapter in active_adapters(wrapper))
-        for wrapper in layer.wrappers
-        if _is_apart(wrapper) and adapter_reason(wrapper, layer.module) is None and active_adapters(wrapper)
-    }
+        elif adapters := active_adapters(wrapper):
+            ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
+    return ranks
 
 
 class _KeepApart:

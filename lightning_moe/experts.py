@@ -103,7 +103,43 @@ def _anchor(inputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor[:0].reshape(-1) for tensor in inputs])
 
 
-class _Experts(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Work:
+    """What the way down takes over from the way up.
+
+    Attributes:
+        routing: the rows.
+        tiles: of the products.
+        h: (S, N); None where `a` is there already.
+        a: (S, I); None where it is still to be made of h.
+        down: the projection.
+        down_small: a A2ᵀ (S, R); None where it is still to be made of a.
+        down_bias: (E, H).
+        gates: (T, K).
+        top_k_index: (T, K).
+        out_dtype: of the output.
+    """
+
+    routing: Routing
+    tiles: Tensor | None
+    h: Tensor | None
+    a: Tensor | None
+    down: "_Projection"
+    down_small: Tensor | None
+    down_bias: Tensor | None
+    gates: Tensor
+    top_k_index: Tensor
+    out_dtype: torch.dtype
+
+
+class _Up(torch.autograd.Function):
+    """The way up, which keeps what the backward of both ways needs.
+
+    Returns a ticket, which stands for the output and hands its gradient on, and the work that is left. The way down
+    keeps nothing: so activation checkpointing, whose second forward ends when all that is kept has been made again,
+    does not project down a second time.
+    """
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -117,35 +153,31 @@ class _Experts(torch.autograd.Function):
         anchor: Tensor | None,
         plan: _Plan,
         *factors: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, _Work]:
         dtype, in_first = down_weight.dtype, plan.in_first
         routing = sort_by_expert(top_k_index, down_weight.shape[0])
         x = hidden_states.to(dtype).contiguous()
         tiles = product_tiles(x, routing.offsets, routing.num_rows)
         up_updates, down_updates = plan.updates(factors)
+        needs_up_a, needs_up_b, _, needs_down_b = _needs_factors(ctx, len(up_updates))
+        a = down_small = None
         with torch.autocast(x.device.type, enabled=False):
             up = _Projection.of(up_weight, up_updates, in_first)
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
             del x, up
-            a = activate(plan.activation, h).to(dtype)
-            if a.shape != (h.shape[0], plan.intermediate):
-                raise ValueError(
-                    f"moe_experts: the activation makes {tuple(a.shape)} of {tuple(h.shape)}, but down_proj takes "
-                    f"{plan.intermediate} features"
-                )
-            saved_h, saved_up_small = (h, up_small) if plan.records and not plan.recomputes_h else (None, None)
-            del h, up_small
             down = _Projection.of(down_weight, down_updates, in_first)
-            down_small = down.reduce(a, routing, tiles)
-            out_dtype = hidden_states.dtype if down_bias is None else torch.float32  # rounded once, the bias added
-            output = _project_and_combine(a, down, down_small, routing, tiles, gates, plan.chunk_columns, out_dtype)
-            del a, down
-            if down_bias is not None:
-                dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
-                output = output.addmm_(dense_gates, down_bias.to(torch.float32)).to(hidden_states.dtype)
+            saved_h = h if plan.records and not plan.recomputes_h else None
+            if saved_h is None or needs_down_b:
+                a = _activated(plan, h)
+            if needs_down_b:
+                down_small = down.reduce(a, routing, tiles)
+        ticket = hidden_states.new_empty(1, 1).expand(hidden_states.shape)
+        work = _Work(
+            routing, tiles, h if a is None else None, a, down, down_small, down_bias, gates, top_k_index,
+            hidden_states.dtype,
+        )  # fmt: skip
 
         needs_x, _, needs_up, needs_up_bias, _, _ = ctx.needs_input_grad[:6]
-        needs_up_a, needs_up_b, _, needs_down_b = _needs_factors(ctx, len(up_updates))
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
         uses_x = needs_up or plan.recomputes_h or needs_up_a
         ctx.save_for_backward(
@@ -162,20 +194,54 @@ class _Experts(torch.autograd.Function):
             routing.offsets,
             tiles,
             saved_h,
-            saved_up_small if needs_up_b else None,
-            down_small if needs_down_b else None,
+            up_small if needs_up_b and not plan.recomputes_h else None,
+            down_small,
             *factors,
         )
-        return output
+        return ticket, work
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         anchor, *saved = ctx.saved_tensors
         with torch.no_grad():
             gradients = _gradients(ctx, grad_output, saved)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = [g if g is None else _FirstOrderOnly.apply(anchor, g) for g in gradients]
         return *gradients[:6], None, None, None, *gradients[6:]
+
+
+class _Down(torch.autograd.Function):
+    """The way down and the sum over the slots, which keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, work: _Work, plan: _Plan) -> Tensor:  # type: ignore[override]
+        with torch.autocast(ticket.device.type, enabled=False):
+            a = _activated(plan, work.h) if work.a is None else work.a
+            small = work.down.reduce(a, work.routing, work.tiles) if work.down_small is None else work.down_small
+            rounded_once = work.out_dtype if work.down_bias is None else torch.float32  # the bias added
+            output = _project_and_combine(
+                a, work.down, small, work.routing, work.tiles, work.gates, plan.chunk_columns, rounded_once
+            )
+            del a, small
+            if work.down_bias is not None:
+                dense_gates = _dense(work.gates, work.top_k_index, work.down_bias.shape[0])
+                output = output.addmm_(dense_gates, work.down_bias.to(torch.float32)).to(work.out_dtype)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad_output, None, None
+
+
+def _activated(plan: _Plan, h: Any) -> Tensor:
+    """A (S, I) of h (S, N)."""
+    a = activate(plan.activation, h).to(h.dtype)
+    if a.shape != (h.shape[0], plan.intermediate):
+        raise ValueError(
+            f"moe_experts: the activation makes {tuple(a.shape)} of {tuple(h.shape)}, but down_proj takes "
+            f"{plan.intermediate} features"
+        )
+    return a
 
 
 @dataclass(frozen=True)
@@ -450,7 +516,8 @@ def moe_experts(
         up_scalings=tuple(update.scaling for update in gate_up_updates),
         down_scalings=tuple(update.scaling for update in down_updates),
     )
-    return _Experts.apply(*inputs, top_k_index.long(), _anchor(wanting) if records else None, plan, *factors)
+    anchor = _anchor(wanting) if records else None
+    return _Down.apply(*_Up.apply(*inputs, top_k_index.long(), anchor, plan, *factors), plan)
 
 
 def _chunk_columns(chunk_tokens: ChunkTokens, num_tokens: int, top_k: int, hidden_size: int, element_size: int) -> int:

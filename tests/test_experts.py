@@ -582,6 +582,22 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
     assert all(torch.equal(results[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize("ranks", [{}, {"down_ranks": (4,)}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=str)
+def test_the_second_forward_of_checkpointing_does_not_project_down_again(ranks, monkeypatch):
+    ways_down = []
+    project = experts_module._project_and_combine
+
+    def counting(*args):
+        ways_down.append(args)
+        return project(*args)
+
+    monkeypatch.setattr(experts_module, "_project_and_combine", counting)
+    problem = make_problem("default", **ranks, requires_grad=(*FROZEN_WEIGHTS, *FACTORS))
+    leaves = problem.leaves()
+    checkpoint(lambda: call(problem, leaves) + 1.0, use_reentrant=False).sum().backward()
+    assert len(ways_down) == 2  # the output's, and the way back of the gradient
+
+
 # The tape
 
 

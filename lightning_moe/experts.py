@@ -160,7 +160,8 @@ class _Up(torch.autograd.Function):
         tiles = product_tiles(x, routing.offsets, routing.num_rows)
         up_updates, down_updates = plan.updates(factors)
         needs_up_a, needs_up_b, _, needs_down_b = _needs_factors(ctx, len(up_updates))
-        a = down_small = None
+        a: Any = None
+        down_small = None
         with torch.autocast(x.device.type, enabled=False):
             up = _Projection.of(up_weight, up_updates, in_first)
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)

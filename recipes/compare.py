@@ -1,0 +1,278 @@
+"""Stock code beside the callback: the same steps of qwen3_lora.py, each side in a process of its own, in turn.
+
+    python recipes/compare.py                                                          the tiny model on the CPU
+    python recipes/compare.py --config recipes/configs/qwen3_30b_a3b.yaml --lengths "[4096, 16384, 65536]"
+    ... --options "[--model.init=random, --data.tokenizer=null]"                       without the weights
+    ... --options "[--model.experts=true]"                                             adapters on the experts
+    ... --sides "[stock, lightning_moe]" --repeats 2 --options "[--trainer.deterministic=true]"
+
+Every step is one sequence of exactly so many tokens. Ends with a table, compare.md, compare.json and a plot of the
+memory against the length, which shows where a side runs out of it.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import lightning
+import peft
+import torch
+import transformers
+import yaml
+from jsonargparse import auto_cli
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+RECIPE = Path(__file__).with_name("qwen3_lora.py")
+TINY = Path(__file__).parent / "configs" / "tiny.yaml"
+KEPT_CALLBACKS = ("MoEGateGradCallback", "MemoryMonitor")
+OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "out of memory")
+
+SideName = Literal["stock", "stock+liger", "lightning_moe", "lightning_moe+offload"]
+STOCK = {"attention": "sdpa", "liger": False, "loss": "chunks", "offload": False, "tile_tokens": 0}
+SIDES: dict[SideName, dict[str, Any]] = {
+    "stock": STOCK,
+    "stock+liger": {**STOCK, "liger": True},
+    "lightning_moe": {"offload": False},
+    "lightning_moe+offload": {"offload": True},
+}
+
+
+@dataclass
+class Run:
+    """One process.
+
+    Attributes:
+        side: whose code.
+        tokens: in each step.
+        losses: of each step.
+        seconds: of each step.
+        peak_gib: the most that was allocated.
+        above_gib: the same above what was held when a step began (weights, adapters, optimizer).
+        failure: why there are no figures; empty where there are.
+    """
+
+    side: SideName
+    tokens: int
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peak_gib: float = 0.0
+    above_gib: float = 0.0
+    failure: str = ""
+
+
+def write_config(base: Path, side: SideName, tokens: int, steps: int, folder: Path) -> Path:
+    """The configuration of one process: the base's, but for what the side and the measurement ask for."""
+    settings = yaml.safe_load(base.read_text())
+    callbacks = [c for c in settings["trainer"]["callbacks"] if c["class_path"].rpartition(".")[2] in KEPT_CALLBACKS]
+    settings["model"].update(SIDES[side])
+    settings["data"].update(packing="joined", max_length=tokens, batch_size=1)
+    settings["trainer"].update(
+        max_steps=steps,
+        limit_val_batches=0,
+        val_check_interval=None,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        callbacks=[*callbacks, {"class_path": "watching.StepSpeed"}],
+        logger={
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(folder), "name": "csv", "version": 0, "flush_logs_every_n_steps": 1},
+        },
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(base: Path, side: SideName, tokens: int, steps: int, options: tuple[str, ...], folder: Path) -> Run:
+    """Trains in a process of its own and reads what it logged."""
+    config = write_config(base, side, tokens, steps, folder)
+    command = [sys.executable, str(RECIPE), "fit", "--config", str(config), *options]
+    environment = {**os.environ, "LIGHTNING_MOE_GATEGRAD": "0" if side.startswith("stock") else "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        if any(words in done.stderr for words in OUT_OF_MEMORY):
+            return Run(side, tokens, failure="out of memory")
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return Run(side, tokens, failure=f"{lines[-1]} (see {folder / 'output.txt'})")
+    with (folder / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    return Run(
+        side,
+        tokens,
+        [float(row["train/loss"]) for row in rows],
+        [float(row["speed/seconds_per_step"]) for row in rows],
+        max(float(row["memory/peak_allocated_gib"]) for row in rows),
+        max(float(row["memory/step_peak_gib"]) for row in rows),
+    )
+
+
+HEADERS = [
+    "tokens",
+    "side",
+    "peak GiB",
+    "above weights GiB",
+    "s per step",
+    "tokens/s",
+    "largest loss deviation",
+    "twice",
+]
+
+
+def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
+    """The table: one row for each length and side, ratios to stock, medians over steps and repeats."""
+    rows = []
+    for tokens in dict.fromkeys(run.tokens for run in runs):
+        stock = [run for run in runs if run.tokens == tokens and run.side == "stock" and not run.failure]
+        for side in dict.fromkeys(run.side for run in runs if run.tokens == tokens):
+            mine = [run for run in runs if run.tokens == tokens and run.side == side]
+            if mine[0].failure:
+                rows.append([f"{tokens:,}", side, mine[0].failure, *[""] * (len(HEADERS) - 3)])
+                continue
+            seconds = step_seconds(mine, warmup)
+            above, peak = max(run.above_gib for run in mine), max(run.peak_gib for run in mine)
+            deviation = ratio_time = ratio_memory = ""
+            if stock and side != "stock":
+                differences = [abs(a - b) for a, b in zip(mine[0].losses, stock[0].losses, strict=True)]
+                deviation = f"{max(differences):.2g}"
+                ratio_time = f" ({seconds / step_seconds(stock, warmup):.2f})"
+                ratio_memory = f" ({above / max(run.above_gib for run in stock):.2f})"
+            twice = "" if len(mine) < 2 else "same bits" if mine[0].losses == mine[1].losses else "differs"
+            rows.append(
+                [
+                    f"{tokens:,}", side, f"{peak:.2f}", f"{above:.2f}{ratio_memory}", f"{seconds:.3f}{ratio_time}",
+                    f"{tokens / seconds:,.0f}", deviation, twice,
+                ]
+            )  # fmt: skip
+    return rows
+
+
+def step_seconds(runs: list[Run], warmup: int) -> float:
+    """The median over the steps after the warm-up, of all repeats."""
+    return median(seconds for run in runs for seconds in (run.seconds[warmup:] or run.seconds))
+
+
+def plot(runs: list[Run], title: str, limit_gib: float | None, path: Path) -> None:
+    """Peak memory against the length; a cross where a side ran out of memory."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, side in enumerate(dict.fromkeys(run.side for run in runs)):
+        mine = [run for run in runs if run.side == side]
+        points = sorted({(run.tokens, run.peak_gib) for run in mine if not run.failure})
+        color = f"C{number}"
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", color=color, label=side)
+        failed = [run.tokens for run in mine if run.failure == "out of memory"]
+        if failed:
+            height = limit_gib or max((run.peak_gib for run in runs), default=1.0)
+            label = None if points else side
+            axis.plot([min(failed)], [height], marker="x", markersize=11, mew=3, ls="", color=color, label=label)
+            axis.annotate(
+                f"{side}: out of memory", (min(failed), height), xytext=(0, -14 - 12 * number),
+                textcoords="offset points", ha="center", va="top", fontsize=8, color=color,
+            )  # fmt: skip
+    if limit_gib:
+        axis.axhline(limit_gib, color="0.5", ls="--", lw=1)
+        axis.annotate(
+            "what the card has", (0.01, limit_gib), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
+        )
+    lengths = sorted({run.tokens for run in runs})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
+    axis.minorticks_off()
+    axis.set(xlabel="tokens in one sequence", ylabel="peak memory, GiB", title=title)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, loc="center left")
+    figure.savefig(path, dpi=130)
+
+
+def provenance() -> str:
+    """Card, versions, commit and command."""
+    git = ["git", "-C", str(RECIPE.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return (
+        f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+        f"lightning {lightning.__version__}, commit {commit}; `python recipes/compare.py {' '.join(sys.argv[1:])}`"
+    )
+
+
+def main(
+    config: Path = TINY,
+    lengths: tuple[int, ...] = (256, 512),
+    sides: tuple[SideName, ...] = tuple(SIDES),
+    steps: int = 8,
+    warmup: int = 2,
+    repeats: int = 1,
+    options: tuple[str, ...] = (),
+    out: Path = Path("runs/compare"),
+) -> None:
+    """Compares a training run with stock code and with the callback.
+
+    Args:
+        config: of qwen3_lora.py.
+        lengths: tokens of each step, ascending; a side that ran out of memory is not asked again.
+        sides: `stock` is Transformers and PEFT as they come, with the recipe's checkpointing and a chunked loss;
+            `+liger` has Liger's RMSNorm and rotary embedding as well; `+offload` the layers' inputs in host memory.
+            What needs a GPU, or Liger, is left out where there is none.
+        steps: of each run.
+        warmup: steps at the beginning that the time leaves out.
+        repeats: of the whole, sides in turn.
+        options: handed on to qwen3_lora.py, each as one word: `--model.experts=true`.
+        out: a folder for the results, and a folder in it for each process.
+    """
+    if not config.is_file():
+        sys.exit(f"there is no {config}: --config takes a configuration of qwen3_lora.py")
+    if steps < 1 or repeats < 1 or not 0 <= warmup < steps or not lengths or min(lengths) < 2:
+        sys.exit("compare needs at least one step after the warm-up, one repeat, and lengths of two tokens or more")
+    on_gpu = torch.cuda.is_available()
+    has_liger = on_gpu and importlib.util.find_spec("liger_kernel") is not None
+    left_out = {
+        side for side in sides if (side.endswith("offload") and not on_gpu) or ("liger" in side and not has_liger)
+    }
+    console = Console()
+    for side in sorted(left_out):
+        console.print(f"{side} is left out: it needs {'a GPU' if not on_gpu else 'the package liger-kernel'}")
+    plan = [(r, tokens, side) for tokens in lengths for r in range(repeats) for side in sides if side not in left_out]
+    runs: list[Run] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(plan))
+        for repeat, tokens, side in plan:
+            progress.update(task, description=f"{side}, {tokens:,} tokens")
+            if not any(run.side == side and run.failure for run in runs):
+                folder = out / f"{tokens}-{side.replace('+', '-')}-{repeat}"
+                runs.append(run(config, side, tokens, steps, options, folder))
+            progress.advance(task)
+
+    source, rows = provenance(), rows_of(runs, warmup)
+    table = Table(*HEADERS, title="Stock code and the callback", caption=source)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(console.width, 130)).print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [source, "", f"| {' | '.join(HEADERS)} |", "|---" * len(HEADERS) + "|"]
+    (out / "compare.md").write_text("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
+    (out / "compare.json").write_text(json.dumps({"source": source, "runs": [asdict(run) for run in runs]}, indent=1))
+    limit = torch.cuda.mem_get_info()[1] / 2**30 if on_gpu else None
+    plot(runs, f"Peak memory, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", limit, out / "compare.png")
+    if failures := [f"{run.side}, {run.tokens:,} tokens: {run.failure}" for run in runs if run.failure]:
+        console.print("\n".join(failures))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

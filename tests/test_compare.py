@@ -1,0 +1,93 @@
+"""Tests of the comparison: its arithmetic on made-up runs, its plot, and one small run of the real thing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import compare
+import pytest
+import yaml
+from compare import Run, plot, rows_of, write_config
+from matplotlib.image import imread
+
+RUNS = [
+    Run("stock", 256, [2.0, 1.5, 1.0], [9.0, 2.0, 2.2], 10.0, 6.0),
+    Run("lightning_moe", 256, [2.0, 1.51, 1.0], [9.0, 1.0, 1.2], 8.0, 3.0),
+    Run("stock", 512, failure="out of memory"),
+    Run("lightning_moe", 512, [1.0, 1.0, 1.0], [3.0, 3.0, 3.0], 12.0, 7.0),
+]
+
+
+def test_the_table_gives_medians_after_the_warmup_and_ratios_to_stock():
+    rows = rows_of(RUNS, warmup=1)
+    assert rows[0] == ["256", "stock", "10.00", "6.00", "2.100", "122", "", ""]
+    assert rows[1] == ["256", "lightning_moe", "8.00", "3.00 (0.50)", "1.100 (0.52)", "233", "0.01", ""]
+    assert rows[2] == ["512", "stock", "out of memory", "", "", "", "", ""]
+    assert rows[3] == ["512", "lightning_moe", "12.00", "7.00", "3.000", "171", "", ""]
+
+
+def test_repeats_are_compared_bit_by_bit():
+    same, other = Run("stock", 8, [1.0], [1.0]), Run("stock", 8, [1.0 + 1e-15], [1.0])
+    assert rows_of([same, same], 0)[0][-1] == "same bits"
+    assert rows_of([same, other], 0)[0][-1] == "differs"
+
+
+def test_the_plot_shows_where_memory_ran_out(tmp_path):
+    plot(RUNS, "title", 79.2, tmp_path / "with.png")
+    plot([run for run in RUNS if not run.failure], "title", 79.2, tmp_path / "without.png")
+    pictures = [imread(tmp_path / name) for name in ("with.png", "without.png")]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_each_sides_configuration(tmp_path):
+    base = Path(compare.TINY)
+    stock, mine = (
+        yaml.safe_load(write_config(base, side, 128, 3, tmp_path / side).read_text())
+        for side in ("stock", "lightning_moe+offload")
+    )
+    assert stock["model"]["attention"] == "sdpa"
+    assert stock["model"]["liger"] is False
+    assert mine["model"]["offload"] is True
+    assert "attention" not in mine["model"]
+    for settings in (stock, mine):
+        assert settings["data"]["max_length"] == 128
+        names = [callback["class_path"] for callback in settings["trainer"]["callbacks"]]
+        assert names == ["lightning_moe.MoEGateGradCallback", "lightning_moe.MemoryMonitor", "watching.StepSpeed"]
+
+
+def run_compare(folder, *args):
+    command = [sys.executable, str(Path(compare.__file__)), f"--out={folder}", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_whole_on_the_cpu(tmp_path):
+    done = run_compare(
+        tmp_path, "--lengths=[96]", "--steps=3", "--warmup=1", "--sides=[stock, stock+liger, lightning_moe]"
+    )
+    assert not done.returncode, done.stderr
+    assert "stock+liger is left out: it needs a GPU" in done.stdout
+    results = json.loads((tmp_path / "compare.json").read_text())
+    stock, mine = results["runs"]
+    assert (stock["side"], mine["side"]) == ("stock", "lightning_moe")
+    assert len(stock["losses"]) == len(mine["losses"]) == 3
+    assert max(abs(a - b) for a, b in zip(stock["losses"], mine["losses"], strict=True)) < 1e-4
+    assert stock["losses"][0] != stock["losses"][-1]
+    assert "python recipes/compare.py" in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+
+
+def test_a_side_that_fails_is_named_with_its_output(tmp_path):
+    done = run_compare(
+        tmp_path, "--lengths=[96]", "--steps=2", "--warmup=0", "--sides=[lightning_moe]", "--options=[--model.rank=-1]"
+    )
+    assert not done.returncode, done.stderr
+    assert "model.rank must be positive" in json.loads((tmp_path / "compare.json").read_text())["runs"][0]["failure"]
+
+
+@pytest.mark.parametrize("bad", ["--steps=0", "--lengths=[]", "--warmup=8", "--config=nowhere.yaml"])
+def test_bad_arguments_are_refused(bad, tmp_path):
+    done = run_compare(tmp_path, bad)
+    assert done.returncode
+    assert "compare needs" in done.stderr or "there is no nowhere.yaml" in done.stderr

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_moe.adapters import CHECKPOINT_KEY, describe
 from lightning_moe.arguments import ChunkTokens
@@ -44,6 +44,9 @@ class MoEGateGradCallback(Callback):
 
     Attributes:
         report: what became of each MoE layer; None while nothing is patched.
+        expert_load: how many (token, slot) rows each expert of this process got since the fit began, (experts,) int64
+            on the CPU, by the report's layer names. Grows when the counts are logged and at the end of training, stays
+            until the next fit; layers whose calls cannot be patched are not in it.
 
     Args:
         enabled: whether to patch. None reads the environment variable `LIGHTNING_MOE_GATEGRAD`, where `0` means no and
@@ -107,6 +110,7 @@ class MoEGateGradCallback(Callback):
         self.check_adapters_after_n_steps = check_adapters_after_n_steps
         self.on_missing = on_missing
         self.report: PatchReport | None = None
+        self.expert_load: dict[str, Tensor] = {}
         self._touched: list[nn.Module] = []
         self._metric = GateGradHealth()
         self._micro_batches = 0
@@ -135,6 +139,7 @@ class MoEGateGradCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Patches what was built since `setup`; complains if there is nothing."""
+        self.expert_load = {}
         self._start(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,7 +195,8 @@ class MoEGateGradCallback(Callback):
             self._log(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what became of the adapters, in a fit too short to have said so."""
+        """Says what became of the adapters, in a fit too short to have said so; counts the last rows."""
+        self._drain(pl_module)
         if self._watched_steps(trainer) >= 2:
             figure = {"gategrad/experts_without_update": float(self._conclude(trainer))}
             for logger in trainer.loggers:
@@ -251,10 +257,8 @@ class MoEGateGradCallback(Callback):
 
     def _log(self, pl_module: LightningModule) -> None:
         assert self.report is not None
-        modules = patched_modules(pl_module)
-        counts = HealthCounts(fallback_layers=(len(self.report.layers) - len(modules)) * self._micro_batches)
-        for module in modules:
-            counts.add(layer_patch(module).health.drain(), self._metric.device)
+        counts = self._drain(pl_module)
+        counts.fallback_layers += (len(self.report.layers) - len(counts.expert_rows)) * self._micro_batches
         self._metric.update(counts, self._micro_batches)
         figures = self._metric.compute()
         pl_module.log_dict({f"gategrad/{name}": value.float() for name, value in figures.items()})
@@ -262,6 +266,21 @@ class MoEGateGradCallback(Callback):
         self._micro_batches = 0
         if "audit_rel_error" in figures:
             self._judge(figures["audit_rel_error"].item(), pl_module)
+
+    def _drain(self, pl_module: LightningModule) -> HealthCounts:
+        """Every patched layer's counts; their experts' rows go into `expert_load` too."""
+        counts, patched = HealthCounts(), set(patched_modules(pl_module))
+        modules = {name: module for name, module in pl_module.named_modules() if module in patched}
+        for module in modules.values():
+            drained = layer_patch(module).health.drain(self._micro_batches)
+            if not drained.expert_rows:  # no backward came by: every process sums as many layers and experts
+                drained.expert_rows = (torch.zeros(module.num_experts, dtype=torch.int64),)  # type: ignore[arg-type]
+            counts.add(drained, self._metric.device)
+        if modules:
+            sizes = [rows.numel() for rows in counts.expert_rows]
+            for name, rows in zip(modules, torch.cat(counts.expert_rows).cpu().split(sizes), strict=True):
+                self.expert_load[name] = self.expert_load.get(name, 0) + rows
+        return counts
 
     def _watched_steps(self, trainer: Trainer) -> int:
         """Optimizer steps since the adapters are watched; -1 where they are not."""

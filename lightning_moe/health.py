@@ -30,6 +30,8 @@ class HealthCounts:
         bias_fallback_layers: of these, because of a down bias.
         tape_bytes_saved: bytes that stock code would have kept for these backwards and the operation did not.
         audit_rel_error: the largest relative error that an audit found, () float32; NaN where none was made.
+        expert_rows: for each layer, the (token, slot) rows that its experts got, (experts,) int64. A layer that
+            no backward came by has no entry.
     """
 
     gates: Tensor | int = 0
@@ -41,6 +43,7 @@ class HealthCounts:
     bias_fallback_layers: int = 0
     tape_bytes_saved: int = 0
     audit_rel_error: Tensor | float = float("nan")
+    expert_rows: tuple[Tensor, ...] = ()
 
     def add(self, other: "HealthCounts", device: torch.device) -> None:
         """Adds another layer's counts, moved to `device` without waiting for them."""
@@ -48,6 +51,8 @@ class HealthCounts:
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(theirs, Tensor):
                 theirs = theirs.to(device, non_blocking=True)
+            elif isinstance(theirs, tuple):
+                theirs = tuple(rows.to(device, non_blocking=True) for rows in theirs)
             if name == "audit_rel_error":
                 theirs = torch.fmax(torch.as_tensor(mine, device=device), torch.as_tensor(theirs, device=device))
                 setattr(self, name, theirs)
@@ -66,19 +71,36 @@ class LayerHealth:
         self.audit_due = False
         self._counts = HealthCounts()
 
-    def drain(self) -> HealthCounts:
-        """Hands over the counts and starts again from zero."""
+    def drain(self, micro_batches: int) -> HealthCounts:
+        """Hands over the counts and starts again from zero.
+
+        Args:
+            micro_batches: since the last time. A layer that runs more than once in one, such as on parts of a sequence,
+                is one layer all the same.
+        """
         counts, self._counts = self._counts, HealthCounts()
+        for name in ("active_layers", "fallback_layers", "bias_fallback_layers"):
+            setattr(counts, name, min(getattr(counts, name), micro_batches))
         return counts
 
     def watch(
-        self, output: Tensor, gates: Tensor, *, active: bool, bias_fallback: bool = False, tape_bytes_saved: int = 0
+        self,
+        output: Tensor,
+        top_k_index: Tensor,
+        gates: Tensor,
+        *,
+        num_experts: int,
+        active: bool,
+        bias_fallback: bool = False,
+        tape_bytes_saved: int = 0,
     ) -> None:
         """Counts one execution of the layer, once its backward runs.
 
         Args:
             output: (T, H), the layer's output.
+            top_k_index: (T, K) integer, each token's experts. Ids of `num_experts` and above are other processes'.
             gates: (T, K), the gates that it was computed from, used nowhere else.
+            num_experts: that the layer holds.
             active: whether the operation computed it, rather than stock code.
             bias_fallback: whether a down bias was the reason for stock code.
             tape_bytes_saved: bytes that stock code would have kept and this execution did not.
@@ -96,6 +118,8 @@ class LayerHealth:
             counts.gates += values.numel()
             counts.nonpositive_gates = counts.nonpositive_gates + (values <= 0).sum()
             counts.zero_gates = counts.zero_gates + values.numel() - torch.count_nonzero(values)
+            rows = _count_rows(top_k_index, num_experts)
+            counts.expert_rows = (rows + counts.expert_rows[0] if counts.expert_rows else rows,)
 
         def count_gradient(grad: Tensor) -> None:
             self._counts.nonfinite_gate_grads = self._counts.nonfinite_gate_grads + (~grad.isfinite()).sum()
@@ -141,3 +165,13 @@ class LayerHealth:
 
         output.register_hook(form_the_long_way)
         gates.register_hook(compare)
+
+
+def _count_rows(top_k_index: Tensor, num_experts: int) -> Tensor:
+    """How many of (T, K) ids name each expert, (num_experts,) int64; ids above are left out.
+
+    `torch.bincount` would have the host wait for a GPU, `torch.histc` is not deterministic there.
+    """
+    experts = top_k_index.flatten().long().clamp(max=num_experts)
+    rows = experts.new_zeros(num_experts + 1)
+    return rows.scatter_add_(0, experts, torch.ones_like(experts))[:num_experts]

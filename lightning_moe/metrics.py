@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
 from lightning_moe.health import HealthCounts
@@ -35,12 +36,15 @@ class GateGradHealth(Metric):
     full_state_update = False
     micro_batches: Tensor
     audit_rel_error: Tensor
+    expert_rows: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in _SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("audit_rel_error", torch.tensor(-1.0), dist_reduce_fx="max")
+        # (layers, experts); negative for experts that a layer lacks beside the largest, and no rows before an update.
+        self.add_state("expert_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, counts: HealthCounts, micro_batches: int) -> None:
         """Adds counts.
@@ -54,6 +58,10 @@ class GateGradHealth(Metric):
         self.micro_batches = self.micro_batches + micro_batches
         error = torch.as_tensor(counts.audit_rel_error, device=self.audit_rel_error.device)
         self.audit_rel_error = torch.fmax(self.audit_rel_error, error.to(torch.float32))
+        if counts.expert_rows:
+            self.expert_rows = self.expert_rows + pad_sequence(
+                list(counts.expert_rows), batch_first=True, padding_value=-1
+            )
 
     def compute(self) -> dict[str, Tensor]:
         """The figures by name.
@@ -61,7 +69,9 @@ class GateGradHealth(Metric):
         Layers are per micro-batch: those whose backward ran, so a layer that nothing asked a gradient of is in
         neither figure. Gates and gradients are counts over all micro-batches and processes. `tape_mib_saved` is per
         micro-batch, MiB. `audit_rel_error` is the largest found, and absent where no audit was made;
-        Lightning then logs the last one again.
+        Lightning then logs the last one again. `load_max_over_mean` is, of the layer where it is largest, the rows of
+        the most loaded expert over the mean of all, 0 where no layer has rows; `idle_experts` counts the experts of
+        all layers that got none. Both are absent where no layer was counted.
         """
         sums = {name: getattr(self, name) for name in _SUMS}
         micro_batches = sums["micro_batches"].clamp_min(1)
@@ -77,4 +87,9 @@ class GateGradHealth(Metric):
         }
         if self.audit_rel_error >= 0:
             figures["audit_rel_error"] = self.audit_rel_error
+        if self.expert_rows.ndim:
+            rows, exists = self.expert_rows.clamp_min(0), self.expert_rows >= 0
+            load = rows.amax(1) * exists.sum(1) / rows.sum(1).clamp_min(1)
+            figures["load_max_over_mean"] = load.max()
+            figures["idle_experts"] = (self.expert_rows == 0).sum()
         return figures

@@ -405,7 +405,9 @@ def gategrad_experts(
             patch.reason = reason
             warnings.warn(f"{type(module).__name__} runs stock code after all: {reason}", stacklevel=2)
         output = stock(hidden_states, top_k_index, gates)
-        patch.health.watch(output, gates, active=False, bias_fallback=reason == DOWN_BIAS)
+        patch.health.watch(
+            output, top_k_index, gates, num_experts=module.num_experts, active=False, bias_fallback=reason == DOWN_BIAS
+        )
         return output
 
     output = moe_experts(
@@ -423,7 +425,7 @@ def gategrad_experts(
     merged = {contract.up_name: weights.gate_up_proj, "down_proj": weights.down_proj}
     saved = (patch.tape.stock_per_row - patch.tape.kept_per_row) * top_k_index.numel()
     saved += sum(merged[name].nbytes for name in updates)
-    patch.health.watch(output, gates, active=True, tape_bytes_saved=saved)
+    patch.health.watch(output, top_k_index, gates, num_experts=module.num_experts, active=True, tape_bytes_saved=saved)
     if patch.health.audit_due:
         patch.health.audit(stock, hidden_states, top_k_index, gates, output)
     return output

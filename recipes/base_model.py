@@ -117,7 +117,7 @@ def build(
         return Qwen3MoeForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, attn_implementation=attention
         )
-    with torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda"), device:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(init_seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 

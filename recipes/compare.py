@@ -1,7 +1,7 @@
 """Stock code beside the callback: the same steps of qwen3_lora.py, each side in a process of its own, in turn.
 
     python recipes/compare.py                                                          the tiny model on the CPU
-    python recipes/compare.py --config recipes/configs/qwen3_30b_a3b.yaml --lengths "[4096, 16384, 65536]"
+    python recipes/compare.py --recipe recipes/configs/qwen3_30b_a3b.yaml --lengths "[4096, 16384, 65536]"
     ... --options "[--model.init=random, --data.tokenizer=null]"                       without the weights
     ... --options "[--model.experts=true]"                                             adapters on the experts
     ... --sides "[stock, lightning_moe]" --repeats 2 --options "[--trainer.deterministic=true]"
@@ -213,7 +213,7 @@ def provenance() -> str:
 
 
 def main(
-    config: Path = TINY,
+    recipe: Path = TINY,
     lengths: tuple[int, ...] = (256, 512),
     sides: tuple[SideName, ...] = tuple(SIDES),
     steps: int = 8,
@@ -225,7 +225,7 @@ def main(
     """Compares a training run with stock code and with the callback.
 
     Args:
-        config: of qwen3_lora.py.
+        recipe: a configuration of qwen3_lora.py.
         lengths: tokens of each step, ascending; a side that ran out of memory is not asked again.
         sides: `stock` is Transformers and PEFT as they come, with the recipe's checkpointing and a chunked loss;
             `+liger` has Liger's RMSNorm and rotary embedding as well; `+offload` the layers' inputs in host memory.
@@ -236,8 +236,8 @@ def main(
         options: handed on to qwen3_lora.py, each as one word: `--model.experts=true`.
         out: a folder for the results, and a folder in it for each process.
     """
-    if not config.is_file():
-        sys.exit(f"there is no {config}: --config takes a configuration of qwen3_lora.py")
+    if not recipe.is_file():
+        sys.exit(f"there is no {recipe}: --recipe takes a configuration of qwen3_lora.py")
     if steps < 1 or repeats < 1 or not 0 <= warmup < steps or not lengths or min(lengths) < 2:
         sys.exit("compare needs at least one step after the warm-up, one repeat, and lengths of two tokens or more")
     on_gpu = torch.cuda.is_available()
@@ -256,7 +256,7 @@ def main(
             progress.update(task, description=f"{side}, {tokens:,} tokens")
             if not any(run.side == side and run.failure for run in runs):
                 folder = out / f"{tokens}-{side.replace('+', '-')}-{repeat}"
-                runs.append(run(config, side, tokens, steps, options, folder))
+                runs.append(run(recipe, side, tokens, steps, options, folder))
             progress.advance(task)
 
     source, rows = provenance(), rows_of(runs, warmup)

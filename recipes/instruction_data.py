@@ -1,22 +1,28 @@
-"""Instruction pairs that every Python has: signatures of the standard library (prompt), docstrings (answer).
+"""The recipe's data: chats from a file or a dataset, or instruction pairs that every Python has.
 
-A byte-level tokenizer needs no download, so the recipe trains on real text without a network. The loss is on the
-answer only. The order of the data is restored when a run resumes.
+The embedded pairs are signatures of the standard library (prompt) and docstrings (completion): with a byte-level
+tokenizer, which needs no download, the recipe trains on real text without a network. Batches are free of padding:
+documents stand end to end in one row, and their boundaries go with them. Their order is restored when a run resumes.
 """
 
 import importlib
 import inspect
+from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from conversations import IGNORED, Document, Encoder, encode_all, read_records
 from lightning.pytorch import LightningDataModule
+from rich.progress import track
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorWithFlattening
 
-IGNORED = -100  # the label that the loss skips
+Packing = Literal["none", "separate", "joined"]
+Pack = list[Document]
 
 MODULES = (
     "argparse", "ast", "asyncio", "base64", "bisect", "calendar", "codecs", "collections", "concurrent.futures",
@@ -28,16 +34,8 @@ MODULES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One instruction and its answer, as text."""
-
-    prompt: str
-    answer: str
-
-
-def standard_library_pairs() -> list[Pair]:
-    """Signature and first docstring paragraph of the standard library's public functions, classes and methods."""
+def standard_library_pairs() -> list[dict[str, str]]:
+    """Records of the standard library's public functions, classes and methods: signature, first docstring paragraph."""
     pairs = {}
     for module_name in MODULES:
         module = importlib.import_module(module_name)
@@ -54,7 +52,7 @@ def _public_members(owner: Any) -> Iterator[tuple[str, Any]]:
             yield name, member
 
 
-def _pair(name: str, member: Any) -> Pair | None:
+def _pair(name: str, member: Any) -> dict[str, str] | None:
     try:
         signature = str(inspect.signature(member))
     except (TypeError, ValueError):  # written in C, without a signature
@@ -63,17 +61,26 @@ def _pair(name: str, member: Any) -> Pair | None:
     if not documentation or " at 0x" in signature:  # an address would differ from run to run
         return None
     answer = " ".join(documentation.split("\n\n")[0].split())
-    return Pair(f"Signature: {name}{signature}\nMeaning: ", answer)
+    return {"prompt": f"Signature: {name}{signature}\nMeaning: ", "completion": answer}
 
 
 class InstructionData(LightningDataModule):
-    """The pairs, tokenized, padded to the longest of each batch, with labels on the answers.
+    """Documents in batches without padding.
 
     Args:
-        batch_size: sequences per step and device.
-        max_length: tokens per sequence; longer pairs are left out and counted.
+        batch_size: documents per step and device, or packs of them.
+        max_length: tokens of a document, or of a pack.
         tokenizer: a hub name or a folder; None takes ByT5's bytes.
-        validation_every: every so many pairs, one is held out.
+        source: a .jsonl file of chats or prompts with completions (see conversations.py), the name of a dataset that
+            the `datasets` package loads; None takes the embedded pairs.
+        split: of a dataset.
+        chat_template: a file with a Jinja template in place of the tokenizer's own.
+        assistant_only_loss: no loss on what the assistant does not say.
+        long_documents: `truncate` or `skip` documents of more than `max_length` tokens; both are counted and reported.
+        packing: `none`: a step has `batch_size` documents. `separate`: it has `batch_size` packs, documents end to end
+            that do not see each other. `joined`: all documents make one text, cut into sequences of exactly
+            `max_length` tokens, as in pre-training.
+        validation_every: every so many documents, one is held out.
         seed: of the order of the training data.
     """
 
@@ -82,6 +89,12 @@ class InstructionData(LightningDataModule):
         batch_size: int = 8,
         max_length: int = 256,
         tokenizer: str | None = None,
+        source: str | None = None,
+        split: str = "train",
+        chat_template: Path | None = None,
+        assistant_only_loss: bool = True,
+        long_documents: Literal["truncate", "skip"] = "truncate",
+        packing: Packing = "none",
         validation_every: int = 20,
         seed: int = 0,
     ) -> None:
@@ -90,58 +103,157 @@ class InstructionData(LightningDataModule):
                                    ("validation_every", validation_every, 2)):  # fmt: skip
             if value < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {value}")
+        if chat_template is not None and not Path(chat_template).is_file():
+            raise ValueError(f"data.chat_template {str(chat_template)!r}: there is no such file")
         self.batch_size = batch_size
         self.max_length = max_length
+        self.source = source
+        self.split = split
+        self.long_documents = long_documents
+        self.packing = packing
         self.seed = seed
         self.validation_every = validation_every
         self.tokenizer: PreTrainedTokenizerBase = (
             ByT5Tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
         )
-        self.held_out: list[Pair] = []
-        self.num_skipped = 0
+        template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
+        self._encoder = Encoder(self.tokenizer, template, assistant_only_loss)
+        self._collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+        self._training: list[Pack] = []
+        self._validation: list[Pack] = []
+        self._report: list[str] = []
+        self.held_out: list[Document] = []
 
     def setup(self, stage: str) -> None:
-        """Tokenizes; says how many pairs were too long."""
-        pairs = standard_library_pairs()
-        encoded = [(pair, self.encode(pair)) for pair in pairs]
-        fitting = [(pair, example) for pair, example in encoded if example["input_ids"].numel() <= self.max_length]
-        self.num_skipped = len(pairs) - len(fitting)
-        if len(fitting) < self.validation_every:
-            raise ValueError(f"data.max_length {self.max_length} leaves {len(fitting)} of {len(pairs)} pairs: raise it")
-        self.held_out = [pair for pair, _ in fitting[:: self.validation_every]]
-        self._validation = [example for _, example in fitting[:: self.validation_every]]
-        self._training = [example for position, (_, example) in enumerate(fitting) if position % self.validation_every]
+        """Reads, tokenizes, packs; once.
 
-    def encode(self, pair: Pair) -> dict[str, Tensor]:
-        """One pair as `input_ids` and `labels`, (tokens,) int64 each; the prompt's labels are ignored."""
-        prompt = self.tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
-        answer = self.tokenizer(pair.answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
-        return {
-            "input_ids": torch.tensor(prompt + answer),
-            "labels": torch.tensor([IGNORED] * len(prompt) + answer),
-        }
+        Raises:
+            ValueError: on bad records, named by where they are, and where there are too few of them.
+        """
+        if self._training:
+            return
+        if self.source is None:
+            records: list[tuple[str, Any]] = [(f"pair {i}", pair) for i, pair in enumerate(standard_library_pairs())]
+        else:
+            records = read_records(self.source, self.split)
+        shown = track(records, "tokenizing", transient=True, disable=not self._shows_progress())
+        documents = self._fit(encode_all(shown, self._encoder))
+        if len(documents) < 2:
+            raise ValueError(
+                f"data: {len(records)} records leave {len(documents)} documents of at most {self.max_length} tokens, "
+                "and it takes two, one of them to validate: give more records, or raise data.max_length"
+            )
+        every = min(self.validation_every, len(documents))
+        self.held_out = documents[::every]
+        self._training = self._pack([d for number, d in enumerate(documents) if number % every], "training")
+        self._validation = self._pack(self.held_out, "validation")
 
-    def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pads on the right: `input_ids`, `labels` and `attention_mask`, (batch, tokens) int64 each."""
-        padding = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
-        rows = [{**example, "attention_mask": torch.ones_like(example["input_ids"])} for example in examples]
-        return {
-            name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-            for name, value in padding.items()
-        }
+    def report(self) -> list[str]:
+        """What became of the records, a line each."""
+        return self._report
+
+    def _shows_progress(self) -> bool:
+        trainer = self.trainer
+        return trainer is not None and trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+    def _fit(self, documents: list[Document]) -> list[Document]:
+        """Makes long documents short or leaves them out, and leaves out what has no label then."""
+        short, skipped, truncated, silent = [], 0, 0, 0
+        for document in documents:
+            ids, labels = document.input_ids, document.labels
+            if self.packing != "joined" and len(ids) > self.max_length:
+                if self.long_documents == "skip":
+                    skipped += 1
+                    continue
+                truncated += 1
+                ids, labels = ids[: self.max_length], labels[: self.max_length]
+            if not any(label != IGNORED for label in labels[1:]):
+                silent += 1
+                continue
+            short.append(Document(ids, labels, document.prompt, document.answer))
+        num_tokens = sum(len(document.input_ids) for document in short)
+        with_loss = sum(label != IGNORED for document in short for label in document.labels[1:])
+        self._report = [
+            f"{len(short):,} documents of {len(documents):,}, {num_tokens:,} tokens, "
+            f"{with_loss / max(num_tokens, 1):.0%} of them with a loss"
+        ]
+        longer = f"longer than {self.max_length:,} tokens"
+        if truncated:
+            self._report.append(f"{truncated:,} documents {longer} are truncated")
+        if skipped:
+            self._report.append(f"{skipped:,} documents {longer} are left out")
+        if silent:
+            self._report.append(f"{silent:,} documents have no token with a loss within that length and are left out")
+        return short
+
+    def _pack(self, documents: list[Document], what: str) -> list[Pack]:
+        if self.packing == "none":
+            return [[document] for document in documents]
+        packs = self._joined(documents, what) if self.packing == "joined" else pack(documents, self.max_length)
+        num_tokens = sum(len(document.input_ids) for each in packs for document in each)
+        full = num_tokens / (len(packs) * self.max_length)
+        self._report.append(f"{what}: {len(packs):,} packs of {self.max_length:,} tokens, {full:.1%} full")
+        return packs
+
+    def _joined(self, documents: list[Document], what: str) -> list[Pack]:
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        ids = [token for number in order for token in documents[number].input_ids]
+        labels = [label for number in order for label in documents[number].labels]
+        if len(ids) < self.max_length:
+            if what == "validation":  # too little to hold out as much as one sequence: the beginning of a long one
+                return [[Document(ids, labels, "", "")]]
+            raise ValueError(
+                f"data.packing 'joined' wants {self.max_length:,} tokens for one sequence and there are {len(ids):,}: "
+                "lower data.max_length, or give more records"
+            )
+        starts = range(0, len(ids) - self.max_length + 1, self.max_length)
+        cuts = [slice(start, start + self.max_length) for start in starts]
+        return [[Document(ids[cut], labels[cut], "", "")] for cut in cuts]
+
+    def collate(self, packs: list[Pack]) -> dict[str, Tensor | int]:
+        """One row of documents end to end.
+
+        Returns:
+            `input_ids`, `labels` (`IGNORED` at each document's first token) and `position_ids` (from 0 in each
+            document), (1, tokens) int64; `cu_seq_lens_q` and `cu_seq_lens_k`, the documents' boundaries,
+            (documents + 1,) int32; `max_length_q` and `max_length_k`, the longest one's tokens.
+        """
+        rows = [{"input_ids": d.input_ids, "labels": d.labels} for each in packs for d in each]
+        return dict(self._collator(rows))
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled, with a position that checkpoints keep."""
-        generator = torch.Generator().manual_seed(self.seed)
+        if len(self._training) < self.batch_size:
+            raise ValueError(
+                f"data.batch_size {self.batch_size} is more than the {len(self._training)} sequences to train on: "
+                "lower it"
+            )
         return StatefulDataLoader(
             self._training,
             batch_size=self.batch_size,
             shuffle=True,
             drop_last=True,
-            generator=generator,
+            generator=torch.Generator().manual_seed(self.seed),
             collate_fn=self.collate,
         )
 
     def val_dataloader(self) -> StatefulDataLoader:
-        """The held-out pairs in order."""
+        """The held-out documents in order."""
         return StatefulDataLoader(self._validation, batch_size=self.batch_size, collate_fn=self.collate)
+
+
+def pack(documents: list[Document], capacity: int) -> list[Pack]:
+    """Documents in packs of at most `capacity` tokens: the longest first, each into the fullest pack that takes it."""
+    packs: list[Pack] = []
+    room: list[tuple[int, int]] = []  # what each pack still takes, and which it is, ascending
+    for document in sorted(documents, key=lambda document: -len(document.input_ids)):
+        length = len(document.input_ids)
+        place = bisect_left(room, (length, -1))
+        if place == len(room):
+            packs.append([document])
+            insort(room, (capacity - length, len(packs) - 1))
+        else:
+            left, number = room.pop(place)
+            packs[number].append(document)
+            insort(room, (left - length, number))
+    return packs

@@ -2,37 +2,42 @@
 
     python recipes/qwen3_lora.py                                   a small random model on the CPU, in two minutes
     python recipes/qwen3_lora.py fit --config FILE                 another configuration, such as configs/*.yaml
-    python recipes/qwen3_lora.py fit --config FILE --trainer.max_steps 20 --model.learning_rate 1e-4
+    python recipes/qwen3_lora.py fit --config FILE --data.source chats.jsonl --trainer.max_steps 200
     python recipes/qwen3_lora.py fit --config FILE --model.experts true     adapters on the experts too
+    python recipes/qwen3_lora.py fit --config FILE --ckpt_path FILE         goes on where a run stopped
     python recipes/qwen3_lora.py fit --help                        every option
 
-Ends with a summary, an adapter-only checkpoint to resume from and a PEFT adapter folder, or one for each of
-`--model.adapter_layouts "[fused, per_expert]"`.
+Ends with a summary and a report with plots, an adapter-only checkpoint to resume from, and a PEFT adapter folder, or
+one for each of `--model.adapter_layouts "[fused, per_expert]"`.
 """
 
 import os
 import sys
 import warnings
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from attention import NAME as DOCUMENTS
+from base_model import apply_liger, build, check_memory, check_weights, describe_attention, read_config
+from checkpointing import Mode, enable_checkpointing
+from flops import model_flops
 from instruction_data import InstructionData
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.precision import HalfPrecision
+from loss import Path as LossPath
+from loss import choose_path, next_token_loss
+from masters import Masters
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter
+from transformers import Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 GENERATED_TOKENS = 48
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+ROUTER, ROUTER_PARAMETER = "mlp.gate", "mlp.gate.weight"
 
 UNHELPFUL_WARNINGS = (
     ".*does not have many workers",  # the data is in memory: worker processes would only cost
@@ -51,14 +56,24 @@ class Qwen3LoRA(LightningModule):
         init: `"random"` draws the base from `init_seed`; `"pretrained"` loads `name`.
         name: a hub name or a folder with the base's weights.
         init_seed: of the random base, apart from the run's own seed, so that an adapter finds its base again.
+        dtype: of the base and of the adapters. The optimizer works on float32 copies of what has fewer bits.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
         experts: put adapters on the experts' projections too; most of the model's weights are there.
+        router: what happens to the router: it stays `frozen`, is `trained` in full, or gets `lora`.
+        router_aux_loss: weight of the load-balancing loss, 0 for none.
         modules_to_save: modules that train in full beside the adapters, such as the head of a random base.
         learning_rate: of AdamW, after the warm-up.
         warmup_steps: over which the learning rate rises from 0.
-        activation_checkpointing: recompute each layer in backward.
+        checkpointing: what each layer computes again in backward: `full` all of it, `selective` all but the experts,
+            which takes more memory and less time, `none` nothing.
+        offload: keep each layer's input in host memory until backward; with `full` checkpointing on a GPU.
+        tile_tokens: where a sequence is longer, the experts work on this many tokens at a time and once more in
+            backward. 0 for never.
+        attention: `documents`, the recipe's own, or a name that Transformers knows: `sdpa`, `flash_attention_2`, ...
+        liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had.
+        loss: how the loss does without the full logits: `torch`, `liger`, `chunks`, or `auto` for the first that can.
         adapter_layouts: in which layouts the adapter is written at the end: `fused`, as PEFT has it, and `per_expert`,
             as inference servers and older Transformers read adapters on experts. A list: `"[fused, per_expert]"`.
     """
@@ -69,14 +84,22 @@ class Qwen3LoRA(LightningModule):
         init: Literal["random", "pretrained"] = "random",
         name: str | None = None,
         init_seed: int = 0,
+        dtype: Literal["bfloat16", "float32"] = "float32",
         rank: int = 16,
         alpha: int = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
         experts: bool = False,
+        router: Literal["frozen", "trained", "lora"] = "frozen",
+        router_aux_loss: float = 0.0,
         modules_to_save: tuple[str, ...] = (),
         learning_rate: float = 1e-4,
         warmup_steps: int = 10,
-        activation_checkpointing: bool = False,
+        checkpointing: Mode = "none",
+        offload: bool = False,
+        tile_tokens: int = 32_768,
+        attention: str = DOCUMENTS,
+        liger: bool | None = None,
+        loss: LossPath | Literal["auto"] = "auto",
         adapter_layouts: tuple[Literal["fused", "per_expert"], ...] = ("fused",),
     ) -> None:
         super().__init__()
@@ -85,11 +108,40 @@ class Qwen3LoRA(LightningModule):
         for option, value in (("rank", rank), ("alpha", alpha), ("learning_rate", learning_rate)):
             if value <= 0:
                 raise ValueError(f"model.{option} must be positive, not {value}")
-        if warmup_steps < 0:
-            raise ValueError(f"model.warmup_steps must be at least 0, not {warmup_steps}")
+        for option, value in (
+            ("warmup_steps", warmup_steps), ("tile_tokens", tile_tokens), ("router_aux_loss", router_aux_loss)
+        ):  # fmt: skip
+            if value < 0:
+                raise ValueError(f"model.{option} must be at least 0, not {value}")
+        if offload and checkpointing != "full":
+            raise ValueError("model.offload keeps the layers' inputs: it needs --model.checkpointing full")
         self.save_hyperparameters()
         self.network: PeftModel | None = None
+        self.description: dict[str, str] = {}
         self.strict_loading = False  # checkpoints hold the adapter only
+        self._saved_masters: dict[str, Tensor] = {}
+        self._masters: Masters | None = None
+        self._loss_path: LossPath = "chunks"
+
+    @property
+    def _name(self) -> str | None:
+        return self.hparams["name"] if self.hparams["init"] == "pretrained" else None
+
+    def prepare_data(self) -> None:
+        """Looks for the weights and room for them, before data or minutes are spent."""
+        if self._name is not None:
+            check_weights(self._name)
+
+    def setup(self, stage: str) -> None:
+        """Looks for room on the device."""
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ValueError(
+                "trainer.precision bf16-true and 16-true round all that the model holds, its rotary frequencies too, "
+                "which spoils positions: leave trainer.precision at 32-true and set --model.dtype bfloat16"
+            )
+        if self.network is None:
+            config = read_config(self._name, self.hparams["architecture"])
+            check_memory(config, getattr(torch, self.hparams["dtype"]), self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
         """Builds the base and puts the adapters on it, once."""
@@ -98,55 +150,122 @@ class Qwen3LoRA(LightningModule):
         options = self.hparams
         base = self.build_base()
         base.config.use_cache = False
-        if options["activation_checkpointing"]:
-            # Transformers 5.17 knows only the older name, 5.23 deprecates it.
-            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        norms = apply_liger(base, options["liger"])
+        parameters = list(EXPERT_PARAMETERS) if options["experts"] else []
+        modules_to_save = list(options["modules_to_save"])
+        if options["router"] == "lora":
+            parameters.append(ROUTER_PARAMETER)
+        elif options["router"] == "trained":
+            modules_to_save.append(ROUTER)
         adapter = LoraConfig(
             r=options["rank"],
             lora_alpha=options["alpha"],
             target_modules=list(options["target_modules"]),
-            target_parameters=list(EXPERT_PARAMETERS) if options["experts"] else None,
-            modules_to_save=list(options["modules_to_save"]) or None,
+            target_parameters=parameters or None,
+            modules_to_save=modules_to_save or None,
             task_type="CAUSAL_LM",
         )
-        self.network = get_peft_model(base, adapter)
+        self.network = get_peft_model(base, adapter, autocast_adapter_dtype=False)
+        enable_checkpointing(base.model.layers, options["checkpointing"], options["offload"], options["tile_tokens"])
+        self._loss_path = choose_path(options["loss"], base.lm_head, base.device)
+        self.description = {
+            "base": f"{self._name or 'random weights'}, {options['dtype']}",
+            "attention": describe_attention(base),
+            "norms and rotary embedding": norms,
+            "loss": f"{self._loss_path}, without the full logits",
+            "recomputed in backward": {"full": "each layer", "selective": "all but the experts", "none": "nothing"}[
+                options["checkpointing"]
+            ]
+            + (", its input in host memory" if options["offload"] else ""),
+            "router": self._describe_router(),
+        }
 
     def build_base(self) -> Qwen3MoeForCausalLM:
-        """The model without adapters, in PyTorch's default dtype."""
+        """The model without adapters, on the Trainer's device."""
         options = self.hparams
-        if options["init"] == "pretrained":
-            return Qwen3MoeForCausalLM.from_pretrained(options["name"], dtype=torch.get_default_dtype())
-        with torch.random.fork_rng():
-            torch.manual_seed(options["init_seed"])
-            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options["architecture"]))
+        device = torch.get_default_device() if self._trainer is None else self.trainer.strategy.root_device
+        config = read_config(self._name, options["architecture"])
+        dtype = getattr(torch, options["dtype"])
+        return build(self._name, config, dtype, device, options["attention"], options["init_seed"])
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss over the answers' tokens."""
-        loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+    def _describe_router(self) -> str:
+        balance = f", load-balancing loss x {self.hparams['router_aux_loss']:g}" * bool(self.hparams["router_aux_loss"])
+        said = {"frozen": "frozen", "trained": "trained in full", "lora": f"LoRA of rank {self.hparams['rank']}"}
+        # PEFT adds the update to the router's weight, and rounds the sum.
+        rounds = ", small updates round away in bfloat16" * (self.hparams["dtype"] == "bfloat16")
+        return said[self.hparams["router"]] + rounds * (self.hparams["router"] == "lora") + balance
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As training_step, on the held-out pairs."""
-        self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True)
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def step_flops(self, num_tokens: int, sum_squared_lengths: int) -> int:
+        """Model FLOPs of a step; see `flops.model_flops`."""
+        options = self.hparams
+        trained: dict[str, int | Literal["full"]] = dict.fromkeys(options["target_modules"], options["rank"])
+        if options["experts"]:
+            trained |= {name.removeprefix("mlp."): options["rank"] for name in EXPERT_PARAMETERS}
+        if options["router"] != "frozen":
+            trained["gate"] = "full" if options["router"] == "trained" else options["rank"]
+        if "lm_head" in options["modules_to_save"]:
+            trained["lm_head"] = "full"
         assert self.network is not None
-        return self.network(**batch).loss
+        config: Any = self.network.get_base_model().config
+        return model_flops(config, num_tokens, sum_squared_lengths, trained)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The mean loss over the tokens that have a label, and the router's if asked for."""
+        loss, balance = self._losses(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        if balance is None:
+            return loss
+        self.log("train/router_aux_loss", balance)
+        return loss + self.hparams["router_aux_loss"] * balance
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As training_step, on the held-out documents."""
+        self.log("val/loss", self._losses(batch)[0], prog_bar=True, sync_dist=True, batch_size=1)
+
+    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        assert self.network is not None
+        causal: Any = self.network.get_base_model()
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        balances = bool(self.hparams["router_aux_loss"]) and self.training
+        outputs = causal.model(**inputs, use_cache=False, output_router_logits=balances)
+        loss = next_token_loss(outputs.last_hidden_state, causal.lm_head, batch["labels"], self._loss_path)
+        if not balances:
+            return loss, None
+        config = causal.config
+        balance = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
+        assert isinstance(balance, Tensor)
+        return loss, balance
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains, with a linear warm-up."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.hparams["learning_rate"], weight_decay=0.0)
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        masters = self._masters = Masters(trained, self._saved_masters)
+        optimizer = torch.optim.AdamW(
+            masters.by_name.values(), lr=self.hparams["learning_rate"], weight_decay=0.0,
+            fused=self.device.type == "cuda",
+        )  # fmt: skip
+        optimizer.register_step_post_hook(lambda *_: masters.round())
         warmup = self.hparams["warmup_steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hands the gradients to the optimizer's parameters and logs their norm, before clipping."""
+        assert self._masters is not None
+        self._masters.take_gradients()
+        grads = [p.grad for p in self._masters.by_name.values() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen base out."""
+        """Leaves the frozen base out; keeps what trains as the optimizer has it."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if self._masters is not None:
+            checkpoint["state_dict"].update({k: v.detach() for k, v in self._masters.by_name.items()})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the values for the optimizer; the model gets them rounded."""
+        self._saved_masters = checkpoint["state_dict"]
 
     @torch.no_grad()
     def answer(self, data: InstructionData, prompt: str) -> str:
@@ -165,99 +284,13 @@ class Qwen3LoRA(LightningModule):
         return answer
 
 
-class RunSummary(Callback):
-    """Prints the patch report and a held-out answer before and after, writes the adapter folder, ends with a table."""
-
-    def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-        self._peak_gib: float | None = None
-        self._before = self._after = self._device = ""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The patch report, and the answer before training."""
-        console = Console()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, MoEGateGradCallback) and callback.report is not None:
-                console.print(callback.report)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if data.num_skipped:
-            console.print(f"{data.num_skipped} pairs are longer than {data.max_length} tokens and left out")
-        assert isinstance(pl_module, Qwen3LoRA)
-        self._before = pl_module.answer(data, data.held_out[0].prompt)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes the loss, left on its device, and the peak that MemoryMonitor logged."""
-        self._losses.append(outputs["loss"].detach())
-        peak = trainer.callback_metrics.get("memory/peak_allocated_gib")
-        if peak is not None:
-            self._peak_gib = max(self._peak_gib or 0.0, peak.item())
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The answer after training, while the model is still on its device."""
-        assert isinstance(pl_module, Qwen3LoRA)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self._after, self._device = pl_module.answer(data, data.held_out[0].prompt), pl_module.device.type
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The adapter folder and the table."""
-        assert isinstance(pl_module, Qwen3LoRA)
-        assert pl_module.network is not None
-        if not trainer.is_global_zero or not self._losses:
-            return
-        adapters = self._write_adapters(Path(trainer.log_dir or trainer.default_root_dir), pl_module)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-
-        table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
-        table.add_column()
-        table.add_column(overflow="fold")
-        table.add_row("loss, first and last", f"{self._losses[0].item():.4f} → {self._losses[-1].item():.4f}")
-        if self._peak_gib is not None:
-            kind = "allocated" if self._device == "cuda" else "resident"
-            table.add_row(f"peak memory ({kind})", f"{self._peak_gib:.2f} GiB")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, MemoryMonitor) and callback.tape:
-                kept = sum(layer.num_bytes for layer in callback.tape)
-                stock = sum(layer.stock_num_bytes for layer in callback.tape)
-                table.add_row(
-                    "MoE tape, stock and now",
-                    f"{stock / 2**20:.2f} → {kept / 2**20:.2f} MiB ({kept / stock:.2f}), {len(callback.tape)} layers",
-                )
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in pl_module.parameters())
-        on_experts = sum(p.numel() for n, p in pl_module.named_parameters() if p.requires_grad and ".experts." in n)
-        table.add_row("parameters that train", f"{trained:,} of {total:,} ({trained / total:.2%})")
-        if on_experts:
-            table.add_row("of these on experts", f"{on_experts:,}")
-        table.add_row("prompt held out", data.held_out[0].prompt.strip())
-        table.add_row("answer wanted", data.held_out[0].answer)
-        table.add_row("answer before", self._before)
-        table.add_row("answer after", self._after)
-        for logger in trainer.loggers:
-            table.add_row(type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or "."))
-        checkpoint = trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
-            table.add_row("checkpoint", os.path.relpath(checkpoint.last_model_path))
-        for layout, folder in adapters.items():
-            table.add_row(f"PEFT adapter, {layout}", os.path.relpath(folder))
-        Console().print(table)
-
-    def _write_adapters(self, folder: Path, module: Qwen3LoRA) -> dict[str, Path]:
-        """One folder for each layout, under a name that is free: an earlier run's adapter stays."""
-        written = {}
-        for layout in dict.fromkeys(module.hparams["adapter_layouts"]):
-            stem = "adapter" if layout == "fused" else f"adapter_{layout}"
-            names = (stem if number == 0 else f"{stem}-{number}" for number in count())
-            written[layout] = next(folder / name for name in names if not (folder / name).exists())
-            export_adapter(module, written[layout], layout)
-        return written
-
-
 def main(args: list[str] | None = None) -> LightningCLI:
     """Runs the command line; without arguments, the embedded default."""
     if args is None and len(sys.argv) == 1:
         args = ["fit", "--config", str(DEFAULT_CONFIG)]
+    # Sequences of many lengths would leave the GPU's memory in pieces. Read when CUDA starts.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     return LightningCLI(

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback
+from lightning_moe import MemoryMonitor, MoEGateGradCallback, health, patch_moe
 from lightning_moe.patching import patched_modules
 
 pytestmark = [
@@ -549,3 +549,93 @@ def test_every_audit_falls_on_a_layer_that_can_be_audited(tmp_path):
         fit(tmp_path, module, callback)
     assert len(audits) == 4
     assert not any(error != error for error in audits)
+
+
+class KnownRouting(nn.Module):
+    """Two experts layers, of eight and of four experts, whose 24 tokens each go to expert 0 and to one in turn."""
+
+    # Of 24 tokens: all to expert 0, eight to each of 1, 2 and 3; in the second layer, all to 0 and all to 3.
+    rows = ([24, 8, 8, 8, 0, 0, 0, 0], [24, 0, 0, 24])
+    load_max_over_mean, idle_experts = 24 / (48 / 8), 4 + 2
+
+    def __init__(self, checkpoint=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList([Qwen3MoeExperts(qwen3(num_experts=count).config) for count in (8, 4)])
+        for parameter in self.layers.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        self.checkpoint = checkpoint
+
+    def forward(self, input_ids, labels):
+        hidden = self.embed(input_ids).flatten(0, 1)
+        gates = torch.full((24, 2), 0.5, requires_grad=True)
+        turns = torch.arange(24) % 3 + 1, torch.full((24,), 3)
+        for layer, turn in zip(self.layers, turns, strict=True):
+            index = torch.stack([torch.zeros_like(turn), turn], dim=1)
+            if self.checkpoint:
+                out = torch.utils.checkpoint.checkpoint(layer, hidden, index, gates, use_reentrant=False)
+            else:
+                out = layer(hidden, index, gates)
+            hidden = hidden + out
+        self.loss = hidden.square().mean()
+        return self
+
+
+def fit_known_routing(tmp_path, checkpoint=False, accumulate=1, **options):
+    """Three steps that are logged every second one, and the figures that these have to have."""
+    module, callback = Tiny(lambda: KnownRouting(checkpoint), num_batches=3 * accumulate), MoEGateGradCallback()
+    options = {"max_steps": 3, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate} | options
+    fit(tmp_path, module, callback, **options)
+    assert logged(tmp_path, "gategrad/load_max_over_mean") == [KnownRouting.load_max_over_mean]
+    assert logged(tmp_path, "gategrad/idle_experts") == [KnownRouting.idle_experts]
+    assert {name: rows.tolist() for name, rows in callback.expert_load.items()} == {
+        f"network.layers.{layer}": [3 * accumulate * count for count in rows]
+        for layer, rows in enumerate(KnownRouting.rows)
+    }
+    return module, callback
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_load_of_the_experts_is_that_of_the_routing(tmp_path, checkpoint, accumulate):
+    module, callback = fit_known_routing(tmp_path, checkpoint, accumulate)
+    assert list(callback.expert_load) == [layer.name for layer in patch_moe(module).layers]
+    assert {(rows.dtype, rows.device.type) for rows in callback.expert_load.values()} == {(torch.int64, "cpu")}
+
+
+def test_a_wrong_count_of_the_load_shows(tmp_path, monkeypatch):
+    right = health._count_rows
+    monkeypatch.setattr(health, "_count_rows", lambda index, num_experts: right(index[:, 1:], num_experts))
+    with pytest.raises(AssertionError):
+        fit_known_routing(tmp_path)
+
+
+def test_layers_on_stock_code_are_counted_too(tmp_path):
+    module, callback = Tiny(KnownRouting), MoEGateGradCallback()
+    (first, _) = experts_modules(module)
+    first.has_post_expert_norm, first.post_expert_norm = True, nn.Identity()
+    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+        fit(tmp_path, module, callback)
+    assert logged(tmp_path, "gategrad/fallback_layers") == [1.0] * 4
+    assert logged(tmp_path, "gategrad/load_max_over_mean") == [KnownRouting.load_max_over_mean] * 4
+    assert [rows.tolist() for rows in callback.expert_load.values()] == [
+        [4 * count for count in rows] for rows in KnownRouting.rows
+    ]
+
+
+def test_a_fit_starts_the_load_again_and_nothing_else_does(tmp_path):
+    module, callback = fit_known_routing(tmp_path)
+    load = callback.expert_load
+    trainer(tmp_path, callback, limit_val_batches=None).validate(module)
+    assert callback.expert_load is load
+    fit(tmp_path / "again", module, callback, max_steps=1)
+    assert [rows.tolist() for rows in callback.expert_load.values()] == list(KnownRouting.rows)
+
+
+def test_a_layer_that_no_backward_comes_by_is_idle(tmp_path):
+    module, callback = Tiny(KnownRouting), MoEGateGradCallback()
+    module.network.unused = Qwen3MoeExperts(qwen3(num_experts=5).config)
+    fit(tmp_path, module, callback)
+    assert logged(tmp_path, "gategrad/idle_experts") == [KnownRouting.idle_experts + 5] * 4
+    assert callback.expert_load["network.unused"].tolist() == [0] * 5

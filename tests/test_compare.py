@@ -57,17 +57,10 @@ def test_each_sides_configuration(tmp_path):
         assert names == ["lightning_moe.MoEGateGradCallback", "lightning_moe.MemoryMonitor", "watching.StepSpeed"]
 
 
-def run_compare(folder, *args):
-    command = [sys.executable, str(Path(compare.__file__)), f"--out={folder}", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_whole_on_the_cpu(tmp_path):
-    done = run_compare(
-        tmp_path, "--lengths=[96]", "--steps=3", "--warmup=1", "--sides=[stock, stock+liger, lightning_moe]"
-    )
-    assert not done.returncode, done.stderr
-    assert "stock+liger is left out: it needs a GPU" in done.stdout
+def test_the_whole_on_the_cpu(tmp_path, capsys):
+    sides = ("stock", "stock+liger", "lightning_moe")
+    compare.main(lengths=(96,), sides=sides, steps=3, warmup=1, out=tmp_path)
+    assert "stock+liger is left out: it needs a GPU" in capsys.readouterr().out
     results = json.loads((tmp_path / "compare.json").read_text())
     stock, mine = results["runs"]
     assert (stock["side"], mine["side"]) == ("stock", "lightning_moe")
@@ -79,15 +72,32 @@ def test_the_whole_on_the_cpu(tmp_path):
 
 
 def test_a_side_that_fails_is_named_with_its_output(tmp_path):
-    done = run_compare(
-        tmp_path, "--lengths=[96]", "--steps=2", "--warmup=0", "--sides=[lightning_moe]", "--options=[--model.rank=-1]"
-    )
-    assert not done.returncode, done.stderr
+    options = ("--model.rank=-1",)
+    compare.main(lengths=(96,), sides=("lightning_moe",), steps=2, warmup=0, options=options, out=tmp_path)
     assert "model.rank must be positive" in json.loads((tmp_path / "compare.json").read_text())["runs"][0]["failure"]
 
 
-@pytest.mark.parametrize("bad", ["--steps=0", "--lengths=[]", "--warmup=8", "--config=nowhere.yaml"])
+def test_a_side_out_of_memory_is_not_asked_again(tmp_path, monkeypatch):
+    asked = []
+
+    def run(recipe, side, tokens, *others):
+        asked.append((side, tokens))
+        return Run(side, tokens, failure="out of memory") if side == "stock" else RUNS[1]
+
+    monkeypatch.setattr(compare, "run", run)
+    compare.main(lengths=(256, 512), sides=("stock", "lightning_moe"), out=tmp_path)
+    assert asked == [("stock", 256), ("lightning_moe", 256), ("lightning_moe", 512)]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"lengths": ()}, {"warmup": 8}, {"repeats": 0}, {"recipe": Path("nowhere.yaml")}], ids=str
+)
 def test_bad_arguments_are_refused(bad, tmp_path):
-    done = run_compare(tmp_path, bad)
-    assert done.returncode
-    assert "compare needs" in done.stderr or "there is no nowhere.yaml" in done.stderr
+    with pytest.raises(SystemExit, match="compare needs at least one step|there is no nowhere.yaml"):
+        compare.main(out=tmp_path, **bad)
+
+
+def test_the_command_line_reaches_the_function():
+    command = [sys.executable, str(Path(compare.__file__)), "--recipe=nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "there is no nowhere.yaml" in done.stderr

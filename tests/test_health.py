@@ -9,13 +9,15 @@ from torch.utils.checkpoint import checkpoint
 from lightning_moe.health import HealthCounts, LayerHealth
 
 GATES = torch.tensor([[0.5, -0.5], [0.0, 1.0], [-0.0, 1e-40]])
+INDEX = torch.tensor([[0, 2], [0, 5], [4, 0]])  # of four experts; 4 and 5 are another process's
+ROWS = [3, 0, 1, 0]
 
 
 def layer(health, hidden, gates, **options):
     """A layer whose output is linear in its gates, as the identity asks."""
     own = gates.view_as(gates)
     output = hidden * own.sum(1, keepdim=True)
-    health.watch(output, own, **{"active": True} | options)
+    health.watch(output, INDEX, own, **{"num_experts": 4, "active": True} | options)
     return output
 
 
@@ -29,12 +31,47 @@ def run(health, repeats=1, **options):
 def test_counts_what_the_gates_say():
     health = LayerHealth()
     run(health, tape_bytes_saved=10)
-    counts = health.drain()
+    counts = health.drain(micro_batches=8)
     assert counts == HealthCounts(
         gates=6, nonpositive_gates=3, zero_gates=2, nonfinite_gate_grads=0, active_layers=1, tape_bytes_saved=10,
-        audit_rel_error=counts.audit_rel_error,
+        audit_rel_error=counts.audit_rel_error, expert_rows=counts.expert_rows,
     )  # fmt: skip
-    assert health.drain().gates == 0
+    assert rows(counts) == [ROWS]
+    assert health.drain(micro_batches=8) == HealthCounts(audit_rel_error=pytest.approx(float("nan"), nan_ok=True))
+
+
+def rows(counts):
+    return [layer.tolist() for layer in counts.expert_rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("num_experts", [1, 6, 8])
+def test_rows_of_each_expert(dtype, num_experts):
+    health = LayerHealth()
+    hidden, index = torch.randn(40, 4, requires_grad=True), torch.arange(120, dtype=dtype).view(40, 3) % 7
+    output = hidden * 2
+    health.watch(output, index, torch.rand(40, 3), num_experts=num_experts, active=True)
+    output.sum().backward()
+    (counted,) = health.drain(micro_batches=8).expert_rows
+    assert counted.dtype == torch.int64
+    assert counted.tolist() == [(index == expert).sum().item() for expert in range(num_experts)]
+
+
+def test_rows_add_up_over_backwards_and_line_up_over_layers():
+    health, other, total = LayerHealth(), LayerHealth(), HealthCounts()
+    run(health, repeats=3)
+    run(other, num_experts=6)
+    for each in (health, other):
+        total.add(each.drain(micro_batches=8), torch.device("cpu"))
+    assert rows(total) == [[3 * count for count in ROWS], [*ROWS, 1, 1]]
+
+
+def test_a_layer_that_runs_in_parts_is_one_layer():
+    health = LayerHealth()
+    for _ in range(4):
+        run(health)
+    counts = health.drain(micro_batches=1)
+    assert (counts.active_layers, counts.gates) == (1, 4 * 6)
 
 
 def test_a_forward_alone_counts_nothing():
@@ -43,7 +80,8 @@ def test_a_forward_alone_counts_nothing():
     layer(health, torch.randn(3, 4), GATES)
     with torch.no_grad():
         layer(health, torch.randn(3, 4, requires_grad=True), GATES)
-    assert health.drain().gates == 0
+    counts = health.drain(micro_batches=8)
+    assert (counts.gates, counts.expert_rows) == (0, ())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -57,16 +95,16 @@ def test_once_under_checkpointing(use_reentrant):
         return layer(health, hidden, gates)
 
     checkpoint(block, hidden, gates, use_reentrant=use_reentrant).square().sum().backward()
-    counts = health.drain()
+    counts = health.drain(micro_batches=8)
     assert len(calls) == 2
-    assert (counts.gates, counts.active_layers) == (6, 1)
+    assert (counts.gates, counts.active_layers, rows(counts)) == (6, 1, [ROWS])
 
 
 def test_gates_without_gradient_are_counted_too():
     health = LayerHealth()
     output = layer(health, torch.randn(3, 4, requires_grad=True), GATES)
     output.sum().backward()
-    assert health.drain().nonpositive_gates == 3
+    assert health.drain(micro_batches=8).nonpositive_gates == 3
 
 
 def test_fallbacks_and_nonfinite_gradients():
@@ -74,8 +112,9 @@ def test_fallbacks_and_nonfinite_gradients():
     gates = GATES.clone().requires_grad_()
     hidden = torch.tensor([[torch.inf, 1.0], [torch.nan, 1.0], [2.0, 1.0]])
     layer(health, hidden, gates, active=False, bias_fallback=True).sum().backward()
-    counts = health.drain()
+    counts = health.drain(micro_batches=8)
     assert (counts.active_layers, counts.fallback_layers, counts.bias_fallback_layers) == (0, 1, 1)
+    assert rows(counts) == [ROWS]
     assert counts.nonfinite_gate_grads == 4
 
 
@@ -104,7 +143,7 @@ def test_an_audit_tells_a_linear_gate_from_another(stock, found):
     output = linear(hidden, None, own)
     health.audit(stock, hidden, torch.zeros(20, 2, dtype=torch.int64), own, output)
     output.square().sum().backward()
-    error = health.drain().audit_rel_error
+    error = health.drain(micro_batches=8).audit_rel_error
     assert (error > 0.1) == found
     assert found or error < 1e-6
     assert not health.audit_due
@@ -136,4 +175,6 @@ def test_a_copy_counts_by_itself():
     run(health)
     twin = copy.deepcopy(health)
     run(twin)
-    assert (health.drain().gates, twin.drain().gates) == (6, 12)
+    counts, twice = health.drain(micro_batches=8), twin.drain(micro_batches=8)
+    assert (counts.gates, twice.gates) == (6, 12)
+    assert (rows(counts), rows(twice)) == ([ROWS], [[2 * count for count in ROWS]])

@@ -1,7 +1,9 @@
 """The recipe as its users run it: the tiny configuration, from the command line's arguments to the files it leaves."""
 
 import csv
+import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from peft import PeftModel
 from qwen3_lora import InstructionData, Qwen3LoRA, main
+from report import RunReport
 
 from lightning_moe import patch_moe
 
@@ -97,6 +100,26 @@ def test_resumed_losses_equal_the_uninterrupted_runs(twenty_steps, tmp_path):
     assert logged(tmp_path, "train/loss", version=1) == logged(folder, "train/loss")[8:12]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_interrupted_run_goes_on_with_the_losses_of_one_that_was_not(precision, tmp_path, monkeypatch):
+    options = [f"--model.dtype={precision}", "--data.packing=separate", "--trainer.accumulate_grad_batches=2"]
+    fit(tmp_path / "whole", *options, steps=6)
+
+    def interrupt(module, batch, batch_idx):
+        if batch_idx == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Qwen3LoRA, "on_train_batch_start", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        fit(tmp_path / "parts", *options, steps=6)
+    monkeypatch.undo()
+    checkpoint = tmp_path / "parts" / "log" / "version_0" / "checkpoints" / "interrupted-step=4.ckpt"
+    fit(tmp_path / "parts", *options, f"--ckpt_path={checkpoint}", steps=6)
+    whole = logged(tmp_path / "whole", "train/loss")
+    assert logged(tmp_path / "parts", "train/loss", version=1) == whole[4:]
+    assert len(set(whole)) == 6
+
+
 def test_checkpoint_holds_the_adapter_only(twenty_steps):
     folder, cli = twenty_steps
     checkpoint = torch.load(folder / "log" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -148,9 +171,87 @@ def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
     assert stock[-1] < stock[0] - 1.0
 
 
+# The same program through each option: what the summary says of it, and that the losses are stock code's.
+OPTIONS = {
+    "router trained, with its loss": (
+        ["--model.router=trained", "--model.router_aux_loss=0.01"], "trained in full, load-balancing loss x 0.01"
+    ),
+    "router with LoRA": (["--model.router=lora", "--model.rank=4"], "LoRA of rank 4"),
+    "all recomputed, tiled": (["--model.checkpointing=full", "--model.tile_tokens=64"], "each layer"),
+    "all but experts recomputed": (["--model.checkpointing=selective"], "all but the experts"),
+    "stock attention": (["--model.attention=sdpa"], "sdpa ("),
+    "eager attention, no packing": (["--model.attention=eager", "--data.packing=none", "--data.batch_size=2"], "eager"),
+    "joined": (["--data.packing=joined"], "packs of 256 tokens, 100.0% full"),
+    "whole loss": (["--data.assistant_only_loss=false", "--data.long_documents=skip"], "are left out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_trains_as_stock_code_does(name, tmp_path, monkeypatch, capsys):
+    options, words = OPTIONS[name]
+    options = ["--data.packing=separate", "--data.batch_size=1", *options]
+    fit(tmp_path / "ours", *options, steps=3)
+    summary = (tmp_path / "ours" / "log" / "version_0" / "report" / "summary.md").read_text()
+    assert words in summary + capsys.readouterr().out
+    monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", "0")
+    stock = ["--model.checkpointing=none", "--model.attention=sdpa", "--model.loss=chunks"]
+    fit(tmp_path / "stock", *options, *stock, steps=3)
+    ours, plain = (logged(tmp_path / folder, "train/loss") for folder in ("ours", "stock"))
+    assert ours == pytest.approx(plain, abs=1e-4)
+    assert len(set(ours)) == 3
+    assert logged(tmp_path / "ours", "gategrad/active_layers") == [4.0] * 3
+
+
+def test_chats_from_a_file_and_a_base_from_a_folder(tmp_path, capsys):
+    cli = fit(tmp_path / "random", steps=1)
+    cli.model.build_base().save_pretrained(tmp_path / "base")
+    turns = [{"role": "user", "content": "Say {}."}, {"role": "assistant", "content": "{}!"}]
+    chats = [[turn | {"content": turn["content"].format(number)} for turn in turns] for number in range(30)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in chats))
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    options = ["--model.init=pretrained", f"--model.name={tmp_path / 'base'}", f"--data.source={path}"]
+    options += [f"--data.chat_template={template}", "--data.packing=separate", "--model.modules_to_save=[]"]
+    fit(tmp_path / "chats", *options, "--data.batch_size=1", "--data.max_length=64", steps=4)
+    printed = capsys.readouterr().out
+    assert "30 documents of 30" in printed
+    summary = (tmp_path / "chats" / "log" / "version_0" / "report" / "summary.md").read_text()
+    assert str(tmp_path / "base") in summary
+    assert "u:Say 0." in summary
+
+
+def test_rounding_precision_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave trainer.precision at 32-true and set --model.dtype bfloat16"):
+        fit(tmp_path, "--trainer.precision=bf16-true", steps=1)
+
+
+def test_weights_that_are_not_there_are_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="lacks weights: model.safetensors"):
+        fit(tmp_path, "--model.init=pretrained", f"--model.name={tmp_path}", steps=1)
+
+
+def test_a_report_with_pictures_is_left(twenty_steps):
+    folder, _ = twenty_steps
+    report = folder / "log" / "version_0" / "report"
+    assert {path.name for path in report.iterdir()} == {"summary.md", "loss.png", "memory.png", "expert_load.png"}
+    summary = (report / "summary.md").read_text()
+    for words in ("tokens per second", "most loaded expert", "documents (", "--ckpt_path"):
+        assert words in summary
+
+
+def test_speed_rate_and_gradients_are_logged(twenty_steps):
+    folder, _ = twenty_steps
+    for name in ("speed/tokens_per_second", "lr-AdamW", "train/grad_norm", "gategrad/load_max_over_mean"):
+        assert min(logged(folder, name)) > 0
+
+
 def test_an_earlier_adapter_is_left_alone(tmp_path):
     first = fit(tmp_path, steps=1)
-    summary = next(callback for callback in first.trainer.callbacks if isinstance(callback, qwen3_lora.RunSummary))
+    summary = next(callback for callback in first.trainer.callbacks if isinstance(callback, RunReport))
     folder = tmp_path / "log" / "version_0"
     before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert summary._write_adapters(folder, first.model) == {"fused": folder / "adapter-1"}
@@ -196,6 +297,8 @@ def test_wrong_key_is_named(tmp_path, capsys):
         ({"learning_rate": -1.0}, "model.learning_rate must be positive"),
         ({"warmup_steps": -1}, "model.warmup_steps must be at least 0"),
         ({"init": "pretrained"}, "set model.name"),
+        ({"tile_tokens": -1}, "model.tile_tokens must be at least 0"),
+        ({"offload": True, "checkpointing": "selective"}, "it needs --model.checkpointing full"),
     ],
 )
 def test_model_options_out_of_range(override, words):

@@ -1,0 +1,204 @@
+"""Surviving: a run asked to leave saves first, a checkpoint is whole or not there, out of memory has a remedy."""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_moe import MoEGateGradCallback
+
+MIB, GIB = 2**20, 2**30
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TILE_TOKENS, CHUNK_TOKENS = 8192, 2048
+
+
+class SaveBeforeLeaving(Callback):
+    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint to resume from exactly there, and leaves.
+
+    The process ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. With
+    more than one process, and outside the main thread, signals are left to Lightning.
+
+    Before training it looks whether there is room for checkpoints.
+
+    Raises:
+        MisconfigurationException: where the checkpoints' folder cannot be written to, or has no room for one.
+    """
+
+    def __init__(self) -> None:
+        self._asked_by: int | None = None
+        self._step_before_batch = 0
+        self._handlers: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks for room."""
+        if trainer.is_global_zero:
+            trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            check_room(checkpoint_folder(trainer), 3 * 4 * trained)  # float32 values and AdamW's two moments
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to the signals."""
+        self._asked_by = None
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes the step."""
+        self._step_before_batch = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves and leaves, after an optimizer step, if asked to."""
+        if self._asked_by is None or trainer.global_step == self._step_before_batch:
+            return
+        path = checkpoint_folder(trainer) / f"interrupted-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Saved. To go on from step {trainer.global_step}: --ckpt_path {os.path.relpath(path)}")
+        raise SystemExit(128 + self._asked_by)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens no longer."""
+        self._listen_no_longer()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Listens no longer."""
+        self._listen_no_longer()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_by is not None:
+            self._listen_no_longer()
+            raise KeyboardInterrupt
+        self._asked_by = number
+        rank_zero_info(f"{signal.Signals(number).name}: saving after this step; once more to leave at once")
+
+    def _listen_no_longer(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def checkpoint_folder(trainer: Trainer) -> Path:
+    """Where the run's checkpoints go."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+        return Path(callback.dirpath)
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Whether a folder takes a file, and so many bytes.
+
+    Raises:
+        MisconfigurationException: saying what is wrong and the remedy.
+    """
+    remedy = "set trainer.default_root_dir and the loggers' save_dir to another folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".room-{os.getpid()}"
+        probe.write_bytes(b"room")
+        probe.unlink()
+    except OSError as error:
+        raise MisconfigurationException(f"checkpoints cannot be written to {folder}: {error}. {remedy}") from error
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise MisconfigurationException(
+            f"a checkpoint takes about {num_bytes / MIB:,.0f} MiB and {folder} has {free / MIB:,.0f} MiB free: "
+            f"make room, or {remedy}"
+        )
+
+
+class CarefulCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is whole: a failure leaves what was there.
+
+    Lightning's own way writes to the system's temporary folder, from where a move to another disk is a copy that can
+    stop halfway.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """As Lightning's.
+
+        Raises:
+            OSError: where the checkpoint could not be written, with what is free and what to do.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        part = place.with_name(f"{place.name}.part-{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(place)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
+            written = part.stat().st_size if part.exists() else 0
+            part.unlink(missing_ok=True)
+            folder = next(folder for folder in place.parents if folder.exists())
+            raise OSError(
+                f"the checkpoint {place} could not be written ({error}): {written / MIB:,.1f} MiB went in, "
+                f"{folder} has {shutil.disk_usage(folder).free / MIB:,.1f} MiB free. Earlier checkpoints are as they "
+                "were: make room, and go on from the last one with --ckpt_path"
+            ) from error
+
+
+class OutOfMemoryAdvice(Callback):
+    """Where memory runs out, says how much there was and which settings to change, the cheapest first."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Prints the advice; the exception goes on."""
+        if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
+            rank_zero_warn("\n".join(["out of memory. " + _measured(pl_module.device), *advice(trainer, pl_module)]))
+
+
+def _measured(device: torch.device) -> str:
+    if device.type != "cuda":
+        memory = psutil.virtual_memory()
+        resident = psutil.Process().memory_info().rss
+        return f"Resident {resident / GIB:.2f} GiB, free {memory.available / GIB:.2f} of {memory.total / GIB:.2f} GiB"
+    held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    total = torch.cuda.mem_get_info(device)[1]
+    return f"Peak {held / GIB:.2f} GiB allocated, {reserved / GIB:.2f} reserved, of {total / GIB:.2f}"
+
+
+def advice(trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
+    """Settings that are not yet as lean as they can be, a line each: the option, and what it does."""
+    options, data = pl_module.hparams, trainer.datamodule  # type: ignore[attr-defined]
+    tokens = data.max_length * data.batch_size
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MoEGateGradCallback):
+            if not callback.enabled:
+                yield "  unset LIGHTNING_MOE_GATEGRAD: the callback is off"
+            elif callback.chunk_tokens == "auto" or callback.chunk_tokens > CHUNK_TOKENS:
+                yield f"  chunk_tokens: {CHUNK_TOKENS}, of MoEGateGradCallback in the configuration: smaller buffers"
+    if options["liger"] is False:
+        yield "  --model.liger null: norms and rotary embedding without float32 copies"
+    if options["checkpointing"] != "full":
+        yield "  --model.checkpointing full: each layer keeps its input only"
+    if not options["offload"] and pl_module.device.type == "cuda":
+        network: Any = pl_module.network
+        config = network.get_base_model().config
+        size = tokens * config.hidden_size * getattr(torch, options["dtype"]).itemsize / MIB
+        yield f"  --model.offload true: the layers' inputs, {config.num_hidden_layers} x {size:,.0f} MiB, to the host"
+    if data.batch_size > 1:
+        yield f"  --data.batch_size 1, --trainer.accumulate_grad_batches {data.batch_size}: the same step in parts"
+    if tokens > TILE_TOKENS and not 0 < options["tile_tokens"] <= TILE_TOKENS:
+        yield f"  --model.tile_tokens {TILE_TOKENS}: the experts on so many tokens at a time, a little slower"
+    yield f"  --data.max_length {data.max_length // 2}: shorter sequences"
+    if pl_module.device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(pl_module.device) - torch.cuda.memory_allocated(pl_module.device)
+        if reserved > 2 * GIB:
+            yield f"  PYTORCH_ALLOC_CONF=expandable_segments:True: {reserved / GIB:.1f} GiB are in pieces"

@@ -1,0 +1,184 @@
+"""Tests of records becoming tokens: what the assistant says has a loss and nothing else, bad records are named."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conversations import IGNORED, Encoder, encode_all, parse, read_records
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import decoders as token_decoders
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+END = "<|im_end|>"
+
+# As Qwen3's: an assistant turn after the last question has a think block, an earlier one loses it.
+QWEN3_LIKE = (
+    """
+{%- set last = namespace(query=0) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.index0 > last.query %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+""".replace("\n{%-", "{%-")
+    .replace("\n{{-", "{{-")
+    .strip()
+)
+MARKED = QWEN3_LIKE.replace(
+    "{{- message.content + '<|im_end|>\\n' }}",
+    "{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{{ '\\n' }}{% else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}",
+)
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Say a.\nPlease."},
+    {"role": "assistant", "content": "a\n\nand so on"},
+    {"role": "user", "content": "Say b."},
+    {"role": "assistant", "content": "b"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte, and the chat's marks."""
+    vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_alone = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = token_decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone, eos_token=END, additional_special_tokens=["<|im_start|>"]
+    )
+    fast.chat_template = QWEN3_LIKE
+    return fast
+
+
+def said(tokenizer, document):
+    """The text that has a loss, pieces apart."""
+    pieces, previous = [], None
+    for position, label in enumerate(document.labels):
+        if label != IGNORED:
+            assert label == document.input_ids[position]
+            if previous != position - 1:
+                pieces.append([])
+            pieces[-1].append(label)
+            previous = position
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+@pytest.mark.parametrize("template", [QWEN3_LIKE, MARKED], ids=["by prefixes", "by marks"])
+def test_the_loss_is_on_every_assistant_turn_and_its_end(tokenizer, template):
+    document = Encoder(tokenizer, template).encode({"messages": CHAT})
+    whole = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
+    assert tokenizer.decode(document.input_ids) == whole
+    think = "" if template == MARKED else "<think>\n\n</think>\n\n"
+    assert said(tokenizer, document) == [f"a\n\nand so on{END}", f"{think}b{END}"]
+    assert document.prompt.endswith("Please.<|im_end|>\n<|im_start|>assistant\n")
+    assert document.answer == "a\n\nand so on"
+
+
+def test_without_assistant_only_loss_every_token_has_one(tokenizer):
+    document = Encoder(tokenizer, assistant_only_loss=False).encode({"messages": CHAT})
+    assert document.labels == document.input_ids
+
+
+def test_prompt_and_completion_are_two_turns_where_there_is_a_template(tokenizer):
+    texts = Encoder(tokenizer).encode({"prompt": "Say b.", "completion": "b"})
+    messages = Encoder(tokenizer).encode({"prompt": CHAT[3:4], "completion": CHAT[4:]})
+    assert texts == messages
+    assert said(tokenizer, texts) == [f"<think>\n\n</think>\n\nb{END}"]
+
+
+def test_prompt_and_completion_stand_side_by_side_where_there_is_none():
+    tokenizer = ByT5Tokenizer()
+    document = Encoder(tokenizer).encode({"prompt": "ab", "completion": "cd"})
+    ids = tokenizer("abcd", add_special_tokens=False)["input_ids"]
+    assert document.input_ids == [*ids, tokenizer.eos_token_id]
+    assert document.labels == [IGNORED, IGNORED, *ids[2:], tokenizer.eos_token_id]
+    assert (document.prompt, document.answer) == ("ab", "cd")
+
+
+def test_messages_without_a_template_are_refused():
+    with pytest.raises(ValueError, match="no chat template for messages: set data.chat_template"):
+        Encoder(ByT5Tokenizer()).encode({"messages": CHAT})
+
+
+def test_a_template_whose_prefixes_differ_is_refused_with_the_remedy(tokenizer):
+    counting = "{{ messages | length }}" + QWEN3_LIKE
+    with pytest.raises(ValueError, match=r"before message 2 differently .* \{% generation %\} marks"):
+        Encoder(tokenizer, counting).encode({"messages": CHAT})
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([], "an object, not list"),
+        ({}, 'neither "messages" nor "prompt" and "completion"'),
+        ({"prompt": "a"}, "neither"),
+        ({"prompt": "a", "completion": " "}, "the completion is empty"),
+        ({"prompt": "a", "completion": CHAT}, "two texts or two lists"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": CHAT[:2]}, "no message is the assistant's"),
+        ({"messages": ["hello"]}, "message 0 needs a role, one of system"),
+        ({"messages": [*CHAT[:2], {"role": "model", "content": "a"}]}, "message 2 needs a role"),
+        ({"messages": [*CHAT[:2], {"role": "assistant", "content": 3}]}, "message 2 needs a content"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse(record)
+
+
+def test_a_file_is_read_line_by_line(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(["", json.dumps({"prompt": "é", "completion": "b"}), " "]), encoding="utf-8")
+    assert read_records(str(path), "train") == [(f"{path}:2", {"prompt": "é", "completion": "b"})]
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_records(str(tmp_path / "other.jsonl"), "train")
+
+
+def test_bad_lines_are_named_with_file_and_number(tmp_path, tokenizer):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"1 bad records.*\n.*chats.jsonl:2: not JSON"):
+        read_records(str(path), "train")
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + '{"prompt": "a"}\n' * 7)
+    with pytest.raises(ValueError, match=r"7 bad records") as error:
+        encode_all(read_records(str(path), "train"), Encoder(tokenizer))
+    lines = str(error.value).splitlines()
+    assert [line.strip().partition(": ")[0] for line in lines[1:6]] == [f"{path}:{number}" for number in range(2, 7)]
+    assert lines[6].strip() == "and 2 more"
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    """A package `datasets` that knows one dataset."""
+
+    class DatasetsError(Exception):
+        pass
+
+    def load_dataset(name, split):
+        if name != "known":
+            raise DatasetsError("no such dataset")
+        return [{"prompt": "a", "completion": "b", "messages": None}, {"prompt": "a"}]
+
+    package = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError))
+    monkeypatch.setitem(sys.modules, "datasets", package)
+
+
+def test_a_dataset_is_read_and_its_bad_rows_are_named(datasets, tokenizer):
+    records = read_records("known", "test")
+    assert len(encode_all(records[:1], Encoder(tokenizer))) == 1
+    with pytest.raises(ValueError, match=r"known\[test\], row 1: neither"):
+        encode_all(records, Encoder(tokenizer))
+    with pytest.raises(ValueError, match="data.source 'unknown', split 'train': no such dataset"):
+        read_records("unknown", "train")
+
+
+def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        read_records("some/name", "train")

@@ -1,0 +1,244 @@
+"""Tests of surviving: leaving on a signal, writing checkpoints whole, advice when memory runs out.
+
+That a resumed run has the losses of one that was not interrupted is in test_qwen3_lora.py.
+"""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import surviving
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from qwen3_lora import UNHELPFUL_WARNINGS
+from surviving import CarefulCheckpointIO, OutOfMemoryAdvice, SaveBeforeLeaving, advice, check_room
+from torch.utils.data import DataLoader
+
+from lightning_moe import MoEGateGradCallback
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in UNHELPFUL_WARNINGS]
+
+
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight - batch.float().mean()).square()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class At(Callback):
+    """Calls something at the beginning of some batch."""
+
+    def __init__(self, batch_idx, action):
+        self.batch_idx, self.action = batch_idx, action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch_idx:
+            self.action()
+
+
+def trainer(folder, *callbacks, **options):
+    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
+    return Trainer(
+        accelerator="cpu", default_root_dir=folder, plugins=[CarefulCheckpointIO()],
+        callbacks=[SaveBeforeLeaving(), ModelCheckpoint(folder / "kept", save_last=True), *callbacks], **options,
+    )  # fmt: skip
+
+
+def fit(folder, *callbacks, length=12, **options):
+    run = trainer(folder, *callbacks, **options)
+    run.fit(Line(), DataLoader(range(length), batch_size=1))
+    return run
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """What stood before stands after, whatever happened between."""
+    before = [signal.getsignal(number) for number in surviving.SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in surviving.SIGNALS] == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_and_a_status(number, status, tmp_path):
+    with pytest.raises(SystemExit) as leaving:
+        fit(tmp_path, At(3, lambda: signal.raise_signal(number)))
+    assert leaving.value.code == status
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["interrupted-step=4.ckpt"]
+
+
+def test_with_accumulated_gradients_it_is_the_optimizers_step_that_is_finished(tmp_path):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, At(3, lambda: signal.raise_signal(signal.SIGINT)), accumulate_grad_batches=3)
+    assert (tmp_path / "kept" / "interrupted-step=2.ckpt").exists()
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as leaving:  # Lightning's answer to a KeyboardInterrupt
+        fit(tmp_path, At(3, twice))
+    signal.signal(signal.SIGINT, before)  # Lightning leaves Ctrl-C ignored then
+    assert leaving.value.code == 1
+    assert not (tmp_path / "kept").exists() or not list((tmp_path / "kept").iterdir())
+
+
+def test_handlers_are_back_after_an_exception_too(tmp_path):
+    def fail():
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(tmp_path, At(3, fail))
+
+
+def test_undisturbed_runs_end_as_ever(tmp_path):
+    assert fit(tmp_path).global_step == 12
+
+
+SCRIPT = """
+import sys, warnings
+from pathlib import Path
+sys.path[:0] = {paths!r}
+warnings.simplefilter("ignore")
+from test_surviving import At, fit
+fit(Path({folder!r}), At(2, lambda: print("READY", flush=True)), length=10**7)
+"""
+
+
+def test_a_signal_from_another_process(tmp_path):
+    tests = os.path.dirname(__file__)
+    paths = [tests, os.path.join(os.path.dirname(tests), "recipes")]
+    source = SCRIPT.format(paths=paths, folder=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().strip() == "READY"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert len(list((tmp_path / "kept").glob("interrupted-step=*.ckpt"))) == 1
+    assert "--ckpt_path" in errors
+
+
+def test_checkpoints_hold_what_lightnings_hold(tmp_path):
+    checkpoint = {"state_dict": {"weight": torch.ones(3)}, "global_step": 3}
+    CarefulCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "a.ckpt")
+    loaded = CarefulCheckpointIO().load_checkpoint(tmp_path / "new" / "a.ckpt")
+    assert loaded["global_step"] == 3
+    assert torch.equal(loaded["state_dict"]["weight"], torch.ones(3))
+    assert os.listdir(tmp_path / "new") == ["a.ckpt"]
+
+
+@contextmanager
+def limited(num_bytes):
+    """A file larger than this cannot be written: a disk that is full, for one process."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_reported_and_leaves_the_earlier_checkpoint(tmp_path):
+    io, path = CarefulCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"weight": torch.ones(3)}, path)
+    before = path.read_bytes()
+    said = r"last.ckpt could not be written .*MiB free. Earlier checkpoints are as they were"
+    with limited(100_000), pytest.raises(OSError, match=said):
+        io.save_checkpoint({"weight": torch.ones(1_000_000)}, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_failed_save_ends_the_run_with_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill():
+        monkeypatch.setattr(surviving.torch, "save", full)
+
+    checkpoint = ModelCheckpoint(tmp_path / "mine", every_n_train_steps=2, filename="{step}", save_top_k=-1)
+    run = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+        plugins=[CarefulCheckpointIO()], callbacks=[checkpoint, At(5, fill)], default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(OSError, match="No space left on device"):
+        run.fit(Line(), DataLoader(range(12), batch_size=1))
+    assert sorted(os.listdir(tmp_path / "mine")) == ["step=2.ckpt", "step=4.ckpt"]
+    assert torch.load(tmp_path / "mine" / "step=4.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path):
+    (tmp_path / "kept").write_text("a file where the folder would be")
+    with pytest.raises(MisconfigurationException, match="checkpoints cannot be written to .*kept: .*default_root_dir"):
+        fit(tmp_path, At(0, lambda: pytest.fail("it trained")))
+
+
+def test_too_little_room_is_refused_before_training(tmp_path, monkeypatch):
+    check_room(tmp_path, 1)
+    monkeypatch.setattr(surviving.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(MisconfigurationException, match="takes about 2 MiB and .* has 1 MiB free: make room"):
+        check_room(tmp_path, 2**21)
+    assert not list(tmp_path.iterdir())
+
+
+def situation(*callbacks, batch_size=1, max_length=16384, **options):
+    lean = {"liger": None, "checkpointing": "full", "offload": True, "tile_tokens": 8192, "dtype": "bfloat16"}
+    module = SimpleNamespace(hparams=lean | options, device=torch.device("cpu"))
+    data = SimpleNamespace(max_length=max_length, batch_size=batch_size)
+    return SimpleNamespace(callbacks=callbacks, datamodule=data), module
+
+
+def test_advice_names_only_what_is_not_yet_done():
+    assert list(advice(*situation(MoEGateGradCallback(True, chunk_tokens=1024)))) == [
+        "  --data.max_length 8192: shorter sequences"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "words"),
+    [
+        (MoEGateGradCallback(False), {}, "unset LIGHTNING_MOE_GATEGRAD"),
+        (MoEGateGradCallback(True), {}, "chunk_tokens: 2048"),
+        (None, {"checkpointing": "selective"}, "--model.checkpointing full"),
+        (None, {"liger": False}, "--model.liger null"),
+        (None, {"batch_size": 4}, "--data.batch_size 1, --trainer.accumulate_grad_batches 4"),
+        (None, {"tile_tokens": 32768}, "--model.tile_tokens 8192"),
+        (None, {"tile_tokens": 0}, "--model.tile_tokens 8192"),
+    ],
+)
+def test_advice_comes_before_shorter_sequences(callback, options, words):
+    lines = list(advice(*situation(*([callback] if callback else []), **options)))
+    assert words in lines[0]
+    assert "--data.max_length" in lines[-1]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_prints_the_peak_and_the_advice(error):
+    with pytest.warns(UserWarning, match=r"out of memory. Resident \d+\.\d\d GiB(.|\n)*--data.max_length 8192"):
+        OutOfMemoryAdvice().on_exception(*situation(), error)
+
+
+def test_other_errors_get_no_advice(recwarn):
+    OutOfMemoryAdvice().on_exception(*situation(), RuntimeError("something else"))
+    assert not recwarn.list

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that the loss skips
@@ -39,18 +40,21 @@ class Document:
 def read_records(source: str, split: str) -> list[tuple[str, Any]]:
     """Each record of a source with where it is: a JSON Lines file, or a dataset that the `datasets` package knows.
 
+    A file's records are its lines as they stand, which `parse` reads.
+
     Args:
         source: a path that ends in .jsonl or .json, or a dataset's name.
         split: of a dataset.
 
     Raises:
-        ValueError: where there is no such source, or a line is not JSON.
+        ValueError: where there is no such source.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
         if not path.is_file():
             raise ValueError(f"data.source {source!r}: there is no such file")
-        return _read_lines(path)
+        with path.open("rb") as file:
+            return [(f"{path}:{number}", line) for number, line in enumerate(file, start=1) if line.strip()]
     try:
         import datasets
     except ImportError as error:
@@ -65,34 +69,20 @@ def read_records(source: str, split: str) -> list[tuple[str, Any]]:
     return [(f"{source}[{split}], row {number}", row) for number, row in enumerate(rows)]
 
 
-def _read_lines(path: Path) -> list[tuple[str, Any]]:
-    found, problems = [], []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                found.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: not JSON: {error}")
-    refuse(problems)
-    return found
-
-
-def refuse(problems: list[str]) -> None:
-    """Raises one error that names the first few problems, if there are any."""
-    if problems:
-        more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        listed = "\n  ".join(problems[:SHOWN_PROBLEMS])
-        raise ValueError(f"{len(problems)} bad records; mend or remove them:\n  {listed}{more}")
-
-
 def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
     """A record's messages, or its prompt and completion where both are texts.
+
+    Args:
+        record: an object, or the line of a file that holds one: JSON in UTF-8.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
+    if isinstance(record, bytes):
+        try:
+            record = json.loads(record.decode())
+        except ValueError as error:
+            raise ValueError(f"not JSON in UTF-8: {error}") from error
     if not isinstance(record, Mapping):
         raise ValueError(f"a record is an object, not {type(record).__name__}")
     if record.get("messages") is not None:
@@ -105,6 +95,8 @@ def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
             return prompt, completion
         if not (isinstance(prompt, list) and isinstance(completion, list)):
             raise ValueError("prompt and completion are two texts or two lists of messages")
+        if not completion:
+            raise ValueError("the completion is empty")
         messages = [*prompt, *completion]
     else:
         raise ValueError('neither "messages" nor "prompt" and "completion"')
@@ -113,9 +105,10 @@ def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise ValueError(f"message {number} needs a role, one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not (
-            message["role"] == ASSISTANT and "tool_calls" in message
-        ):
+        content, is_said = message.get("content"), message["role"] == ASSISTANT
+        if is_said and message.get("tool_calls"):
+            continue
+        if not isinstance(content, str) or is_said and not content.strip():
             raise ValueError(f"message {number} needs a content, a text")
     if not any(message["role"] == ASSISTANT for message in messages):
         raise ValueError("no message is the assistant's")
@@ -129,13 +122,20 @@ class Encoder:
         tokenizer: the model's.
         chat_template: a Jinja template in place of the tokenizer's own.
         assistant_only_loss: whether what the assistant does not say has no loss.
+
+    Raises:
+        ValueError: where the tokenizer has no token to end an answer with.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, assistant_only_loss: bool = True
     ) -> None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no eos_token to end an answer with: set one in its configuration")
+        own: Any = tokenizer.chat_template
         self._tokenizer = tokenizer
-        self._template = chat_template or tokenizer.chat_template
+        self._end = str(tokenizer.eos_token)
+        self._template = chat_template or (own.get("default") if isinstance(own, dict) else own)
         self._assistant_only_loss = assistant_only_loss
 
     def encode(self, record: Any) -> Document:
@@ -151,10 +151,12 @@ class Encoder:
             parsed = [{"role": "user", "content": parsed[0]}, {"role": ASSISTANT, "content": parsed[1]}]
         if self._template is None:
             raise ValueError("the tokenizer has no chat template for messages: set data.chat_template to a Jinja file")
-        # `{%- generation -%}` marks the assistant's words: rendering it twice tells where they are.
-        if re.search(r"\{%-?\s*generation\s*-?%\}", str(self._template)):
-            return self._marked(parsed)
-        return self._join(self._pieces(parsed), ends=False)
+        try:
+            if re.search(r"\{%-?\s*generation\s*-?%\}", self._template):  # Transformers' marks around what is said
+                return self._marked(parsed)
+            return self._join(self._pieces(parsed), ends=False)
+        except (TemplateError, TypeError) as error:  # where the template adds None to a text, say
+            raise ValueError(f"the chat template does not render it: {error}") from error
 
     def _render(self, messages: list[dict[str, Any]], asks: bool) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -165,7 +167,7 @@ class Encoder:
 
     def _pieces(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         """The rendered chat in pieces, each with whether the assistant says it."""
-        whole, end = self._render(messages, asks=False), str(self._tokenizer.eos_token)
+        whole = self._render(messages, asks=False)
         pieces, said = [], 0
         for turn, message in enumerate(messages):
             if message["role"] != ASSISTANT:
@@ -176,8 +178,13 @@ class Encoder:
                     f"the chat template renders what comes before message {turn} differently without it, so the "
                     "assistant's words cannot be told: set data.chat_template to one with {% generation %} marks"
                 )
-            found = whole.find(end, len(before))
-            stop = len(whole) if found < 0 else found + len(end)
+            found = whole.find(self._end, len(before))
+            if found < 0 and turn < len(messages) - 1:
+                raise ValueError(
+                    f"the chat template writes no {self._end} after message {turn}, so its end cannot be told: set "
+                    "data.chat_template to one with {% generation %} marks"
+                )
+            stop = len(whole) if found < 0 else found + len(self._end)
             pieces += [(whole[said : len(before)], False), (whole[len(before) : stop], True)]
             said = stop
         return [*pieces, (whole[said:], False)]
@@ -195,7 +202,7 @@ class Encoder:
             labels.append(self._tokenizer.eos_token_id)
         first = next(number for number, (_, is_said) in enumerate(pieces) if is_said)
         prompt = "".join(text for text, _ in pieces[:first])
-        return Document(ids, labels, prompt, pieces[first][0].removesuffix(str(self._tokenizer.eos_token)))
+        return Document(ids, labels, prompt, pieces[first][0].removesuffix(self._end))
 
     def _marked(self, messages: list[dict[str, Any]]) -> Document:
         encoded: Any = self._tokenizer.apply_chat_template(
@@ -223,5 +230,8 @@ def encode_all(records: Iterable[tuple[str, Any]], encoder: Encoder) -> list[Doc
             documents.append(encoder.encode(record))
         except ValueError as error:
             problems.append(f"{where}: {error}")
-    refuse(problems)
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        listed = "\n  ".join(problems[:SHOWN_PROBLEMS])
+        raise ValueError(f"{len(problems)} bad records; mend or remove them:\n  {listed}{more}")
     return documents

@@ -10,7 +10,7 @@ import inspect
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from conversations import IGNORED, Document, Encoder, encode_all, read_records
@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithFlattening
 
+LongDocuments = Literal["truncate", "skip"]
 Packing = Literal["none", "separate", "joined"]
 Pack = list[Document]
 
@@ -93,7 +94,7 @@ class InstructionData(LightningDataModule):
         split: str = "train",
         chat_template: Path | None = None,
         assistant_only_loss: bool = True,
-        long_documents: Literal["truncate", "skip"] = "truncate",
+        long_documents: LongDocuments = "truncate",
         packing: Packing = "none",
         validation_every: int = 20,
         seed: int = 0,
@@ -103,6 +104,10 @@ class InstructionData(LightningDataModule):
                                    ("validation_every", validation_every, 2)):  # fmt: skip
             if value < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {value}")
+        for name, chosen, choices in (("long_documents", long_documents, get_args(LongDocuments)),
+                                      ("packing", packing, get_args(Packing))):  # fmt: skip
+            if chosen not in choices:
+                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, not {chosen!r}")
         if chat_template is not None and not Path(chat_template).is_file():
             raise ValueError(f"data.chat_template {str(chat_template)!r}: there is no such file")
         self.batch_size = batch_size

@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from attention import NAME as DOCUMENTS
@@ -194,6 +194,14 @@ class Qwen3LoRA(LightningModule):
         # PEFT adds the update to the router's weight, and rounds the sum.
         rounds = ", small updates round away in bfloat16" * (self.hparams["dtype"] == "bfloat16")
         return said[self.hparams["router"]] + rounds * (self.hparams["router"] == "lora") + balance
+
+    def cpu(self) -> Self:
+        """Leaves the model where it is.
+
+        Lightning moves a model to the host at the end of every run, and a base that was made on its device may have no
+        room there. `to("cpu")` moves it.
+        """
+        return self
 
     def step_flops(self, num_tokens: int, sum_squared_lengths: int) -> int:
         """Model FLOPs of a step; see `flops.model_flops`."""

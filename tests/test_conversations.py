@@ -112,6 +112,42 @@ def test_a_template_whose_prefixes_differ_is_refused_with_the_remedy(tokenizer):
         Encoder(tokenizer, counting).encode({"messages": CHAT})
 
 
+def test_an_answer_without_an_end_does_not_run_on_into_the_next_message(tokenizer):
+    endless = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    with pytest.raises(ValueError, match=r"writes no <\|im_end\|> after message 2"):
+        Encoder(tokenizer, endless).encode({"messages": CHAT[:4]})
+    assert said(tokenizer, Encoder(tokenizer, endless).encode({"messages": CHAT[:3]})) == ["a\n\nand so on\n"]
+
+
+def test_an_answer_whose_end_is_that_of_a_later_one_is_refused(tokenizer):
+    ends_once = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    ends_once += "{{ 'assistant: ' if add_generation_prompt else '<|im_end|>' }}"
+    with pytest.raises(ValueError, match=r"set data.chat_template to one with \{% generation %\} marks"):
+        Encoder(tokenizer, ends_once).encode({"messages": CHAT})
+
+
+def test_what_a_template_does_not_render_is_named(tokenizer):
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"chats:1: the chat template does not render it: roles must alternate"):
+        encode_all([("chats:1", {"messages": CHAT})], Encoder(tokenizer, strict))
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    with pytest.raises(ValueError, match=r"chats:1: the chat template does not render it"):
+        encode_all([("chats:1", {"messages": [*CHAT[:2], calls]})], Encoder(tokenizer))
+
+
+def test_of_several_templates_the_default_is_taken(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": QWEN3_LIKE, "tool_use": "tools"})
+    assert Encoder(tokenizer).encode({"messages": CHAT}) == Encoder(tokenizer, QWEN3_LIKE).encode({"messages": CHAT})
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        Encoder(tokenizer)
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -125,6 +161,11 @@ def test_a_template_whose_prefixes_differ_is_refused_with_the_remedy(tokenizer):
         ({"messages": ["hello"]}, "message 0 needs a role, one of system"),
         ({"messages": [*CHAT[:2], {"role": "model", "content": "a"}]}, "message 2 needs a role"),
         ({"messages": [*CHAT[:2], {"role": "assistant", "content": 3}]}, "message 2 needs a content"),
+        ({"messages": [*CHAT[:2], {"role": "assistant", "content": ""}]}, "message 2 needs a content"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": None}]}, "message 0 needs a content"),
+        ({"prompt": CHAT[:3], "completion": []}, "the completion is empty"),
+        (b'{"prompt": ', "not JSON in UTF-8"),
+        (b'{"prompt": "\xff"}', "not JSON in UTF-8"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(record, reason):
@@ -135,18 +176,16 @@ def test_what_is_wrong_with_a_record_is_said(record, reason):
 def test_a_file_is_read_line_by_line(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(["", json.dumps({"prompt": "é", "completion": "b"}), " "]), encoding="utf-8")
-    assert read_records(str(path), "train") == [(f"{path}:2", {"prompt": "é", "completion": "b"})]
+    records = read_records(str(path), "train")
+    assert [(where, parse(line)) for where, line in records] == [(f"{path}:2", ("é", "b"))]
     with pytest.raises(ValueError, match="there is no such file"):
         read_records(str(tmp_path / "other.jsonl"), "train")
 
 
 def test_bad_lines_are_named_with_file_and_number(tmp_path, tokenizer):
     path = tmp_path / "chats.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"1 bad records.*\n.*chats.jsonl:2: not JSON"):
-        read_records(str(path), "train")
-    path.write_text('{"prompt": "a", "completion": "b"}\n' + '{"prompt": "a"}\n' * 7)
-    with pytest.raises(ValueError, match=r"7 bad records") as error:
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n' + '{"prompt": "a"}\n' * 6)
+    with pytest.raises(ValueError, match=r"7 bad records.*\n.*chats.jsonl:2: not JSON.*\n.*:3: neither") as error:
         encode_all(read_records(str(path), "train"), Encoder(tokenizer))
     lines = str(error.value).splitlines()
     assert [line.strip().partition(": ")[0] for line in lines[1:6]] == [f"{path}:{number}" for number in range(2, 7)]

@@ -66,6 +66,7 @@ def test_documents_stand_end_to_end_without_padding(data):
     assert batch["cu_seq_lens_q"].dtype == batch["cu_seq_lens_k"].dtype == torch.int32
     assert torch.equal(batch["cu_seq_lens_q"], batch["cu_seq_lens_k"])
     assert batch["max_length_q"] == batch["max_length_k"] == 16
+    assert type(batch["max_length_q"]) is type(batch["max_length_k"]) is int
     for start, end in zip(bounds, bounds[1:], strict=False):
         assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
         labels, ids = batch["labels"][0, start:end], batch["input_ids"][0, start:end]
@@ -79,6 +80,7 @@ def test_the_first_token_of_a_document_has_no_loss_even_where_prompts_have(data)
     starts = batch["cu_seq_lens_q"][:-1].long()
     assert (batch["labels"][0, starts] == IGNORED).all()
     assert (batch["labels"] == IGNORED).sum() == 2
+    assert "3 documents of 3, 36 tokens, 92% of them with a loss" in module.report()
 
 
 def test_separate_packing_fills_packs_and_keeps_documents_whole(data):
@@ -93,7 +95,7 @@ def test_separate_packing_fills_packs_and_keeps_documents_whole(data):
 
 
 def test_best_fit_takes_the_fullest_pack_that_has_room():
-    documents = [Document([0] * length, [0] * length, "", "") for length in (6, 5, 4, 3, 2)]
+    documents = [Document([0] * length, [0] * length, "", "") for length in (3, 6, 2, 4, 5)]
     assert lengths_of(pack(documents, 10)) == [[6, 4], [5, 3, 2]]
 
 
@@ -105,6 +107,30 @@ def test_joined_packing_cuts_sequences_of_exactly_the_length(data):
     assert batch["position_ids"].tolist() == [list(range(64))]
     with pytest.raises(ValueError, match="wants 512 tokens for one sequence and there are 300: lower data.max_length"):
         data([30] * 11, max_length=512, packing="joined", validation_every=11)
+
+
+def test_joined_sequences_are_the_documents_in_an_order_of_the_seed(data):
+    options = {"max_length": 40, "packing": "joined", "validation_every": 10}
+    lengths = [9, *range(10, 19)]
+    documents = {document.answer: document for (document,) in data(lengths, validation_every=10)._training}
+    streams = []
+    for seed in (0, 0, 1):
+        sequences = [sequence for (sequence,) in data(lengths, seed=seed, **options)._training]
+        streams.append(([t for s in sequences for t in s.input_ids], [t for s in sequences for t in s.labels]))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
+    in_order = [list(documents.values())[number] for number in order]
+    assert streams[0][0] == [token for document in in_order for token in document.input_ids][:120]  # of 126
+    assert streams[0][1] == [label for document in in_order for label in document.labels][:120]
+    assert streams[0] == streams[1] != streams[2]
+
+
+def test_the_order_is_shuffled_by_the_seed(data):
+    def order(seed):
+        loader = data(range(10, 30), batch_size=1, validation_every=20, seed=seed).train_dataloader()
+        return [batch["input_ids"].shape[1] for batch in loader]
+
+    assert order(0) == order(0) != order(1)
+    assert sorted(order(0)) == list(range(11, 30)) != order(0)
 
 
 def test_long_documents_are_truncated_and_reported(data):
@@ -164,6 +190,8 @@ def test_the_order_resumes_where_it_stopped(data, packing):
         ({"batch_size": 0}, "data.batch_size must be at least 1, not 0"),
         ({"max_length": 1}, "data.max_length must be at least 2"),
         ({"validation_every": 1}, "data.validation_every must be at least 2"),
+        ({"packing": "seperate"}, "data.packing must be one of none, separate, joined, not 'seperate'"),
+        ({"long_documents": "cut"}, "data.long_documents must be one of truncate, skip, not 'cut'"),
         ({"chat_template": "nowhere.jinja"}, "data.chat_template 'nowhere.jinja': there is no such file"),
     ],
 )

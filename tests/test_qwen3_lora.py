@@ -224,6 +224,13 @@ def test_chats_from_a_file_and_a_base_from_a_folder(tmp_path, capsys):
     assert "u:Say 0." in summary
 
 
+def test_lightnings_move_to_the_host_moves_nothing():
+    module = Qwen3LoRA(architecture={})
+    module.large = torch.nn.Linear(2, 2, device="meta")
+    assert module.cpu() is module
+    assert module.large.weight.is_meta
+
+
 def test_rounding_precision_is_refused(tmp_path):
     with pytest.raises(ValueError, match="leave trainer.precision at 32-true and set --model.dtype bfloat16"):
         fit(tmp_path, "--trainer.precision=bf16-true", steps=1)

@@ -58,7 +58,8 @@ class Run:
         losses: of each step.
         seconds: of each step.
         peak_gib: the most that was allocated.
-        above_gib: the same above what was held when a step began (weights, adapters, optimizer).
+        above_gib: for each step, the same above what was held when it began: weights, adapters and, from the second
+            step on, the optimizer's moments.
         failure: why there are no figures; empty where there are.
     """
 
@@ -67,7 +68,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak_gib: float = 0.0
-    above_gib: float = 0.0
+    above_gib: list[float] = field(default_factory=list)
     failure: str = ""
 
 
@@ -115,7 +116,7 @@ def run(base: Path, side: SideName, tokens: int, steps: int, options: tuple[str,
         [float(row["train/loss"]) for row in rows],
         [float(row["speed/seconds_per_step"]) for row in rows],
         max(float(row["memory/peak_allocated_gib"]) for row in rows),
-        max(float(row["memory/step_peak_gib"]) for row in rows),
+        [float(row["memory/step_peak_gib"]) for row in rows],
     )
 
 
@@ -142,13 +143,13 @@ def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
                 rows.append([f"{tokens:,}", side, mine[0].failure, *[""] * (len(HEADERS) - 3)])
                 continue
             seconds = step_seconds(mine, warmup)
-            above, peak = max(run.above_gib for run in mine), max(run.peak_gib for run in mine)
+            above, peak = above_gib(mine, warmup), max(run.peak_gib for run in mine)
             deviation = ratio_time = ratio_memory = ""
             if stock and side != "stock":
                 differences = [abs(a - b) for a, b in zip(mine[0].losses, stock[0].losses, strict=True)]
                 deviation = f"{max(differences):.2g}"
                 ratio_time = f" ({seconds / step_seconds(stock, warmup):.2f})"
-                ratio_memory = f" ({above / max(run.above_gib for run in stock):.2f})"
+                ratio_memory = f" ({above / above_gib(stock, warmup):.2f})"
             twice = "" if len(mine) < 2 else "same bits" if mine[0].losses == mine[1].losses else "differs"
             rows.append(
                 [
@@ -157,6 +158,11 @@ def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
                 ]
             )  # fmt: skip
     return rows
+
+
+def above_gib(runs: list[Run], warmup: int) -> float:
+    """The most over the steps after the warm-up, of all repeats."""
+    return max(gib for run in runs for gib in (run.above_gib[warmup:] or run.above_gib))
 
 
 def step_seconds(runs: list[Run], warmup: int) -> float:
@@ -231,7 +237,7 @@ def main(
             `+liger` has Liger's RMSNorm and rotary embedding as well; `+offload` the layers' inputs in host memory.
             What needs a GPU, or Liger, is left out where there is none.
         steps: of each run.
-        warmup: steps at the beginning that the time leaves out.
+        warmup: steps at the beginning that time, and memory above the weights, leave out.
         repeats: of the whole, sides in turn.
         options: handed on to qwen3_lora.py, each as one word: `--model.experts=true`.
         out: a folder for the results, and a folder in it for each process.

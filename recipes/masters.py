@@ -36,7 +36,9 @@ class Masters:
             parameter.grad = None
 
     @torch.no_grad()
-    def round(self) -> None:
-        """Gives the model the copies' values, rounded."""
+    def after_step(self) -> None:
+        """Gives the model the copies' values, rounded; frees gradients, which Lightning would hold until backward."""
+        for parameter in self.by_name.values():
+            parameter.grad = None
         if self._rounded:
             torch._foreach_copy_(self._rounded, self._masters)

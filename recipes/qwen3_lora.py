@@ -252,7 +252,7 @@ class Qwen3LoRA(LightningModule):
             masters.by_name.values(), lr=self.hparams["learning_rate"], weight_decay=0.0,
             fused=self.device.type == "cuda",
         )  # fmt: skip
-        optimizer.register_step_post_hook(lambda *_: masters.round())
+        optimizer.register_step_post_hook(lambda *_: masters.after_step())
         warmup = self.hparams["warmup_steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

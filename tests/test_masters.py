@@ -9,7 +9,7 @@ def trained(dtype, steps=200, saved=None):
     parameter = nn.Parameter(torch.full((4,), 0.05, dtype=dtype))
     masters = Masters({"weight": parameter}, saved or {})
     optimizer = torch.optim.SGD(masters.by_name.values(), lr=1.0)
-    optimizer.register_step_post_hook(lambda *_: masters.round())
+    optimizer.register_step_post_hook(lambda *_: masters.after_step())
     for _ in range(steps):
         parameter.grad = torch.full_like(parameter, 1e-5)
         masters.take_gradients()
@@ -45,6 +45,16 @@ def test_gradients_move_and_are_float32():
     assert parameter.grad is None
     assert torch.equal(masters.by_name["weight"].grad, torch.tensor([1.0, 2.0]))
     assert masters.by_name["idle"].grad is None
+
+
+def test_gradients_are_free_after_a_step():
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter, masters = trained(dtype, steps=0)
+        parameter.grad = torch.ones_like(parameter)
+        masters.take_gradients()
+        masters.after_step()
+        assert parameter.grad is None
+        assert masters.by_name["weight"].grad is None
 
 
 def test_an_earlier_runs_values_are_taken_up_in_full():

@@ -175,35 +175,32 @@ def plot(runs: list[Run], title: str, limit_gib: float | None, path: Path) -> No
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
+    top = limit_gib or max((run.peak_gib for run in runs), default=1.0)
     for number, side in enumerate(dict.fromkeys(run.side for run in runs)):
-        mine = [run for run in runs if run.side == side]
+        mine, color = [run for run in runs if run.side == side], f"C{number}"
         points = sorted({(run.tokens, run.peak_gib) for run in mine if not run.failure})
-        color = f"C{number}"
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o", color=color, label=side)
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", color=color, label=side)
         failed = [run.tokens for run in mine if run.failure == "out of memory"]
         if failed:
-            height = limit_gib or max((run.peak_gib for run in runs), default=1.0)
-            label = None if points else side
-            axis.plot([min(failed)], [height], marker="x", markersize=11, mew=3, ls="", color=color, label=label)
+            end = (min(failed), top)
+            axis.plot(*zip(*points[-1:], end, strict=True), ls=":", color=color)
+            axis.plot(*end, marker="x", markersize=11, mew=3, ls="", color=color)
             axis.annotate(
-                f"{side}: out of memory", (min(failed), height), xytext=(0, -14 - 12 * number),
-                textcoords="offset points", ha="center", va="top", fontsize=8, color=color,
+                f"{side}: out of memory", end, xytext=(0, -14 - 12 * number), textcoords="offset points",
+                ha="center", va="top", fontsize=8, color=color,
             )  # fmt: skip
     if limit_gib:
         axis.axhline(limit_gib, color="0.5", ls="--", lw=1)
-        axis.annotate(
-            "what the card has", (0.01, limit_gib), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
-        )
+        there = (0.01, limit_gib)
+        axis.annotate("what the card has", there, xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     lengths = sorted({run.tokens for run in runs})
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
     axis.minorticks_off()
     axis.set(xlabel="tokens in one sequence", ylabel="peak memory, GiB", title=title)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * max(top, *(run.peak_gib for run in runs)))
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, loc="center left")
+    axis.legend(frameon=False, loc="center left")
     figure.savefig(path, dpi=130)
 
 

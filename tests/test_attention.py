@@ -48,9 +48,9 @@ def test_changing_one_document_changes_no_other():
     before = hidden_states(network, docs).split(LENGTHS)
     docs[1] = documents(seed=1)[1]
     after = hidden_states(network, docs).split(LENGTHS)
-    assert torch.equal(before[0], after[0])
+    torch.testing.assert_close(before[0], after[0])
     assert not torch.allclose(before[1], after[1])
-    assert torch.equal(before[2], after[2])
+    torch.testing.assert_close(before[2], after[2])
 
 
 def test_without_boundaries_documents_do_see_each_other():
@@ -122,5 +122,5 @@ def test_packed_documents_on_a_gpu_equal_each_alone():
         torch.testing.assert_close(inside.float(), hidden_states(network, [doc]).float(), atol=0.1, rtol=0.1)
     docs[1] = documents(seed=1)[1]
     after = hidden_states(network, docs).split(LENGTHS)
-    assert torch.equal(together[2], after[2])
-    assert not torch.allclose(together[1], after[1])
+    torch.testing.assert_close(together[2].float(), after[2].float(), atol=0.1, rtol=0.1)
+    assert not torch.allclose(together[1].float(), after[1].float(), atol=0.1, rtol=0.1)

@@ -329,7 +329,7 @@ def test_options_out_of_range(options, words):
 
 def num_active_executions(model):
     """How often the operation ran in each layer, by what its backward counted."""
-    return [layer_patch(module).health.drain().active_layers for module in patched_modules(model)]
+    return [layer_patch(module).health.drain(micro_batches=8).active_layers for module in patched_modules(model)]
 
 
 @pytest.mark.parametrize("build", [full, attention_lora, mixtral, gpt_oss, qwen3_vl])

@@ -175,7 +175,7 @@ def plot(runs: list[Run], title: str, limit_gib: float | None, path: Path) -> No
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    top = limit_gib or max((run.peak_gib for run in runs), default=1.0)
+    top = limit_gib or max(run.peak_gib for run in runs) or 1.0
     for number, side in enumerate(dict.fromkeys(run.side for run in runs)):
         mine, color = [run for run in runs if run.side == side], f"C{number}"
         points = sorted({(run.tokens, run.peak_gib) for run in mine if not run.failure})

@@ -151,14 +151,13 @@ def refusal(module: Any, *, down_bias: DownBias) -> str | None:
     """
     reasons = (
         (getattr(module, "has_post_expert_norm", False), "a norm stands between the down projection and the gate"),
-        (_is_expert_parallel(module), "the experts are spread over devices (expert parallel)"),
         (module.has_bias and down_bias == "fallback", DOWN_BIAS),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
 
-def _is_expert_parallel(module: Any) -> bool:
-    """Whether the module holds only some of its layer's experts, so that foreign ids reach it."""
+def is_expert_parallel(module: Any) -> bool:
+    """Whether a decorated module holds only some of its layer's experts, so that foreign ids reach it."""
     if hasattr(module, "_is_expert_parallel"):
         return module._is_expert_parallel
     # Transformers 5.17 sets no flag: there the module counts its own experts, the config all of them.
@@ -169,7 +168,8 @@ def _is_expert_parallel(module: Any) -> bool:
 
 def _dispatch_refusal(module: Any) -> str | None:
     """Why a decorated module's calls would not reach a function registered with Transformers."""
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    known = hasattr(module, "_hf_hook") or is_expert_parallel(module)  # Accelerate's and Transformers' own dispatch on
+    if "forward" in vars(module) and not known:
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
     if stock_forward(module) is None:
         return "the class's forward does not carry its undecorated original (__wrapped__)"

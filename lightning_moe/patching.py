@@ -36,6 +36,7 @@ from lightning_moe.discovery import (
     content_refusal,
     estimate_tape,
     find_moe_layers,
+    is_expert_parallel,
     read_contract,
     refusal,
     stock_forward,
@@ -421,6 +422,7 @@ def gategrad_experts(
         down_updates=updates.get("down_proj", ()),
         chunk_tokens=patch.chunk_tokens,
         recompute_up=patch.recompute_up,
+        is_expert_parallel=is_expert_parallel(module),
     )
     merged = {contract.up_name: weights.gate_up_proj, "down_proj": weights.down_proj}
     saved = (patch.tape.stock_per_row - patch.tape.kept_per_row) * top_k_index.numel()

@@ -1,10 +1,13 @@
 """Expert parallelism: a process holds some of a layer's experts, and foreign ids reach the operation."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from models import qwen3, tokens
 from reference import (
     FACTORS,
     LAYOUTS,
@@ -17,7 +20,10 @@ from reference import (
     relative_error,
     run,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from transformers.integrations.moe import grouped_mm_experts_forward
+
+from lightning_moe import gategrad
 
 RANKS = {"plain": {}, "low_rank": {"gate_up_ranks": (4,), "down_ranks": (4,)}}
 PER_EXPERT = (*WEIGHTS, *FACTORS)
@@ -97,3 +103,49 @@ def test_foreign_ids_fit_the_sort_keys(num_experts):
 def test_without_the_option_a_foreign_id_is_an_error():
     with pytest.raises(ValueError, match="names experts"):
         run(shard(make_problem(num_experts=6), 2, 2))
+
+
+def spread_experts(model, how):
+    """Transformers' own expert parallelism over both processes; each has half of every layer's experts."""
+    from transformers.distributed.expert_parallel import apply_expert_parallelism  # not in 5.17
+
+    plan = {}
+    for name, _ in model.named_modules():
+        if name.endswith("mlp.experts"):
+            plan |= {f"{name}.gate_up_proj": "grouped_gemm", f"{name}.down_proj": "grouped_gemm"}
+            plan[name] = "ep_dispatch_experts"
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("experts", "alone"))
+    apply_expert_parallelism(model, mesh["experts"], mesh["experts" if how == "all_reduce" else "alone"], plan, how)
+
+
+def one_of_two_processes(rank, folder, how):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = qwen3()
+    with torch.no_grad():
+        alone = model(input_ids=tokens(), labels=tokens()).loss
+    spread_experts(model, how)
+
+    def run():
+        model.zero_grad()
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        local = {name: getattr(p.grad, "_local_tensor", p.grad) for name, p in model.named_parameters()}
+        return {"loss": loss.detach()} | {name: grad.clone() for name, grad in local.items()}
+
+    stock = run()
+    with gategrad(model) as report:
+        assert [layer.status for layer in report.layers] == ["active", "active"]
+        ours = run()
+    assert_agrees(ours, stock)
+    assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
+    assert_agrees({"loss": ours["loss"]}, {"loss": alone})
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed.expert_parallel") is None,
+    reason="this Transformers has no transformers.distributed.expert_parallel",
+)
+@pytest.mark.parametrize("how", ["all_reduce", "all_to_all"])
+def test_transformers_own_expert_parallelism(how, tmp_path):
+    torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path, how), nprocs=2)

@@ -5,6 +5,7 @@ Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
 
 from lightning_moe.adapters import export_adapter
 from lightning_moe.callback import MoEGateGradCallback
+from lightning_moe.contracts import register_experts
 from lightning_moe.experts import moe_experts
 from lightning_moe.lora import LowRank
 from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
@@ -24,5 +25,6 @@ __all__ = [
     "measure_moe_tape",
     "moe_experts",
     "patch_moe",
+    "register_experts",
     "unpatch_moe",
 ]

@@ -27,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
+from lightning_moe.contracts import is_registered, read_contract, stock_forward
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
@@ -37,9 +38,7 @@ from lightning_moe.discovery import (
     estimate_tape,
     find_moe_layers,
     is_expert_parallel,
-    read_contract,
     refusal,
-    stock_forward,
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
@@ -55,7 +54,8 @@ class LayerPatch:
     """What a patched module carries.
 
     Attributes:
-        config: the module's own config, to be put back; what stock code is, is read from it at every call.
+        config: the module's own config, to be put back; what stock code is, is read from it at every call. None for a
+            class registered with `register_experts`, whose stock code is its own forward.
         reason: why stock code runs, or None.
         down_bias: see `patch_moe`.
         chunk_tokens: see `moe_experts`.
@@ -193,7 +193,7 @@ def patch_moe(
         for layer in find_moe_layers(model, down_bias=down_bias):
             class_name = type(layer.module).__name__
             if layer.reason is None:
-                patch = LayerPatch(layer.module.config, None, down_bias, chunk_tokens, recompute_up)
+                patch = LayerPatch(_own_config(layer.module), None, down_bias, chunk_tokens, recompute_up)
                 _attach(layer.module, patch)
                 ranks = _attach_wrappers(layer, patch)
                 adapters = "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
@@ -203,7 +203,7 @@ def patch_moe(
                 reports.append(LayerReport(layer.name, class_name, "active", "", before, after, adapters, merged))
             else:
                 if layer.is_dispatched:
-                    _attach(layer.module, LayerPatch(layer.module.config, layer.reason, down_bias))
+                    _attach(layer.module, LayerPatch(_own_config(layer.module), layer.reason, down_bias))
                 adapters = "PEFT merges them, as the layer runs stock code" if layer.wrappers else ""
                 reports.append(LayerReport(layer.name, class_name, "fallback", layer.reason, adapters=adapters))
     except BaseException:
@@ -216,7 +216,7 @@ def unpatch_moe(model: nn.Module) -> None:
     """Puts back what `patch_moe` changed. Does nothing to a model that is not patched."""
     for module in touched_modules(model):
         if _PATCH in vars(module):
-            module.config = vars(module).pop(_PATCH).config  # type: ignore[assignment]
+            _switch_off(module, vars(module).pop(_PATCH))
         else:
             del module.forward
 
@@ -240,13 +240,15 @@ def gategrad(
 @contextmanager
 def stock_code(module: Any) -> Iterator[None]:
     """Has one experts module run what it would without its patch, if it carries one, inside the block."""
-    config = module.config
-    if _PATCH in vars(module):
-        module.config = layer_patch(module).config
+    patch = vars(module).get(_PATCH)
+    was_on = patch is not None and _is_on(module, patch)
+    if was_on:
+        _switch_off(module, patch)
     try:
         yield
     finally:
-        module.config = config
+        if was_on:
+            _switch_on(module, patch)
 
 
 def check_options(*, down_bias: DownBias, chunk_tokens: ChunkTokens) -> None:
@@ -273,8 +275,33 @@ def layer_patch(module: nn.Module) -> LayerPatch:
 
 def _attach(module: Any, patch: LayerPatch) -> None:
     setattr(module, _PATCH, patch)
-    module.config = copy.copy(patch.config)
-    module.config._experts_implementation_internal = IMPLEMENTATION
+    _switch_on(module, patch)
+
+
+def _own_config(module: Any) -> Any:
+    return None if is_registered(module) else module.config
+
+
+def _switch_on(module: Any, patch: LayerPatch) -> None:
+    """Has the module's calls reach `gategrad_experts`."""
+    if patch.config is None:
+        module.forward = _RunPatched(module)
+    else:
+        module.config = copy.copy(patch.config)
+        module.config._experts_implementation_internal = IMPLEMENTATION
+
+
+def _switch_off(module: Any, patch: LayerPatch) -> None:
+    if patch.config is not None:
+        module.config = patch.config
+    elif isinstance(vars(module).get("forward"), _RunPatched):  # and not another library's, put on since
+        del module.forward
+
+
+def _is_on(module: Any, patch: LayerPatch) -> bool:
+    if patch.config is not None:
+        return module.config is not patch.config
+    return isinstance(vars(module).get("forward"), _RunPatched)
 
 
 def _is_apart(module: nn.Module) -> bool:
@@ -297,6 +324,16 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
     return ranks
 
 
+class _RunPatched:
+    """The forward of a patched module of a registered class. An object, and not a module, as `_KeepApart` is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return gategrad_experts(self.module, *args, **kwargs)
+
+
 class _KeepApart:
     """The forward of a patched wrapper: leaves the weight alone, and adds itself to the call's `adapted_by`.
 
@@ -312,7 +349,7 @@ class _KeepApart:
         wrapper = self.wrapper
         module: Any = wrapper.get_base_layer()
         patch = vars(module).get(_PATCH)
-        is_active = patch is not None and patch.reason is None and module.config is not patch.config
+        is_active = patch is not None and patch.reason is None and _is_on(module, patch)
         if is_active and active_adapters(wrapper) and "adapter_names" not in kwargs:
             reason = adapter_reason(wrapper, module)
             if reason is None:
@@ -337,6 +374,8 @@ def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
 
 def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
     """What the module would run if it had never been patched."""
+    if config is None:
+        return type(module).forward(module, hidden_states, top_k_index, gates)
     name = config._experts_implementation
     if name == IMPLEMENTATION:  # asked for by name, without patch_moe: Transformers' own default stands behind it
         name = "grouped_mm"
@@ -347,10 +386,10 @@ def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index:
 @contextmanager
 def _merged(module: Any, updates: Mapping[str, list[LowRank]]) -> Iterator[None]:
     """Has the module's parameters be the sums of weight and updates, for stock code to compute with."""
-    kept = {name: module._parameters[name] for name in updates}
+    kept, is_transposed = {name: module._parameters[name] for name in updates}, read_contract(module).is_transposed
     try:
         for name, weight in kept.items():
-            module._parameters[name] = merge(weight, updates[name], is_transposed=module.is_transposed)
+            module._parameters[name] = merge(weight, updates[name], is_transposed=is_transposed)
         yield
     finally:
         module._parameters.update(kept)
@@ -370,7 +409,8 @@ def gategrad_experts(
     models break their graph here.
 
     Args:
-        module: a decorated experts module, patched or only named `gategrad` in its config.
+        module: a decorated experts module, patched or only named `gategrad` in its config; or a patched one of a
+            registered class.
         hidden_states: (T, H).
         top_k_index: (T, K) integer.
         top_k_weights: (T, K) floating.

@@ -217,8 +217,9 @@ def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: 
     adapts_up, adapts_down = contract.up_name in ranks, "down_proj" in ranks
     trained_rows = (up.requires_grad or adapts_up) * hidden + (down.requires_grad or adapts_down) * intermediate
     kept = 0 if recompute_up else width
+    experts = torch.long.itemsize if contract.has_bias else 0  # the bias's term asks for them by slot
     return TapeEstimate(
         stock_per_row=sum(storages.values()) + (hidden + trained_rows) * size + routing,
-        kept_per_row=(kept + sum(ranks.values())) * size + routing,
+        kept_per_row=(kept + sum(ranks.values())) * size + routing + experts,
         stock_merged=(adapts_up * up.numel() + adapts_down * down.numel()) * size,
     )

@@ -139,7 +139,7 @@ def test_the_estimated_tape_is_the_measured_one(family, experts_class):
                 rows = tape.num_tokens * TOP_K.get(family, 2)
                 assert tape.num_bytes == pytest.approx(estimate.kept_per_row * rows, rel=0.05)
                 # A stock cast or mask may keep a copy more than the estimate counts, never less.
-                assert 0.95 <= tape.stock_num_bytes / (estimate.stock_per_row * rows) <= 1.15
+                assert 0.95 <= tape.stock_num_bytes / (estimate.stock_per_row * rows) <= 1.25
     assert tapes
 
 

@@ -30,7 +30,7 @@ _OTHER_CONTRACTS = {
     "JetMoeMoA": "its experts project queries for attention",
     "JetMoeMoE": "its rows reach it sorted by its router, and it adds a bias of its own",
     "Llama4TextExperts": "the gate multiplies the experts' input",
-    "LongcatFlashExperts": "some of its experts pass their input on as it is",
+    "LongcatFlashMoE": "some of its experts pass their input on as it is",
     "NllbMoeExperts": "its experts are modules of their own, with dropout after the gate",
     "SwitchTransformersExperts": "its experts are modules of their own, with dropout inside",
     "VitPoseNaiveMoe": "its experts are chosen by the input's kind, without gates",
@@ -106,8 +106,10 @@ def is_expert_parallel(module: Any) -> bool:
 
 def _dispatch_refusal(module: Any) -> str | None:
     """Why a decorated or registered module's calls would not reach the operation."""
-    known = hasattr(module, "_hf_hook") or is_expert_parallel(module)  # Accelerate's and Transformers' own dispatch on
-    if "forward" in vars(module) and not known:
+    # Accelerate's, Transformers' and our own dispatch on.
+    known = hasattr(module, "_hf_hook") or is_expert_parallel(module)
+    own = vars(module).get("forward")
+    if own is not None and not (known or getattr(own, "dispatches_on", False)):
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
     if is_registered(module):
         return None
@@ -145,7 +147,7 @@ def _outside(module: nn.Module) -> str:
     name = type(module).__name__
     why = _OTHER_CONTRACTS.get(name) if type(module).__module__.startswith("transformers.") else None
     return f"{name} does not go through Transformers' experts registry: " + (
-        why or "lightning_moe.register_experts may take it"
+        why or "lightning_moe.register_experts may take its experts"
     )
 
 

@@ -327,6 +327,8 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
 class _RunPatched:
     """The forward of a patched module of a registered class. An object, and not a module, as `_KeepApart` is."""
 
+    dispatches_on = True
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 

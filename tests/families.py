@@ -66,6 +66,7 @@ OWN = {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
         "indexer_compress_ratio": 1,
     },
+    "step3p7": {"sliding_window": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 # A text model where there is one: its inputs are token ids.

@@ -94,7 +94,7 @@ def test_what_is_not_registered_is_reported_with_the_remedy():
     experts = OwnExperts()
     report = patch_moe(experts)
     assert [layer.status for layer in report.layers] == ["fallback"]
-    assert "register_experts may take it" in report.layers[0].reason
+    assert "register_experts may take its experts" in report.layers[0].reason
     assert "forward" not in vars(experts)
 
 

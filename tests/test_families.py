@@ -4,12 +4,14 @@
 """
 
 import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from families import adapted, build, experts_classes, family_names, results, truth
+from torch import nn
 
 from lightning_moe import gategrad, measure_moe_tape, patching
 from lightning_moe.discovery import estimate_tape
@@ -31,6 +33,15 @@ def all_families():
 
 
 FAMILIES = [pytest.param(*found, id=found[1].__name__) for found in all_families()]
+# Not decorated, of the same contract: registered by ourselves, where this Transformers has it.
+if importlib.util.find_spec("transformers.models.step3p7"):
+    FAMILIES.append(
+        pytest.param(
+            "step3p7",
+            importlib.import_module("transformers.models.step3p7.modeling_step3p7").Step3p7Experts,
+            id="Step3p7Experts",
+        )
+    )
 
 
 def problems(actual, stock, exact):
@@ -82,6 +93,33 @@ def test_the_comparison_sees_a_lost_gate_gradient(family, how, monkeypatch):
     )
     with gategrad(model):
         assert problems(results(model), stock, exact)
+
+
+OUTSIDE = [
+    ("dbrx", "DbrxExperts", "DbrxFFNConfig", "two-dimensional"),
+    ("doge", "DogeCDMoE", "DogeConfig", "embeddings"),
+    ("jetmoe", "JetMoeMoA", "JetMoeConfig", "attention"),
+    ("jetmoe", "JetMoeMoE", "JetMoeConfig", "a bias of its own"),
+    ("llama4", "Llama4TextExperts", "Llama4TextConfig", "the gate multiplies the experts' input"),
+    ("longcat_flash", "LongcatFlashMoE", "LongcatFlashConfig", "pass their input on"),
+    ("nllb_moe", "NllbMoeExperts", "NllbMoeConfig", "dropout after the gate"),
+    ("switch_transformers", "SwitchTransformersExperts", "SwitchTransformersConfig", "dropout inside"),
+    ("vitpose_backbone", "VitPoseNaiveMoe", "VitPoseBackboneConfig", "without gates"),
+]
+
+
+@pytest.mark.parametrize(("family", "class_name", "config_name", "why"), OUTSIDE)
+def test_a_family_of_another_contract_is_named_with_the_reason(family, class_name, config_name, why):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config_module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+    sizes = {"ffn_dim": 16} if family == "nllb_moe" else {}
+    with torch.device("meta"):
+        model = nn.ModuleDict({"experts": getattr(module, class_name)(getattr(config_module, config_name)(), **sizes)})
+    before = dict(vars(model["experts"]))
+    (layer,) = patching.patch_moe(model).layers
+    assert (layer.name, layer.class_name, layer.status) == ("experts", class_name, "fallback")
+    assert why in layer.reason
+    assert vars(model["experts"]) == before
 
 
 INTRODUCTION = f"""# Families
@@ -138,8 +176,9 @@ def test_the_estimated_tape_is_the_measured_one(family, experts_class):
                 estimate = estimate_tape(model.get_submodule(tape.name), {}, recompute_up=False)
                 rows = tape.num_tokens * TOP_K.get(family, 2)
                 assert tape.num_bytes == pytest.approx(estimate.kept_per_row * rows, rel=0.05)
-                # A stock cast or mask may keep a copy more than the estimate counts, never less.
-                assert 0.95 <= tape.stock_num_bytes / (estimate.stock_per_row * rows) <= 1.25
+                # A cast or a mask in stock code may keep a copy more than the estimate counts; a loop keeps several.
+                more = 4 if family == "step3p7" else 1.25
+                assert 0.95 <= tape.stock_num_bytes / (estimate.stock_per_row * rows) <= more
     assert tapes
 
 

@@ -119,6 +119,14 @@ def stock_forward(module: nn.Module) -> Any:
     return getattr(type(module).forward, "__wrapped__", None)
 
 
+def reaches_class_forward(module: nn.Module) -> bool:
+    """Whether a call comes to the class's forward, through accelerate's hook if it has put one on."""
+    forward = vars(module).get("forward")
+    if hasattr(module, "_hf_hook"):
+        forward = getattr(forward, "__wrapped__", forward)
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
 def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[MoELayer]:
     """Finds every MoE layer, in the model's order, seeing through PEFT, DDP and compiled wrappers.
 
@@ -169,7 +177,7 @@ def _is_expert_parallel(module: Any) -> bool:
 
 def _dispatch_refusal(module: Any) -> str | None:
     """Why a decorated module's calls would not reach a function registered with Transformers."""
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    if not reaches_class_forward(module):
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
     if stock_forward(module) is None:
         return "the class's forward does not carry its undecorated original (__wrapped__)"

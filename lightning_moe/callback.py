@@ -4,6 +4,7 @@ Hooks only: what is patched is patching's business, what is counted is health's.
 """
 
 import os
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -221,16 +222,16 @@ class MoEGateGradCallback(Callback):
         self._detach(pl_module)
         # A learning rate finder that fails does not give the Trainer its callbacks back: only the strategy is told.
         self._strategy = trainer.strategy
-        self._strategy.on_exception = self._on_strategy_exception  # type: ignore[method-assign]
+        self._strategy.on_exception = partial(self._on_strategy_exception, pl_module)  # type: ignore[method-assign]
         self.report = patch_moe(
             pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens, recompute_up=self.recompute_up
         )
         self._touched = touched_modules(pl_module)
 
-    def _on_strategy_exception(self, exception: BaseException) -> None:
+    def _on_strategy_exception(self, pl_module: LightningModule, exception: BaseException) -> None:
         strategy = self._strategy
         assert strategy is not None
-        self._detach(strategy.lightning_module)
+        self._detach(pl_module)
         strategy.on_exception(exception)
 
     def _detach(self, pl_module: LightningModule) -> None:

@@ -57,6 +57,16 @@ class MoELayer:
     wrappers: tuple[ParamWrapper, ...] = ()
 
 
+def reaches_class_forward(module: nn.Module) -> bool:
+    """Whether a call comes to the class's forward or our own, through accelerate's hook if it has put one on."""
+    forward = vars(module).get("forward")
+    if hasattr(module, "_hf_hook"):
+        forward = getattr(forward, "__wrapped__", forward)
+    if forward is None or getattr(forward, "dispatches_on", False):
+        return True
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
 def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[MoELayer]:
     """Finds every MoE layer, in the model's order, seeing through PEFT, DDP and compiled wrappers.
 
@@ -106,10 +116,9 @@ def is_expert_parallel(module: Any) -> bool:
 
 def _dispatch_refusal(module: Any) -> str | None:
     """Why a decorated or registered module's calls would not reach the operation."""
-    # Accelerate's, Transformers' and our own dispatch on.
-    known = hasattr(module, "_hf_hook") or is_expert_parallel(module)
-    own = vars(module).get("forward")
-    if own is not None and not (known or getattr(own, "dispatches_on", False)):
+    if not (
+        reaches_class_forward(module) or is_expert_parallel(module)
+    ):  # there Transformers' own forward dispatches on
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
     if is_registered(module):
         return None

@@ -38,6 +38,7 @@ from lightning_moe.discovery import (
     estimate_tape,
     find_moe_layers,
     is_expert_parallel,
+    reaches_class_forward,
     refusal,
 )
 from lightning_moe.experts import moe_experts
@@ -312,7 +313,7 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
     """Patches PEFT's wrappers around a layer and notes why some merge; the others' active ranks, by parameter."""
     ranks = {}
     for wrapper in layer.wrappers:
-        reason = adapter_reason(wrapper, layer.module)
+        reason = _merge_reason(wrapper, layer.module)
         if "forward" in vars(wrapper):
             reason = f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced its forward"
         else:
@@ -336,6 +337,16 @@ class _RunPatched:
         return gategrad_experts(self.module, *args, **kwargs)
 
 
+def _merge_reason(wrapper: ParamWrapper, module: nn.Module) -> str | None:
+    """Why PEFT has to merge a wrapper's adapters at this call: also if a forward on the way in is another library's."""
+    inner: Any = wrapper.base_layer
+    while isinstance(inner, ParamWrapper) and ("forward" not in vars(inner) or _is_apart(inner)):
+        inner = inner.base_layer
+    if isinstance(inner, ParamWrapper) or not reaches_class_forward(module):
+        return f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced a forward inside"
+    return adapter_reason(wrapper, module)
+
+
 class _KeepApart:
     """The forward of a patched wrapper: leaves the weight alone, and adds itself to the call's `adapted_by`.
 
@@ -353,7 +364,7 @@ class _KeepApart:
         patch = vars(module).get(_PATCH)
         is_active = patch is not None and patch.reason is None and _is_on(module, patch)
         if is_active and active_adapters(wrapper) and "adapter_names" not in kwargs:
-            reason = adapter_reason(wrapper, module)
+            reason = _merge_reason(wrapper, module)
             if reason is None:
                 adapted_by = (*kwargs.pop("adapted_by", ()), self)
                 return wrapper.base_layer(x, *args, **kwargs, adapted_by=adapted_by)

@@ -3,6 +3,7 @@
 The only reader of what Transformers' experts classes look like; its refusals are the one list of why stock code runs.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import unsupported
+from lightning_moe.experts import GRAPH_QUESTION, graph_question
 from lightning_moe.kernels import Activation, gelu_gated, gelu_tanh_gated, silu_gated
 from lightning_moe.lora import merge_reason, wrappers_around
 
@@ -32,6 +34,11 @@ _GATED: dict[type, Activation] = {
 }
 
 FLAGS = ("has_gate", "has_bias", "is_transposed")
+# The options of Transformers' decorator that this module reads, or need not: what one of them sets is understood.
+OPTIONS = {"experts_class", "experts_interface", "is_concatenated", "has_post_expert_norm", *FLAGS}
+# What a decorated forward reads on its way to a function of the registry.
+DISPATCHES_BY = ("config", "_experts_implementation", "get_interface")
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DOWN_BIAS = 'the down projection has a bias and down_bias="fallback" asks for stock code'
 
 
@@ -105,7 +112,7 @@ def _activation(module: Any) -> Activation:
         return module.act_fn
     own_gate = getattr(module._apply_gate, "__func__", None)  # the instance may have been given one of its own
     if own_gate is not None and own_gate is getattr(transformers_moe, "_default_apply_gate", None):
-        return _GATED.get(type(module.act_fn), module._apply_gate)
+        return _GATED.get(type(getattr(module, "act_fn", None)), module._apply_gate)
     return module._apply_gate
 
 
@@ -138,7 +145,8 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
     for name, module in modules.items():
         inside = name in found or any(ancestor in found for ancestor in _ancestors(name))
         if not inside and name not in holders and _looks_like_moe(name, module):
-            reason = f"{type(module).__name__} does not go through Transformers' experts registry"
+            lacks = ", ".join(flag for flag in (*FLAGS, "config") if not hasattr(module, flag))
+            reason = f"{type(module).__name__} does not go through Transformers' experts registry: it has no {lacks}"
             wrappers = tuple(wrappers_around(model, name))
             found[name] = MoELayer(name, module, reason, is_dispatched=False, wrappers=wrappers)
     return [found[name] for name in modules if name in found]
@@ -173,22 +181,52 @@ def _dispatch_refusal(module: Any) -> str | None:
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
     if stock_forward(module) is None:
         return "the class's forward does not carry its undecorated original (__wrapped__)"
-    registry = inspect.getclosurevars(type(module).forward).nonlocals.get("experts_interface")
+    forward = type(module).forward
+    registry = inspect.getclosurevars(forward).nonlocals.get("experts_interface")
+    if registry is None or (unread := [name for name in DISPATCHES_BY if name not in forward.__code__.co_names]):
+        names = "experts_interface" if registry is None else ", ".join(unread)
+        return f"the class's forward has no {names}, by which Transformers' registry was asked"
     if registry is not ALL_EXPERTS_FUNCTIONS:
         return "the class dispatches through a registry of its own, such as quantized experts"
-    if not hasattr(module.config, "_experts_implementation_internal"):
-        return "the config has no _experts_implementation_internal to dispatch by"
+    if not _is_steered(module.config):
+        return "the config's _experts_implementation does not follow _experts_implementation_internal"
+    if not hasattr(module, "num_experts"):
+        return "the module has no num_experts"
     return None
+
+
+def _is_steered(config: Any) -> bool:
+    """Whether a copy of the config can be made to name another experts function."""
+    if not hasattr(config, "_experts_implementation_internal"):
+        return False
+    other = copy.copy(config)
+    other._experts_implementation_internal = "another"
+    return getattr(other, "_experts_implementation", None) == "another"
+
+
+def conveniences_gone() -> Iterator[str]:
+    """Private names that are not there any more, and what that costs: time or memory, never a gradient."""
+    if not hasattr(transformers_moe, "_default_apply_gate"):
+        yield "Transformers has no _default_apply_gate any more: activations run without their kernels"
+    if graph_question() is None:
+        yield f"PyTorch has no {GRAPH_QUESTION} any more: backward takes memory of its own for one more gradient"
 
 
 def content_refusal(module: Any) -> str | None:
     """Why the operation may not run in a decorated module, judged by its parameters and submodules."""
+    activation = "_apply_gate" if module.has_gate else "act_fn"
+    if not hasattr(module, activation):
+        return f"the module has no {activation}, which says what stands between the projections"
+    options = inspect.signature(transformers_moe.use_experts_implementation).parameters
+    for name in sorted(options.keys() - OPTIONS):
+        if getattr(module, name, options[name].default) != options[name].default:
+            return f"the class sets {name}, an option that this version of lightning_moe does not know"
     contract = read_contract(module)
     names = {f"{stem}{suffix}" for stem in (contract.up_name, "down_proj") for suffix in ("", "_bias")}
     extra = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in names]
     if extra:
         return f"the activation trains parameters of its own: {', '.join(extra)}"
-    if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules()):
+    if any(isinstance(child, DROPOUTS) for child in module.modules()):
         return "dropout inside the experts would differ when the activation is recomputed"
     if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(
         getattr(module, "down_proj", None), Tensor
@@ -251,15 +289,12 @@ def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: 
     hidden, width, intermediate = up.shape[in_axis], up.shape[out_axis], down.shape[in_axis]
     size = down.element_size()
 
-    storages: dict[int, int] = {}
+    storages: set[torch.UntypedStorage] = set()
 
     def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
+        storages.add(tensor.untyped_storage())
         return tensor
 
-    alive: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
         contract.activation(torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True))
     routing = 2 * torch.long.itemsize + size
@@ -267,7 +302,7 @@ def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: 
     trained_rows = (up.requires_grad or adapts_up) * hidden + (down.requires_grad or adapts_down) * intermediate
     kept = 0 if recompute_up else width
     return TapeEstimate(
-        stock_per_row=sum(storages.values()) + (hidden + trained_rows) * size + routing,
+        stock_per_row=sum(storage.nbytes() for storage in storages) + (hidden + trained_rows) * size + routing,
         kept_per_row=(kept + sum(ranks.values())) * size + routing,
         stock_merged=(adapts_up * up.numel() + adapts_down * down.numel()) * size,
     )

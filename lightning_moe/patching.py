@@ -34,6 +34,7 @@ from lightning_moe.discovery import (
     TapeEstimate,
     adapter_reason,
     content_refusal,
+    conveniences_gone,
     estimate_tape,
     find_moe_layers,
     read_contract,
@@ -42,7 +43,7 @@ from lightning_moe.discovery import (
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
-from lightning_moe.lora import LowRank, active_adapters, low_rank, merge
+from lightning_moe.lora import LowRank, active_adapters, low_rank, merge, peft_refusal
 
 IMPLEMENTATION = "gategrad"
 APART = "apart"
@@ -186,6 +187,8 @@ def patch_moe(
         ValueError: on an option out of range.
     """
     check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
+    for said in conveniences_gone():
+        warnings.warn(said, stacklevel=2)
     unpatch_moe(model)
     reports = []
     try:
@@ -285,14 +288,16 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
     ranks = {}
     for wrapper in layer.wrappers:
         reason = adapter_reason(wrapper, layer.module)
-        if "forward" in vars(wrapper):
+        if peft_refusal() is not None:
+            pass  # nothing that is read out of the wrapper can be relied on
+        elif "forward" in vars(wrapper):
             reason = f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced its forward"
         else:
             wrapper.forward = _KeepApart(wrapper)  # type: ignore[method-assign]
         if reason is not None:
             patch.merge_reasons.add(reason)
         elif adapters := active_adapters(wrapper):
-            ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
+            ranks[wrapper.parameter_name] = sum(low_rank(wrapper, adapter).rank for adapter in adapters)
     return ranks
 
 
@@ -386,7 +391,6 @@ def gategrad_experts(
         with _merged(module, updates):
             return _stock_experts(module, patch.config, hidden_states, top_k_index, gates)
 
-    contract = read_contract(module)
     updates: dict[str, list[LowRank]] = {}
     for wrapper in (forward.wrapper for forward in adapted_by):
         found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
@@ -395,8 +399,10 @@ def gategrad_experts(
     if not is_patched:
         reason = reason or content_refusal(module)
     if reason is None:
+        contract = read_contract(module)
         for name in (contract.up_name, "down_proj"):
-            if is_parametrized(module, name) and not any(f" on {name}" in said for said in patch.merge_reasons):
+            unsaid = peft_refusal() is None and not any(f" on {name}" in said for said in patch.merge_reasons)
+            if unsaid and is_parametrized(module, name):
                 _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
         reason = unsupported(weights.gate_up_proj, weights.down_proj)

@@ -237,20 +237,18 @@ def _write(tensors: dict[str, Tensor], description: Description, folder: Path, l
         tensors, config = _per_expert(tensors, config, description)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder")
-    if taken := [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]:
+    if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(folder / name)]:  # a link that leads nowhere too
         raise FileExistsError(f"{folder} holds {' and '.join(taken)} already: name another folder or move them")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
-    try:  # the names are given when all the bytes are there
-        save_file(_unshared(tensors), partial[WEIGHTS], {"format": "pt"})
-        partial[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True))
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+    # The names are given when all the bytes are there. They are written to a place that nobody could put a link in.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        try:
+            save_file(_unshared(tensors), Path(partial, WEIGHTS), {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
+        Path(partial, CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(partial, name), folder / name)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -289,7 +287,7 @@ def _per_expert(
         description.experts, "splitting experts", console=console, transient=True, disable=not console.is_terminal
     ):
         pair: list[Any] = [rest.pop(f"{PREFIX}{path}.lora_{side}.weight", None) for side in "AB"]
-        if any(half is None or half.shape[side] % num_experts for side, half in enumerate(pair)):
+        if any(half is None or half.dim() != 2 or half.shape[side] % num_experts for side, half in enumerate(pair)):
             raise ValueError(f"the adapter's matrices for the {num_experts} experts of {path} are not there")
         a, b = split_a(pair[0], num_experts), split_b(pair[1], num_experts)
         out.update(_split(path, names[parameter], a, b, renamings))

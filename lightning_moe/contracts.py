@@ -145,11 +145,11 @@ def _activation(module: Any, flags: Flags) -> Activation:
     """What stands between the projections: one that has kernels where the module computes just that."""
     if not flags.has_gate:
         return module.act_fn
-    if not hasattr(module, "_apply_gate"):
+    if is_registered(module) and not hasattr(module, "_apply_gate"):
         return _GATED.get(type(module.act_fn), functools.partial(_gated, module.act_fn))
     own_gate = getattr(module._apply_gate, "__func__", None)  # the instance may have been given one of its own
     if own_gate is not None and own_gate is getattr(transformers_moe, "_default_apply_gate", None):
-        return _GATED.get(type(module.act_fn), module._apply_gate)
+        return _GATED.get(type(getattr(module, "act_fn", None)), module._apply_gate)
     return module._apply_gate
 
 

@@ -3,6 +3,7 @@
 The only reader of what Transformers' experts classes look like; its refusals are the one list of why stock code runs.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -13,14 +14,28 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import unsupported
-from lightning_moe.contracts import is_decorated, is_registered, read_contract, read_flags, stock_forward
+from lightning_moe.contracts import (
+    FLAGS,
+    is_decorated,
+    is_registered,
+    read_contract,
+    read_flags,
+    stock_forward,
+)
+from lightning_moe.experts import GRAPH_QUESTION, graph_question
 from lightning_moe.lora import merge_reason, wrappers_around
 
 DownBias = Literal["exact", "fallback"]
 
+# The options of Transformers' decorator that this module reads, or need not: what one of them sets is understood.
+OPTIONS = {"experts_class", "experts_interface", "is_concatenated", "has_post_expert_norm", *FLAGS}
+# What a decorated forward reads on its way to a function of the registry.
+DISPATCHES_BY = ("config", "_experts_implementation", "get_interface")
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DOWN_BIAS = 'the down projection has a bias and down_bias="fallback" asks for stock code'
 
 # Transformers' classes outside its registry whose contract is another one.
@@ -116,33 +131,59 @@ def is_expert_parallel(module: Any) -> bool:
 
 def _dispatch_refusal(module: Any) -> str | None:
     """Why a decorated or registered module's calls would not reach the operation."""
-    if not (
-        reaches_class_forward(module) or is_expert_parallel(module)
-    ):  # there Transformers' own forward dispatches on
+    # Under expert parallelism Transformers' own forward goes on to the class's.
+    if not (reaches_class_forward(module) or is_expert_parallel(module)):
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
+    if not hasattr(module, "num_experts"):
+        return "the module has no num_experts"
     if is_registered(module):
         return None
     if stock_forward(module) is None:
         return "the class's forward does not carry its undecorated original (__wrapped__)"
-    registry = inspect.getclosurevars(type(module).forward).nonlocals.get("experts_interface")
+    forward = type(module).forward
+    registry = inspect.getclosurevars(forward).nonlocals.get("experts_interface")
+    if registry is None or (unread := [name for name in DISPATCHES_BY if name not in forward.__code__.co_names]):
+        names = "experts_interface" if registry is None else ", ".join(unread)
+        return f"the class's forward has no {names}, by which Transformers' registry was asked"
     if registry is not ALL_EXPERTS_FUNCTIONS:
         return "the class dispatches through a registry of its own, such as quantized experts"
-    if not hasattr(module.config, "_experts_implementation_internal"):
-        return "the config has no _experts_implementation_internal to dispatch by"
+    if not _is_steered(module.config):
+        return "the config's _experts_implementation does not follow _experts_implementation_internal"
     return None
+
+
+def _is_steered(config: Any) -> bool:
+    """Whether a copy of the config can be made to name another experts function."""
+    if not hasattr(config, "_experts_implementation_internal"):
+        return False
+    other = copy.copy(config)
+    other._experts_implementation_internal = "another"
+    return getattr(other, "_experts_implementation", None) == "another"
+
+
+def conveniences_gone() -> Iterator[str]:
+    """Private names that are not there any more, and what that costs: time or memory, never a gradient."""
+    if not hasattr(transformers_moe, "_default_apply_gate"):
+        yield "Transformers has no _default_apply_gate any more: activations run without their kernels"
+    if graph_question() is None:
+        yield f"PyTorch has no {GRAPH_QUESTION} any more: backward takes memory of its own for one more gradient"
 
 
 def content_refusal(module: Any) -> str | None:
     """Why the operation may not run in a decorated or registered module, judged by its parameters and submodules."""
     try:
-        contract, _ = read_contract(module), module.num_experts
+        contract = read_contract(module)
     except AttributeError as error:
         return str(error)
+    options = inspect.signature(transformers_moe.use_experts_implementation).parameters
+    for name in sorted(options.keys() - OPTIONS):
+        if getattr(module, name, options[name].default) != options[name].default:
+            return f"the class sets {name}, an option that this version of lightning_moe does not know"
     names = {f"{stem}{suffix}" for stem in (contract.up_name, "down_proj") for suffix in ("", "_bias")}
     extra = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in names]
     if extra:
         return f"the activation trains parameters of its own: {', '.join(extra)}"
-    if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules()):
+    if any(isinstance(child, DROPOUTS) for child in module.modules()):
         return "dropout inside the experts would differ when the activation is recomputed"
     if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(
         getattr(module, "down_proj", None), Tensor
@@ -155,9 +196,9 @@ def content_refusal(module: Any) -> str | None:
 def _outside(module: nn.Module) -> str:
     name = type(module).__name__
     why = _OTHER_CONTRACTS.get(name) if type(module).__module__.startswith("transformers.") else None
-    return f"{name} does not go through Transformers' experts registry: " + (
-        why or "lightning_moe.register_experts may take its experts"
-    )
+    lacks = ", ".join(flag for flag in (*FLAGS, "config") if not hasattr(module, flag))
+    why = why or f"it has no {lacks}; lightning_moe.register_experts may take its experts"
+    return f"{name} does not go through Transformers' experts registry: {why}"
 
 
 def adapter_reason(wrapper: ParamWrapper, module: Any) -> str | None:
@@ -213,15 +254,12 @@ def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: 
     hidden, width, intermediate = up.shape[in_axis], up.shape[out_axis], down.shape[in_axis]
     size = down.element_size()
 
-    storages: dict[int, int] = {}
+    storages: set[torch.UntypedStorage] = set()
 
     def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
+        storages.add(tensor.untyped_storage())
         return tensor
 
-    alive: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
         contract.activation(torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True))
     routing = 2 * torch.long.itemsize + size
@@ -230,7 +268,7 @@ def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: 
     kept = 0 if recompute_up else width
     experts = torch.long.itemsize if contract.has_bias else 0  # the bias's term asks for them by slot
     return TapeEstimate(
-        stock_per_row=sum(storages.values()) + (hidden + trained_rows) * size + routing,
+        stock_per_row=sum(storage.nbytes() for storage in storages) + (hidden + trained_rows) * size + routing,
         kept_per_row=(kept + sum(ranks.values())) * size + routing + experts,
         stock_merged=(adapts_up * up.numel() + adapts_down * down.numel()) * size,
     )

@@ -21,7 +21,7 @@ Exact for any gate: nothing is divided by it. Kept for backward: h (or x, to mak
 is linear at token level too, so it never touches a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -47,6 +47,9 @@ from lightning_moe.routing import Routing, sort_by_expert
 # The buffer of projected rows at "auto", bytes, and the fewest hidden features that it takes at a time.
 AUTO_CHUNK_BYTES = 512 * 2**20
 CHUNK_GRANULE = 256
+
+# PyTorch's private answer to whether a backward may run again.
+GRAPH_QUESTION = "torch._C._autograd._get_current_graph_task_keep_graph"
 
 
 @dataclass(frozen=True)
@@ -428,9 +431,17 @@ def _project_and_combine(
     return output
 
 
+def graph_question() -> Callable[[], bool] | None:
+    """What `GRAPH_QUESTION` names, or None where PyTorch has it no more."""
+    found: Any = torch
+    for name in GRAPH_QUESTION.split(".")[1:]:
+        found = getattr(found, name, None)
+    return found
+
+
 def _graph_is_kept() -> bool:
     """Whether this backward may run again (retain_graph), so that what it saved must not be overwritten."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    ask = graph_question()
     return ask is None or ask()
 
 

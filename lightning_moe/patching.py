@@ -27,7 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
-from lightning_moe.contracts import is_registered, read_contract, stock_forward
+from lightning_moe.contracts import is_registered, read_contract, read_flags, stock_forward
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
@@ -35,6 +35,7 @@ from lightning_moe.discovery import (
     TapeEstimate,
     adapter_reason,
     content_refusal,
+    conveniences_gone,
     estimate_tape,
     find_moe_layers,
     is_expert_parallel,
@@ -43,7 +44,7 @@ from lightning_moe.discovery import (
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
-from lightning_moe.lora import LowRank, active_adapters, low_rank, merge
+from lightning_moe.lora import LowRank, active_adapters, low_rank, merge, peft_refusal
 
 IMPLEMENTATION = "gategrad"
 APART = "apart"
@@ -188,6 +189,8 @@ def patch_moe(
         ValueError: on an option out of range.
     """
     check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
+    for said in conveniences_gone():
+        warnings.warn(said, stacklevel=2)
     unpatch_moe(model)
     reports = []
     try:
@@ -314,14 +317,16 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
     ranks = {}
     for wrapper in layer.wrappers:
         reason = _merge_reason(wrapper, layer.module)
-        if "forward" in vars(wrapper):
+        if peft_refusal() is not None:
+            pass  # nothing that is read out of the wrapper can be relied on
+        elif "forward" in vars(wrapper):
             reason = f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced its forward"
         else:
             wrapper.forward = _KeepApart(wrapper)  # type: ignore[method-assign]
         if reason is not None:
             patch.merge_reasons.add(reason)
         elif adapters := active_adapters(wrapper):
-            ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
+            ranks[wrapper.parameter_name] = sum(low_rank(wrapper, adapter).rank for adapter in adapters)
     return ranks
 
 
@@ -339,12 +344,14 @@ class _RunPatched:
 
 def _merge_reason(wrapper: ParamWrapper, module: nn.Module) -> str | None:
     """Why PEFT has to merge a wrapper's adapters at this call: also if a forward on the way in is another library's."""
+    if (reason := adapter_reason(wrapper, module)) is not None:
+        return reason
     inner: Any = wrapper.base_layer
     while isinstance(inner, ParamWrapper) and ("forward" not in vars(inner) or _is_apart(inner)):
         inner = inner.base_layer
     if isinstance(inner, ParamWrapper) or not reaches_class_forward(module):
         return f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced a forward inside"
-    return adapter_reason(wrapper, module)
+    return None
 
 
 class _KeepApart:
@@ -399,7 +406,7 @@ def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index:
 @contextmanager
 def _merged(module: Any, updates: Mapping[str, list[LowRank]]) -> Iterator[None]:
     """Has the module's parameters be the sums of weight and updates, for stock code to compute with."""
-    kept, is_transposed = {name: module._parameters[name] for name in updates}, read_contract(module).is_transposed
+    kept, is_transposed = {name: module._parameters[name] for name in updates}, read_flags(module).is_transposed
     try:
         for name, weight in kept.items():
             module._parameters[name] = merge(weight, updates[name], is_transposed=is_transposed)
@@ -440,7 +447,6 @@ def gategrad_experts(
         with _merged(module, updates):
             return _stock_experts(module, patch.config, hidden_states, top_k_index, gates)
 
-    contract = read_contract(module)
     updates: dict[str, list[LowRank]] = {}
     for wrapper in (forward.wrapper for forward in adapted_by):
         found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
@@ -449,8 +455,10 @@ def gategrad_experts(
     if not is_patched:
         reason = reason or content_refusal(module)
     if reason is None:
+        contract = read_contract(module)
         for name in (contract.up_name, "down_proj"):
-            if is_parametrized(module, name) and not any(f" on {name}" in said for said in patch.merge_reasons):
+            unsaid = peft_refusal() is None and not any(f" on {name}" in said for said in patch.merge_reasons)
+            if unsaid and is_parametrized(module, name):
                 _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
         reason = unsupported(weights.gate_up_proj, weights.down_proj)

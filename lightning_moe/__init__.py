@@ -3,13 +3,32 @@
 Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
 """
 
-from lightning_moe.adapters import export_adapter
-from lightning_moe.callback import MoEGateGradCallback
-from lightning_moe.experts import moe_experts
-from lightning_moe.lora import LowRank
-from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
-from lightning_moe.metrics import GateGradHealth
-from lightning_moe.patching import LayerReport, PatchReport, gategrad, patch_moe, unpatch_moe
+from importlib.metadata import PackageNotFoundError, requires, version
+
+try:
+    from lightning_moe.adapters import export_adapter
+    from lightning_moe.callback import MoEGateGradCallback
+    from lightning_moe.contracts import register_experts
+    from lightning_moe.experts import moe_experts
+    from lightning_moe.lora import LowRank
+    from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
+    from lightning_moe.metrics import GateGradHealth
+    from lightning_moe.patching import LayerReport, PatchReport, gategrad, patch_moe, unpatch_moe
+except (ImportError, AttributeError) as error:
+    try:
+        needs = [need for need in requires("lightning_moe") or () if "extra ==" not in need]
+    except PackageNotFoundError:  # a clone that is not installed
+        needs = ["what pyproject.toml lists"]
+    found = []
+    for name in ("torch", "transformers", "peft", "lightning"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    raise ImportError(
+        f"{error}. lightning_moe needs {', '.join(needs)} and finds {', '.join(found)}. Where these agree, one of "
+        "the packages is newer than this version of lightning_moe knows: take an older one, or a newer lightning_moe"
+    ) from error
 
 __all__ = [
     "GateGradHealth",
@@ -24,5 +43,6 @@ __all__ = [
     "measure_moe_tape",
     "moe_experts",
     "patch_moe",
+    "register_experts",
     "unpatch_moe",
 ]

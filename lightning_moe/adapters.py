@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from lightning_moe.lora import split_a, split_b
+from lightning_moe.lora import peft_refusal, split_a, split_b
 
 Layout = Literal["fused", "per_expert"]
 
@@ -77,10 +77,11 @@ class Description:
 def describe(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Describes each LoRA adapter of the PEFT model inside `model`, for a checkpoint with that state dict.
 
-    Empty where there is no such model or more than one, or where the state dict does not hold the model's own tensors.
+    Empty where there is no such model or more than one, where the state dict does not hold the model's own tensors, or
+    where PEFT's wrappers are not understood.
     """
     found = _peft_models(model)
-    if len(found) != 1:
+    if len(found) != 1 or peft_refusal():
         return {}
     keys = {_place(tensor): key for key, tensor in state_dict.items() if isinstance(tensor, Tensor)}
     described = {}
@@ -118,6 +119,8 @@ def export_adapter(
     if len(found) != 1:
         remedy = "put adapters on it with peft.get_peft_model" if not found else "pass the one that is meant"
         raise ValueError(f"{type(model).__name__} holds {len(found)} PEFT models and must hold one: {remedy}")
+    if layout == "per_expert" and (refusal := peft_refusal()):
+        raise ValueError(f"{refusal}; use layout='fused'")
     name = _choose(adapter, list(found[0].peft_config), "the model")
     if found[0].peft_config[name].peft_type != PeftType.LORA:
         raise ValueError(f"adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
@@ -210,7 +213,7 @@ def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Descri
     experts = [
         (_clean(name), module.parameter_name, module.num_experts)
         for name, module in base.named_modules()
-        if isinstance(module, ParamWrapper) and adapter in module.lora_A
+        if not peft_refusal() and isinstance(module, ParamWrapper) and adapter in module.lora_A
     ]
     with tempfile.TemporaryDirectory() as folder:
         model.peft_config[adapter].save_pretrained(folder)
@@ -234,20 +237,18 @@ def _write(tensors: dict[str, Tensor], description: Description, folder: Path, l
         tensors, config = _per_expert(tensors, config, description)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder")
-    if taken := [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]:
+    if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(folder / name)]:  # a link that leads nowhere too
         raise FileExistsError(f"{folder} holds {' and '.join(taken)} already: name another folder or move them")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
-    try:  # the names are given when all the bytes are there
-        save_file(_unshared(tensors), partial[WEIGHTS], {"format": "pt"})
-        partial[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True))
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+    # The names are given when all the bytes are there. They are written to a place that nobody could put a link in.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        try:
+            save_file(_unshared(tensors), Path(partial, WEIGHTS), {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
+        Path(partial, CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(partial, name), folder / name)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,11 +274,11 @@ def _per_expert(
         raise ValueError("the per_expert layout has one rank and one alpha, and the adapter has patterns of them")
     if unknown := adapted - names.keys():
         raise ValueError(f"the per_expert layout has no place for an adapter on {', '.join(sorted(unknown))}")
-    if description.model_type not in getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}):
+    table = getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", None)
+    if table is None or description.model_type not in table:
+        whose = "_MODEL_TO_CONVERSION_PATTERN any more" if table is None else f"table for {description.model_type!r}"
         warnings.warn(
-            f"PEFT has no table for {description.model_type!r} and would misread its per_expert layout: keep the "
-            "fused one for PEFT",
-            stacklevel=4,
+            f"PEFT has no {whose} and would misread its per_expert layout: keep the fused one for PEFT", stacklevel=4
         )
     rest = dict(tensors)
     out: dict[str, Tensor] = {}
@@ -286,7 +287,7 @@ def _per_expert(
         description.experts, "splitting experts", console=console, transient=True, disable=not console.is_terminal
     ):
         pair: list[Any] = [rest.pop(f"{PREFIX}{path}.lora_{side}.weight", None) for side in "AB"]
-        if any(half is None or half.shape[side] % num_experts for side, half in enumerate(pair)):
+        if any(half is None or half.dim() != 2 or half.shape[side] % num_experts for side, half in enumerate(pair)):
             raise ValueError(f"the adapter's matrices for the {num_experts} experts of {path} are not there")
         a, b = split_a(pair[0], num_experts), split_b(pair[1], num_experts)
         out.update(_split(path, names[parameter], a, b, renamings))
@@ -332,7 +333,13 @@ def _names_before_fusion(model_type: str) -> tuple[dict[str, list[str]], list[tu
     names: dict[str, list[str]] = {}
     renamings: list[tuple[str, str]] = []
     for entry in get_checkpoint_conversion_mapping(model_type) or ():
-        (target, *_), sources = entry.target_patterns, entry.source_patterns
+        targets, sources = (getattr(entry, name, None) for name in ("target_patterns", "source_patterns"))
+        if not targets or not sources:
+            raise ValueError(
+                "the per_expert layout is not known: the entries of Transformers' table of names have no "
+                "target_patterns and source_patterns any more; use layout='fused'"
+            )
+        target = targets[0]
         if isinstance(entry, WeightRenaming) and target.strip(".").isidentifier():
             renamings.append((sources[0], target))
         elif isinstance(entry, WeightConverter) and all(".*." in source for source in sources):

@@ -4,10 +4,12 @@ Hooks only: what is patched is patching's business, what is counted is health's.
 """
 
 import os
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -112,6 +114,7 @@ class MoEGateGradCallback(Callback):
         self.report: PatchReport | None = None
         self.expert_load: dict[str, Tensor] = {}
         self._touched: list[nn.Module] = []
+        self._strategy: Strategy | None = None
         self._metric = GateGradHealth()
         self._micro_batches = 0
         self._step_before_batch = 0
@@ -135,7 +138,7 @@ class MoEGateGradCallback(Callback):
                 "MoEGateGradCallback is among the Trainer's callbacks more than once: leave one"
             )
         stand_first(trainer, self)
-        self._attach(pl_module)
+        self._attach(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Patches what was built since `setup`; complains if there is nothing."""
@@ -215,15 +218,27 @@ class MoEGateGradCallback(Callback):
         """Puts the model back."""
         self._detach(pl_module)
 
-    def _attach(self, pl_module: LightningModule) -> None:
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach(pl_module)
+        # A learning rate finder that fails does not give the Trainer its callbacks back: only the strategy is told.
+        self._strategy = trainer.strategy
+        self._strategy.on_exception = partial(self._on_strategy_exception, pl_module)  # type: ignore[method-assign]
         self.report = patch_moe(
             pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens, recompute_up=self.recompute_up
         )
         self._touched = touched_modules(pl_module)
 
+    def _on_strategy_exception(self, pl_module: LightningModule, exception: BaseException) -> None:
+        strategy = self._strategy
+        assert strategy is not None
+        self._detach(pl_module)
+        strategy.on_exception(exception)
+
     def _detach(self, pl_module: LightningModule) -> None:
         self._adapters = None
+        if self._strategy is not None:
+            del self._strategy.on_exception
+            self._strategy = None
         if self.report is not None:
             for module in (pl_module, *self._touched):  # the module may have let go of one meanwhile
                 unpatch_moe(module)
@@ -233,7 +248,7 @@ class MoEGateGradCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
             return
-        self._attach(pl_module)
+        self._attach(trainer, pl_module)
         assert self.report is not None
         self._metric.to(pl_module.device)
         self._metric.reset()

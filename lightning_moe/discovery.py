@@ -3,36 +3,53 @@
 The only reader of what Transformers' experts classes look like; its refusals are the one list of why stock code runs.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import unsupported
-from lightning_moe.kernels import Activation, gelu_gated, gelu_tanh_gated, silu_gated
+from lightning_moe.contracts import (
+    FLAGS,
+    is_decorated,
+    is_registered,
+    read_contract,
+    read_flags,
+    stock_forward,
+)
+from lightning_moe.experts import GRAPH_QUESTION, graph_question
 from lightning_moe.lora import merge_reason, wrappers_around
 
 DownBias = Literal["exact", "fallback"]
 
-# Transformers' activations that, gated by its default `_apply_gate`, have kernels.
-_GATED: dict[type, Activation] = {
-    nn.SiLU: silu_gated,
-    SiLUActivation: silu_gated,
-    GELUActivation: gelu_gated,
-    GELUTanh: gelu_tanh_gated,
-}
-
-FLAGS = ("has_gate", "has_bias", "is_transposed")
+# The options of Transformers' decorator that this module reads, or need not: what one of them sets is understood.
+OPTIONS = {"experts_class", "experts_interface", "is_concatenated", "has_post_expert_norm", *FLAGS}
+# What a decorated forward reads on its way to a function of the registry.
+DISPATCHES_BY = ("config", "_experts_implementation", "get_interface")
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DOWN_BIAS = 'the down projection has a bias and down_bias="fallback" asks for stock code'
+
+# Transformers' classes outside its registry whose contract is another one.
+_OTHER_CONTRACTS = {
+    "DbrxExperts": "its experts' weights are joined into two-dimensional ones",
+    "DogeCDMoE": "its experts are rows of embeddings",
+    "JetMoeMoA": "its experts project queries for attention",
+    "JetMoeMoE": "its rows reach it sorted by its router, and it adds a bias of its own",
+    "Llama4TextExperts": "the gate multiplies the experts' input",
+    "LongcatFlashMoE": "some of its experts pass their input on as it is",
+    "NllbMoeExperts": "its experts are modules of their own, with dropout after the gate",
+    "SwitchTransformersExperts": "its experts are modules of their own, with dropout inside",
+    "VitPoseNaiveMoe": "its experts are chosen by the input's kind, without gates",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,8 @@ class MoELayer:
         name: its path in the model, as `get_submodule` takes it.
         module: the experts module itself, wrappers taken off.
         reason: why the operation may not run in it, or None if it may.
-        is_dispatched: whether the module's calls go through Transformers' registry, so that it can be patched at all.
+        is_dispatched: whether the module's calls go through Transformers' registry, or its class was registered with
+            `register_experts`, so that it can be patched at all.
         wrappers: PEFT's, around the module for the parameters that it adapts, the innermost first.
     """
 
@@ -54,69 +72,14 @@ class MoELayer:
     wrappers: tuple[ParamWrapper, ...] = ()
 
 
-@dataclass(frozen=True)
-class ExpertsContract:
-    """How a decorated experts class stores its weights and what it computes between them.
-
-    Attributes:
-        up_name: the name of the first projection's parameter.
-        is_transposed: weights are (E, in, out).
-        has_bias: `<name>_bias` exists for both projections.
-        activation: (R, N) to (R, I).
-    """
-
-    up_name: str
-    is_transposed: bool
-    has_bias: bool
-    activation: Activation
-
-    def weights(self, module: Any) -> "ExpertWeights":
-        """The tensors of one call. Reads each attribute once: a parametrized one is computed at every reading."""
-        return ExpertWeights(
-            gate_up_proj=getattr(module, self.up_name),
-            down_proj=module.down_proj,
-            gate_up_proj_bias=getattr(module, f"{self.up_name}_bias") if self.has_bias else None,
-            down_proj_bias=module.down_proj_bias if self.has_bias else None,
-        )
-
-
-class ExpertWeights(NamedTuple):
-    """An experts module's tensors, named and shaped as `moe_experts` takes them."""
-
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    gate_up_proj_bias: Tensor | None
-    down_proj_bias: Tensor | None
-
-
-def read_contract(module: Any) -> ExpertsContract:
-    """Reads the flags that Transformers' decorator left on an experts module."""
-    return ExpertsContract(
-        up_name="gate_up_proj" if module.has_gate else "up_proj",
-        is_transposed=module.is_transposed,
-        has_bias=module.has_bias,
-        activation=_activation(module),
-    )
-
-
-def _activation(module: Any) -> Activation:
-    """What stands between the projections: one that has kernels where the module computes just that."""
-    if not module.has_gate:
-        return module.act_fn
-    own_gate = getattr(module._apply_gate, "__func__", None)  # the instance may have been given one of its own
-    if own_gate is not None and own_gate is getattr(transformers_moe, "_default_apply_gate", None):
-        return _GATED.get(type(module.act_fn), module._apply_gate)
-    return module._apply_gate
-
-
-def is_decorated(module: nn.Module) -> bool:
-    """Whether Transformers' registry can dispatch this module's forward."""
-    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "config")
-
-
-def stock_forward(module: nn.Module) -> Any:
-    """The class's own forward, before Transformers' decorator, or None where there is none."""
-    return getattr(type(module).forward, "__wrapped__", None)
+def reaches_class_forward(module: nn.Module) -> bool:
+    """Whether a call comes to the class's forward or our own, through accelerate's hook if it has put one on."""
+    forward = vars(module).get("forward")
+    if hasattr(module, "_hf_hook"):
+        forward = getattr(forward, "__wrapped__", forward)
+    if forward is None or getattr(forward, "dispatches_on", False):
+        return True
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[MoELayer]:
@@ -129,7 +92,7 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
     found: dict[str, MoELayer] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if is_decorated(module):
+        if is_decorated(module) or is_registered(module):
             elsewhere = _dispatch_refusal(module)
             reason = elsewhere or refusal(module, down_bias=down_bias) or content_refusal(module)
             wrappers = tuple(wrappers_around(model, name))
@@ -138,29 +101,28 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
     for name, module in modules.items():
         inside = name in found or any(ancestor in found for ancestor in _ancestors(name))
         if not inside and name not in holders and _looks_like_moe(name, module):
-            reason = f"{type(module).__name__} does not go through Transformers' experts registry"
+            reason = _outside(module)
             wrappers = tuple(wrappers_around(model, name))
             found[name] = MoELayer(name, module, reason, is_dispatched=False, wrappers=wrappers)
     return [found[name] for name in modules if name in found]
 
 
 def refusal(module: Any, *, down_bias: DownBias) -> str | None:
-    """Why the operation may not run in a decorated module, judged by its flags alone; None if it may.
+    """Why the operation may not run in a decorated or registered module, judged by its flags alone; None if it may.
 
     Cheap enough to be asked at every call: no parameter is read.
     """
     reasons = (
         (getattr(module, "has_post_expert_norm", False), "a norm stands between the down projection and the gate"),
-        (_is_expert_parallel(module), "the experts are spread over devices (expert parallel)"),
-        (module.has_bias and down_bias == "fallback", DOWN_BIAS),
+        (down_bias == "fallback" and read_flags(module).has_bias, DOWN_BIAS),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
 
-def _is_expert_parallel(module: Any) -> bool:
-    """Whether the module holds only some of its layer's experts, so that foreign ids reach it."""
-    if hasattr(module, "_is_expert_parallel"):
-        return module._is_expert_parallel
+def is_expert_parallel(module: Any) -> bool:
+    """Whether a module holds only some of its layer's experts, so that foreign ids reach it."""
+    if hasattr(module, "_is_expert_parallel") or is_registered(module):
+        return getattr(module, "_is_expert_parallel", False)
     # Transformers 5.17 sets no flag: there the module counts its own experts, the config all of them.
     counts = (getattr(module.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     num_experts = next((count for count in counts if isinstance(count, int)), None)
@@ -168,27 +130,60 @@ def _is_expert_parallel(module: Any) -> bool:
 
 
 def _dispatch_refusal(module: Any) -> str | None:
-    """Why a decorated module's calls would not reach a function registered with Transformers."""
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    """Why a decorated or registered module's calls would not reach the operation."""
+    # Under expert parallelism Transformers' own forward goes on to the class's.
+    if not (reaches_class_forward(module) or is_expert_parallel(module)):
         return "another library replaced the module's forward (with Liger, apply it with swiglu=False)"
+    if not hasattr(module, "num_experts"):
+        return "the module has no num_experts"
+    if is_registered(module):
+        return None
     if stock_forward(module) is None:
         return "the class's forward does not carry its undecorated original (__wrapped__)"
-    registry = inspect.getclosurevars(type(module).forward).nonlocals.get("experts_interface")
+    forward = type(module).forward
+    registry = inspect.getclosurevars(forward).nonlocals.get("experts_interface")
+    if registry is None or (unread := [name for name in DISPATCHES_BY if name not in forward.__code__.co_names]):
+        names = "experts_interface" if registry is None else ", ".join(unread)
+        return f"the class's forward has no {names}, by which Transformers' registry was asked"
     if registry is not ALL_EXPERTS_FUNCTIONS:
         return "the class dispatches through a registry of its own, such as quantized experts"
-    if not hasattr(module.config, "_experts_implementation_internal"):
-        return "the config has no _experts_implementation_internal to dispatch by"
+    if not _is_steered(module.config):
+        return "the config's _experts_implementation does not follow _experts_implementation_internal"
     return None
 
 
+def _is_steered(config: Any) -> bool:
+    """Whether a copy of the config can be made to name another experts function."""
+    if not hasattr(config, "_experts_implementation_internal"):
+        return False
+    other = copy.copy(config)
+    other._experts_implementation_internal = "another"
+    return getattr(other, "_experts_implementation", None) == "another"
+
+
+def conveniences_gone() -> Iterator[str]:
+    """Private names that are not there any more, and what that costs: time or memory, never a gradient."""
+    if not hasattr(transformers_moe, "_default_apply_gate"):
+        yield "Transformers has no _default_apply_gate any more: activations run without their kernels"
+    if graph_question() is None:
+        yield f"PyTorch has no {GRAPH_QUESTION} any more: backward takes memory of its own for one more gradient"
+
+
 def content_refusal(module: Any) -> str | None:
-    """Why the operation may not run in a decorated module, judged by its parameters and submodules."""
-    contract = read_contract(module)
+    """Why the operation may not run in a decorated or registered module, judged by its parameters and submodules."""
+    try:
+        contract = read_contract(module)
+    except AttributeError as error:
+        return str(error)
+    options = inspect.signature(transformers_moe.use_experts_implementation).parameters
+    for name in sorted(options.keys() - OPTIONS):
+        if getattr(module, name, options[name].default) != options[name].default:
+            return f"the class sets {name}, an option that this version of lightning_moe does not know"
     names = {f"{stem}{suffix}" for stem in (contract.up_name, "down_proj") for suffix in ("", "_bias")}
     extra = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in names]
     if extra:
         return f"the activation trains parameters of its own: {', '.join(extra)}"
-    if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules()):
+    if any(isinstance(child, DROPOUTS) for child in module.modules()):
         return "dropout inside the experts would differ when the activation is recomputed"
     if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(
         getattr(module, "down_proj", None), Tensor
@@ -196,6 +191,14 @@ def content_refusal(module: Any) -> str | None:
         return f"{contract.up_name} or down_proj is not a tensor"
     weights = contract.weights(module)
     return unsupported(weights.gate_up_proj, weights.down_proj)
+
+
+def _outside(module: nn.Module) -> str:
+    name = type(module).__name__
+    why = _OTHER_CONTRACTS.get(name) if type(module).__module__.startswith("transformers.") else None
+    lacks = ", ".join(flag for flag in (*FLAGS, "config") if not hasattr(module, flag))
+    why = why or f"it has no {lacks}; lightning_moe.register_experts may take its experts"
+    return f"{name} does not go through Transformers' experts registry: {why}"
 
 
 def adapter_reason(wrapper: ParamWrapper, module: Any) -> str | None:
@@ -213,9 +216,9 @@ def _looks_like_moe(name: str, module: nn.Module) -> bool:
     """Whether a module's name or class says that it routes tokens to experts."""
     if isinstance(module, ParamWrapper):  # what it wraps will do
         return False
-    return (
-        name.replace(".base_layer", "").rpartition(".")[2] == "experts"
-        or re.search(r"(Experts|MoE)$", type(module).__name__) is not None
+    classes = (ancestor.__name__ for ancestor in type(module).__mro__)
+    return name.replace(".base_layer", "").rpartition(".")[2] == "experts" or any(
+        re.search(r"(?<!Shared)(Experts|MoE)$", own) for own in classes
     )
 
 
@@ -251,23 +254,21 @@ def estimate_tape(module: nn.Module, ranks: Mapping[str, int], *, recompute_up: 
     hidden, width, intermediate = up.shape[in_axis], up.shape[out_axis], down.shape[in_axis]
     size = down.element_size()
 
-    storages: dict[int, int] = {}
+    storages: set[torch.UntypedStorage] = set()
 
     def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
+        storages.add(tensor.untyped_storage())
         return tensor
 
-    alive: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
         contract.activation(torch.zeros(1, width, dtype=down.dtype, device=down.device, requires_grad=True))
     routing = 2 * torch.long.itemsize + size
     adapts_up, adapts_down = contract.up_name in ranks, "down_proj" in ranks
     trained_rows = (up.requires_grad or adapts_up) * hidden + (down.requires_grad or adapts_down) * intermediate
     kept = 0 if recompute_up else width
+    experts = torch.long.itemsize if contract.has_bias else 0  # the bias's term asks for them by slot
     return TapeEstimate(
-        stock_per_row=sum(storages.values()) + (hidden + trained_rows) * size + routing,
-        kept_per_row=(kept + sum(ranks.values())) * size + routing,
+        stock_per_row=sum(storage.nbytes() for storage in storages) + (hidden + trained_rows) * size + routing,
+        kept_per_row=(kept + sum(ranks.values())) * size + routing + experts,
         stock_merged=(adapts_up * up.numel() + adapts_down * down.numel()) * size,
     )

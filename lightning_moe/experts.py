@@ -18,10 +18,10 @@ Low-rank updates of the weights stay apart: with x A1ᵀ, a A2ᵀ and G B2, all 
 
 Exact for any gate: nothing is divided by it. Kept for backward: h (or x, to make h again), the routing, the gates, the
 (S, r) products, and x at token level where W1 or A1 wants a gradient. Not kept: gathered x, a, y, g·y. The down bias
-is linear at token level too, as the dense (T, E) gates times b2, so it never touches a row.
+is linear at token level too, so it never touches a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -48,6 +48,9 @@ from lightning_moe.routing import Routing, sort_by_expert
 AUTO_CHUNK_BYTES = 512 * 2**20
 CHUNK_GRANULE = 256
 
+# PyTorch's private answer to whether a backward may run again.
+GRAPH_QUESTION = "torch._C._autograd._get_current_graph_task_keep_graph"
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -59,6 +62,7 @@ class _Plan:
         intermediate: I, what the down projection takes.
         chunk_columns: hidden features of the projected rows in flight at once.
         recomputes_h: whether backward projects x again instead of keeping h.
+        is_expert_parallel: whether ids of E and above name other processes' experts.
         records: whether autograd will want a backward.
         up_scalings: of the updates of W1; their factors come as a, b, a, b, ... after the other tensors,
         down_scalings: and those of W2's after them.
@@ -69,6 +73,7 @@ class _Plan:
     intermediate: int
     chunk_columns: int
     recomputes_h: bool
+    is_expert_parallel: bool
     records: bool
     up_scalings: tuple[float, ...]
     down_scalings: tuple[float, ...]
@@ -155,7 +160,7 @@ class _Up(torch.autograd.Function):
         *factors: Tensor,
     ) -> tuple[Tensor, _Work]:
         dtype, in_first = down_weight.dtype, plan.in_first
-        routing = sort_by_expert(top_k_index, down_weight.shape[0])
+        routing = sort_by_expert(top_k_index, down_weight.shape[0], is_expert_parallel=plan.is_expert_parallel)
         x = hidden_states.to(dtype).contiguous()
         tiles = product_tiles(x, routing.offsets, routing.num_rows)
         up_updates, down_updates = plan.updates(factors)
@@ -225,8 +230,8 @@ class _Down(torch.autograd.Function):
             )
             del a, small
             if work.down_bias is not None:
-                dense_gates = _dense(work.gates, work.top_k_index, work.down_bias.shape[0])
-                output = output.addmm_(dense_gates, work.down_bias.to(torch.float32)).to(work.out_dtype)
+                _add_biases(output, work.gates, work.top_k_index, work.down_bias, plan)
+                output = output.to(work.out_dtype)
         return output
 
     @staticmethod
@@ -275,7 +280,9 @@ class _Projection:
         """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
         if self.a is None:
             return None
-        return grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
+        small = grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
+        routing.clear_foreign(small)
+        return small
 
     def project(
         self,
@@ -290,9 +297,11 @@ class _Projection:
         """(S, out), or some columns of it; `small` is what `reduce` made of the rows."""
         low_rank = None if self.b is None or small is None else (small, self.b[..., columns])
         tokens = routing.tokens if gather else None
-        return grouped_linear(
+        out = grouped_linear(
             rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank
         )
+        routing.clear_foreign(out)
+        return out
 
 
 def _needs_factors(ctx: Any, num_up_updates: int) -> tuple[bool, bool, bool, bool]:
@@ -309,6 +318,7 @@ def _pre_activation(
     h = up.project(x, small, routing, tiles, gather=True)
     if bias is not None:
         h += bias[routing.expert_of_row()]
+        routing.clear_foreign(h)
     return h, small
 
 
@@ -317,7 +327,7 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
     hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *saved = saved
     permutation, inverse, offsets, tiles, h, up_small, down_small, *factors = saved
     tokens = permutation // ctx.top_k
-    routing = Routing(permutation, inverse, tokens, offsets, ctx.top_k)
+    routing = Routing(permutation, inverse, tokens, offsets, ctx.top_k, ctx.plan.is_expert_parallel)
     needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
     plan, dtype, in_first = ctx.plan, down_weight.dtype, ctx.plan.in_first
     up_updates, down_updates = plan.updates(factors)
@@ -354,7 +364,7 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
 
         gate_column = row_gates.unsqueeze(-1)
         rows_grad, rows_tokens = grad, tokens
-        if gates_the_gradient and (needs_down or needs_down_b):
+        if gates_the_gradient and (needs_down or needs_down_b or needs_down_bias):
             rows_grad, rows_tokens = (grad[tokens] * gate_column).to(dtype), None
         if needs_down:
             rows = rows_grad if rows_tokens is None else rows_grad[tokens]
@@ -366,10 +376,13 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
         if needs_down_b:
             gated = down_small if gates_the_gradient else (down_small * gate_column).to(dtype)
             grad_down_b = grouped_outer(rows_grad, gated, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
+        if needs_down_bias:
+            factor = torch.ones_like(gate_column) if gates_the_gradient else gate_column
+            grad_down_bias = grouped_sum(rows_grad, factor, offsets, tokens=rows_tokens).to(down_bias.dtype)
         del a, rows_grad
 
         if needs_up_bias:
-            grad_up_bias = grouped_sum(grad_h, offsets).to(up_bias.dtype)
+            grad_up_bias = grouped_sum(grad_h, torch.ones_like(gate_column), offsets).to(up_bias.dtype)
         if needs_up:
             grad_up = _grad_weight(x[tokens], grad_h, offsets, in_first=in_first)
         if needs_up_b:
@@ -382,13 +395,8 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
             grad_x = _project_and_combine(
                 grad_h, up.mT, up_grad_small, routing, tiles, None, plan.chunk_columns, ctx.hidden_dtype
             )
-        if down_bias is not None:
-            grad = grad_output.to(torch.float32)
-            if grad_gates is not None:
-                grad_gates += (grad @ down_bias.to(torch.float32).t()).gather(1, top_k_index)
-            if needs_down_bias:
-                dense_gates = _dense(gates, top_k_index, down_bias.shape[0])
-                grad_down_bias = (dense_gates.t() @ grad).to(down_bias.dtype)
+        if down_bias is not None and grad_gates is not None:
+            grad_gates += _bias_products(grad_output, top_k_index, down_bias, plan)
 
     grad_gates = grad_gates.to(gates.dtype) if grad_gates is not None else None
     grad_factors = chain(
@@ -423,9 +431,17 @@ def _project_and_combine(
     return output
 
 
+def graph_question() -> Callable[[], bool] | None:
+    """What `GRAPH_QUESTION` names, or None where PyTorch has it no more."""
+    found: Any = torch
+    for name in GRAPH_QUESTION.split(".")[1:]:
+        found = getattr(found, name, None)
+    return found
+
+
 def _graph_is_kept() -> bool:
     """Whether this backward may run again (retain_graph), so that what it saved must not be overwritten."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    ask = graph_question()
     return ask is None or ask()
 
 
@@ -434,10 +450,23 @@ def _grad_weight(inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, *, in_fi
     return grouped_outer(left, right, offsets)
 
 
-def _dense(gates: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
-    """The gates as a dense float32 (T, E) matrix; an expert that a token names twice gets both gates."""
-    dense = gates.new_zeros(gates.shape[0], num_experts, dtype=torch.float32)
-    return dense.scatter_add_(1, top_k_index, gates.to(torch.float32))
+def _add_biases(output: Tensor, gates: Tensor, top_k_index: Tensor, bias: Tensor, plan: _Plan) -> None:
+    """Adds Σ_k g · b2 to a float32 (T, H), slot by slot: no rows, and no token meets another expert's bias."""
+    bias = _with_foreign(bias.to(torch.float32), plan)
+    for slot, experts in enumerate(top_k_index.clamp(max=bias.shape[0] - 1).unbind(1)):
+        output.addcmul_(bias[experts], gates[:, slot, None].to(torch.float32))
+
+
+def _bias_products(grad_output: Tensor, top_k_index: Tensor, bias: Tensor, plan: _Plan) -> Tensor:
+    """<b2, G> of every (token, slot) pair, (T, K) float32."""
+    bias = _with_foreign(bias.to(torch.float32), plan)
+    products = grad_output.to(torch.float32) @ bias.t()
+    return products.gather(1, top_k_index.clamp(max=bias.shape[0] - 1))
+
+
+def _with_foreign(bias: Tensor, plan: _Plan) -> Tensor:
+    """The biases (E, H), with zeros for other processes' experts after the last."""
+    return torch.cat([bias, bias.new_zeros(1, bias.shape[1])]) if plan.is_expert_parallel else bias
 
 
 def moe_experts(
@@ -455,6 +484,7 @@ def moe_experts(
     down_updates: Sequence[LowRank] = (),
     chunk_tokens: ChunkTokens = "auto",
     recompute_up: bool = False,
+    is_expert_parallel: bool = False,
 ) -> Tensor:
     """Applies each token's experts and sums their outputs, weighted by the gates.
 
@@ -481,6 +511,8 @@ def moe_experts(
         recompute_up: keep `hidden_states` for backward and project them a second time there, rather than keep the
             projection, (S, N). Results are the same bits. Not worth it under activation checkpointing, which projects
             a second time anyway.
+        is_expert_parallel: the weights are some of the layer's experts, and ids of E and above name others', on other
+            processes: such a slot adds nothing to the output and its gate gets a gradient of zero.
 
     Returns:
         (T, H), the dtype of `hidden_states`.
@@ -494,7 +526,7 @@ def moe_experts(
     check_chunk_tokens(chunk_tokens)
     if problem := shape_problem(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias,
-        gate_up_updates, down_updates, is_transposed=is_transposed,
+        gate_up_updates, down_updates, is_transposed=is_transposed, is_expert_parallel=is_expert_parallel,
     ):  # fmt: skip
         raise ValueError(f"moe_experts: {problem}")
     if problem := unsupported(gate_up_proj, down_proj):
@@ -513,6 +545,7 @@ def moe_experts(
         intermediate=down_proj.shape[1 if is_transposed else 2],
         chunk_columns=chunk_columns,
         recomputes_h=recompute_up,
+        is_expert_parallel=is_expert_parallel,
         records=records,
         up_scalings=tuple(update.scaling for update in gate_up_updates),
         down_scalings=tuple(update.scaling for update in down_updates),

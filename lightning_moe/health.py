@@ -21,7 +21,7 @@ class HealthCounts:
     """What one or more layers counted since they were last drained; integers unless said otherwise.
 
     Attributes:
-        gates: gates seen in a backward.
+        gates: gates of the layer's own experts, seen in a backward.
         nonpositive_gates: of these, zero or below.
         zero_gates: of these, exactly zero.
         nonfinite_gate_grads: gate gradients that are NaN or infinite.
@@ -115,9 +115,10 @@ class LayerHealth:
             counts.fallback_layers += not active
             counts.bias_fallback_layers += bias_fallback
             counts.tape_bytes_saved += tape_bytes_saved
-            counts.gates += values.numel()
-            counts.nonpositive_gates = counts.nonpositive_gates + (values <= 0).sum()
-            counts.zero_gates = counts.zero_gates + values.numel() - torch.count_nonzero(values)
+            own = top_k_index < num_experts
+            counts.gates = counts.gates + own.sum()
+            counts.nonpositive_gates = counts.nonpositive_gates + ((values <= 0) & own).sum()
+            counts.zero_gates = counts.zero_gates + ((values == 0) & own).sum()
             rows = _count_rows(top_k_index, num_experts)
             counts.expert_rows = (rows + counts.expert_rows[0] if counts.expert_rows else rows,)
 

@@ -129,10 +129,18 @@ def _row_chunks(num_rows: int, offsets: Tensor) -> Iterator[tuple[slice, Tensor]
         yield slice(start, start + size), (offsets - start).clamp(0, size).to(torch.int32)
 
 
-def grouped_sum(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each expert's rows, in a fixed order: (R, N) to (E, N)."""
-    ones = rows.new_ones(rows.shape[0], 16 // rows.element_size())  # the narrowest operand that grouped_mm takes
-    return grouped_outer(rows, ones, offsets)[..., 0]
+def grouped_sum(rows: Tensor, factors: Tensor, offsets: Tensor, *, tokens: Tensor | None = None) -> Tensor:
+    """Sum of each expert's rows, times a factor each, in a fixed order: (E, N) float32.
+
+    Args:
+        rows: (R, N), sorted by expert; or (T, N) where `tokens` says which of them each row is.
+        factors: (R, 1).
+        offsets: (E,) int32, the end of each expert's rows.
+        tokens: (R,) integer.
+    """
+    width = 16 // rows.element_size()  # the narrowest operand that grouped_mm takes
+    wide = factors.to(rows.dtype).repeat(1, width)
+    return grouped_outer(rows, wide, offsets, left_tokens=tokens, out_dtype=torch.float32)[..., 0]
 
 
 def activate(activation: Activation, pre_activation: Tensor) -> Tensor:

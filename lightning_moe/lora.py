@@ -7,9 +7,12 @@ factors in two matrices: `lora_A.weight` (r·E, in), expert by expert, and `lora
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
+import peft
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -129,6 +132,12 @@ def merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | Non
         module: the experts module inside.
         weights: the names of the two projections' parameters.
     """
+    if refusal := peft_refusal():
+        return f"PEFT merges them: {refusal}"
+    return _own_merge_reason(wrapper, module, weights)
+
+
+def _own_merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | None:
     name = wrapper.parameter_name
     if name not in weights:
         return f"PEFT merges the adapter on {name}: only {' and '.join(weights)} have a low-rank form"
@@ -142,3 +151,44 @@ def merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | Non
         if not (type(wrapper.lora_A[adapter]) is type(wrapper.lora_B[adapter]) is nn.Linear):
             return f"PEFT merges the adapter on {name}: the factors of {adapter!r} are not plain linear layers"
     return None
+
+
+class _Weight(nn.Module):
+    """Stands for an experts module; its forward says which weight it computes with."""
+
+    def __init__(self, *, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.weight = nn.Parameter(torch.zeros(2, 3, 5, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight
+
+
+@cache
+def peft_refusal() -> str | None:
+    """Why the factors cannot be read out of this version of PEFT; None if they can. Tried once, on small wrappers.
+
+    PEFT's wrappers are not its public interface: their names, and how they lay out their factors, have changed before.
+    """
+    refusal = f"the adapters on experts cannot be read out of PEFT {peft.__version__}: "
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            for is_transposed in (False, True):
+                if not _is_read_right(_Weight(is_transposed=is_transposed)):
+                    return refusal + "lora_A and lora_B make another update than PEFT's own"
+    except Exception as error:  # whatever it is, they cannot be read
+        return refusal + str(error)
+    return None
+
+
+def _is_read_right(module: _Weight) -> bool:
+    """Whether everything that is read out of PEFT's wrapper around the module gives the weight that PEFT gives it."""
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"], init_lora_weights=False)
+    holder: Any = inject_adapter_in_model(config, nn.ModuleDict({"experts": module}))
+    wrapper = holder["experts"]
+    updates = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
+    merged = merge(module.weight, updates, is_transposed=module.is_transposed)
+    if wrapper.base_layer is not wrapper.get_base_layer() or _own_merge_reason(wrapper, module, ["weight"]):
+        return False
+    return bool(merged.any()) and torch.allclose(ParamWrapper.forward(wrapper, merged), merged)

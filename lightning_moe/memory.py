@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -92,19 +93,19 @@ def _kept_by(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """Bytes and shapes of what a call of `module` keeps for backward."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    parameters = {parameter.untyped_storage() for parameter in module.parameters()}
     kept: list[Tensor] = []
 
     def record(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in parameters:
+        if tensor.untyped_storage() not in parameters:
             kept.append(tensor)
         return tensor
 
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices), saved_tensors_hooks(record, lambda tensor: tensor):
         module.forward(*_detached(args), **_detached(kwargs))  # without the hooks that others put on the module
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
-    return sum(storages.values()), tuple(tuple(tensor.shape) for tensor in kept)
+    storages = {tensor.untyped_storage() for tensor in kept}
+    return sum(storage.nbytes() for storage in storages), tuple(tuple(tensor.shape) for tensor in kept)
 
 
 def _detached(values: Any) -> Any:
@@ -130,7 +131,12 @@ def logs_now(trainer: Trainer, pl_module: LightningModule, step_before_batch: in
     optimizes by hand is given.
     """
     stepped = trainer.global_step != step_before_batch or not pl_module.automatic_optimization
-    return stepped and trainer._logger_connector.should_update_logs
+    connector: Any = getattr(trainer, "_logger_connector", None)
+    if hasattr(connector, "should_update_logs"):
+        return stepped and connector.should_update_logs
+    rank_zero_warn("Lightning has no _logger_connector.should_update_logs any more: log steps are counted here")
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return stepped and every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
 
 
 class MemoryMonitor(Callback):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_moe.discovery import find_moe_layers
-from lightning_moe.lora import split_a, split_b
+from lightning_moe.lora import peft_refusal, split_a, split_b
 
 # Integers as wide as a factor's elements, to compare bits by.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -157,6 +157,8 @@ class AdapterWatch:
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    if peft_refusal():
+        return
     for layer in find_moe_layers(model):
         for wrapper in layer.wrappers:
             for adapter in wrapper.lora_A:

@@ -27,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
+from lightning_moe.contracts import is_registered, read_contract, read_flags, stock_forward
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
@@ -34,15 +35,16 @@ from lightning_moe.discovery import (
     TapeEstimate,
     adapter_reason,
     content_refusal,
+    conveniences_gone,
     estimate_tape,
     find_moe_layers,
-    read_contract,
+    is_expert_parallel,
+    reaches_class_forward,
     refusal,
-    stock_forward,
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
-from lightning_moe.lora import LowRank, active_adapters, low_rank, merge
+from lightning_moe.lora import LowRank, active_adapters, low_rank, merge, peft_refusal
 
 IMPLEMENTATION = "gategrad"
 APART = "apart"
@@ -54,7 +56,8 @@ class LayerPatch:
     """What a patched module carries.
 
     Attributes:
-        config: the module's own config, to be put back; what stock code is, is read from it at every call.
+        config: the module's own config, to be put back; what stock code is, is read from it at every call. None for a
+            class registered with `register_experts`, whose stock code is its own forward.
         reason: why stock code runs, or None.
         down_bias: see `patch_moe`.
         chunk_tokens: see `moe_experts`.
@@ -186,13 +189,15 @@ def patch_moe(
         ValueError: on an option out of range.
     """
     check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
+    for said in conveniences_gone():
+        warnings.warn(said, stacklevel=2)
     unpatch_moe(model)
     reports = []
     try:
         for layer in find_moe_layers(model, down_bias=down_bias):
             class_name = type(layer.module).__name__
             if layer.reason is None:
-                patch = LayerPatch(layer.module.config, None, down_bias, chunk_tokens, recompute_up)
+                patch = LayerPatch(_own_config(layer.module), None, down_bias, chunk_tokens, recompute_up)
                 _attach(layer.module, patch)
                 ranks = _attach_wrappers(layer, patch)
                 adapters = "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
@@ -202,7 +207,7 @@ def patch_moe(
                 reports.append(LayerReport(layer.name, class_name, "active", "", before, after, adapters, merged))
             else:
                 if layer.is_dispatched:
-                    _attach(layer.module, LayerPatch(layer.module.config, layer.reason, down_bias))
+                    _attach(layer.module, LayerPatch(_own_config(layer.module), layer.reason, down_bias))
                 adapters = "PEFT merges them, as the layer runs stock code" if layer.wrappers else ""
                 reports.append(LayerReport(layer.name, class_name, "fallback", layer.reason, adapters=adapters))
     except BaseException:
@@ -215,7 +220,7 @@ def unpatch_moe(model: nn.Module) -> None:
     """Puts back what `patch_moe` changed. Does nothing to a model that is not patched."""
     for module in touched_modules(model):
         if _PATCH in vars(module):
-            module.config = vars(module).pop(_PATCH).config  # type: ignore[assignment]
+            _switch_off(module, vars(module).pop(_PATCH))
         else:
             del module.forward
 
@@ -239,13 +244,15 @@ def gategrad(
 @contextmanager
 def stock_code(module: Any) -> Iterator[None]:
     """Has one experts module run what it would without its patch, if it carries one, inside the block."""
-    config = module.config
-    if _PATCH in vars(module):
-        module.config = layer_patch(module).config
+    patch = vars(module).get(_PATCH)
+    was_on = patch is not None and _is_on(module, patch)
+    if was_on:
+        _switch_off(module, patch)
     try:
         yield
     finally:
-        module.config = config
+        if was_on:
+            _switch_on(module, patch)
 
 
 def check_options(*, down_bias: DownBias, chunk_tokens: ChunkTokens) -> None:
@@ -272,8 +279,33 @@ def layer_patch(module: nn.Module) -> LayerPatch:
 
 def _attach(module: Any, patch: LayerPatch) -> None:
     setattr(module, _PATCH, patch)
-    module.config = copy.copy(patch.config)
-    module.config._experts_implementation_internal = IMPLEMENTATION
+    _switch_on(module, patch)
+
+
+def _own_config(module: Any) -> Any:
+    return None if is_registered(module) else module.config
+
+
+def _switch_on(module: Any, patch: LayerPatch) -> None:
+    """Has the module's calls reach `gategrad_experts`."""
+    if patch.config is None:
+        module.forward = _RunPatched(module)
+    else:
+        module.config = copy.copy(patch.config)
+        module.config._experts_implementation_internal = IMPLEMENTATION
+
+
+def _switch_off(module: Any, patch: LayerPatch) -> None:
+    if patch.config is not None:
+        module.config = patch.config
+    elif isinstance(vars(module).get("forward"), _RunPatched):  # and not another library's, put on since
+        del module.forward
+
+
+def _is_on(module: Any, patch: LayerPatch) -> bool:
+    if patch.config is not None:
+        return module.config is not patch.config
+    return isinstance(vars(module).get("forward"), _RunPatched)
 
 
 def _is_apart(module: nn.Module) -> bool:
@@ -284,16 +316,42 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
     """Patches PEFT's wrappers around a layer and notes why some merge; the others' active ranks, by parameter."""
     ranks = {}
     for wrapper in layer.wrappers:
-        reason = adapter_reason(wrapper, layer.module)
-        if "forward" in vars(wrapper):
+        reason = _merge_reason(wrapper, layer.module)
+        if peft_refusal() is not None:
+            pass  # nothing that is read out of the wrapper can be relied on
+        elif "forward" in vars(wrapper):
             reason = f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced its forward"
         else:
             wrapper.forward = _KeepApart(wrapper)  # type: ignore[method-assign]
         if reason is not None:
             patch.merge_reasons.add(reason)
         elif adapters := active_adapters(wrapper):
-            ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
+            ranks[wrapper.parameter_name] = sum(low_rank(wrapper, adapter).rank for adapter in adapters)
     return ranks
+
+
+class _RunPatched:
+    """The forward of a patched module of a registered class. An object, and not a module, as `_KeepApart` is."""
+
+    dispatches_on = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return gategrad_experts(self.module, *args, **kwargs)
+
+
+def _merge_reason(wrapper: ParamWrapper, module: nn.Module) -> str | None:
+    """Why PEFT has to merge a wrapper's adapters at this call: also if a forward on the way in is another library's."""
+    if (reason := adapter_reason(wrapper, module)) is not None:
+        return reason
+    inner: Any = wrapper.base_layer
+    while isinstance(inner, ParamWrapper) and ("forward" not in vars(inner) or _is_apart(inner)):
+        inner = inner.base_layer
+    if isinstance(inner, ParamWrapper) or not reaches_class_forward(module):
+        return f"PEFT merges the adapter on {wrapper.parameter_name}: another library replaced a forward inside"
+    return None
 
 
 class _KeepApart:
@@ -311,9 +369,9 @@ class _KeepApart:
         wrapper = self.wrapper
         module: Any = wrapper.get_base_layer()
         patch = vars(module).get(_PATCH)
-        is_active = patch is not None and patch.reason is None and module.config is not patch.config
+        is_active = patch is not None and patch.reason is None and _is_on(module, patch)
         if is_active and active_adapters(wrapper) and "adapter_names" not in kwargs:
-            reason = adapter_reason(wrapper, module)
+            reason = _merge_reason(wrapper, module)
             if reason is None:
                 adapted_by = (*kwargs.pop("adapted_by", ()), self)
                 return wrapper.base_layer(x, *args, **kwargs, adapted_by=adapted_by)
@@ -336,6 +394,8 @@ def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
 
 def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
     """What the module would run if it had never been patched."""
+    if config is None:
+        return type(module).forward(module, hidden_states, top_k_index, gates)
     name = config._experts_implementation
     if name == IMPLEMENTATION:  # asked for by name, without patch_moe: Transformers' own default stands behind it
         name = "grouped_mm"
@@ -346,10 +406,10 @@ def _stock_experts(module: Any, config: Any, hidden_states: Tensor, top_k_index:
 @contextmanager
 def _merged(module: Any, updates: Mapping[str, list[LowRank]]) -> Iterator[None]:
     """Has the module's parameters be the sums of weight and updates, for stock code to compute with."""
-    kept = {name: module._parameters[name] for name in updates}
+    kept, is_transposed = {name: module._parameters[name] for name in updates}, read_flags(module).is_transposed
     try:
         for name, weight in kept.items():
-            module._parameters[name] = merge(weight, updates[name], is_transposed=module.is_transposed)
+            module._parameters[name] = merge(weight, updates[name], is_transposed=is_transposed)
         yield
     finally:
         module._parameters.update(kept)
@@ -369,7 +429,8 @@ def gategrad_experts(
     models break their graph here.
 
     Args:
-        module: a decorated experts module, patched or only named `gategrad` in its config.
+        module: a decorated experts module, patched or only named `gategrad` in its config; or a patched one of a
+            registered class.
         hidden_states: (T, H).
         top_k_index: (T, K) integer.
         top_k_weights: (T, K) floating.
@@ -386,7 +447,6 @@ def gategrad_experts(
         with _merged(module, updates):
             return _stock_experts(module, patch.config, hidden_states, top_k_index, gates)
 
-    contract = read_contract(module)
     updates: dict[str, list[LowRank]] = {}
     for wrapper in (forward.wrapper for forward in adapted_by):
         found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
@@ -395,8 +455,10 @@ def gategrad_experts(
     if not is_patched:
         reason = reason or content_refusal(module)
     if reason is None:
+        contract = read_contract(module)
         for name in (contract.up_name, "down_proj"):
-            if is_parametrized(module, name) and not any(f" on {name}" in said for said in patch.merge_reasons):
+            unsaid = peft_refusal() is None and not any(f" on {name}" in said for said in patch.merge_reasons)
+            if unsaid and is_parametrized(module, name):
                 _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
         reason = unsupported(weights.gate_up_proj, weights.down_proj)
@@ -421,6 +483,7 @@ def gategrad_experts(
         down_updates=updates.get("down_proj", ()),
         chunk_tokens=patch.chunk_tokens,
         recompute_up=patch.recompute_up,
+        is_expert_parallel=is_expert_parallel(module),
     )
     merged = {contract.up_name: weights.gate_up_proj, "down_proj": weights.down_proj}
     saved = (patch.tape.stock_per_row - patch.tape.kept_per_row) * top_k_index.numel()

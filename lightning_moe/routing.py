@@ -20,6 +20,7 @@ class Routing:
         tokens: (S,) int64, the token of each sorted row.
         offsets: (E,) int32, the end of each expert's rows.
         top_k: number of slots per token.
+        is_expert_parallel: whether rows of other processes' experts may stand at the end, past the last offset.
     """
 
     permutation: Tensor
@@ -27,6 +28,7 @@ class Routing:
     tokens: Tensor
     offsets: Tensor
     top_k: int
+    is_expert_parallel: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -34,23 +36,36 @@ class Routing:
         return self.permutation.shape[0]
 
     def expert_of_row(self) -> Tensor:
-        """The expert of each sorted row, (S,) int64."""
-        rows = torch.arange(self.num_rows, dtype=self.offsets.dtype, device=self.offsets.device)
-        return torch.searchsorted(self.offsets, rows, right=True)
+        """The expert of each sorted row, (S,) int64; the last one for rows of other processes' experts."""
+        expert = torch.searchsorted(self.offsets, self._rows(), right=True)
+        return expert.clamp_(max=self.offsets.shape[0] - 1) if self.is_expert_parallel else expert
+
+    def clear_foreign(self, values: Tensor) -> None:
+        """Zeroes the rows of other processes' experts in (S, N): grouped products leave them unwritten."""
+        if self.is_expert_parallel:
+            values.masked_fill_((self._rows() >= self.offsets[-1]).unsqueeze(-1), 0)
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self.num_rows, dtype=self.offsets.dtype, device=self.offsets.device)
 
 
-def sort_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:
+def sort_by_expert(top_k_index: Tensor, num_experts: int, *, is_expert_parallel: bool = False) -> Routing:
     """Sorts the (token, slot) pairs by expert, keeping the order of tokens within an expert.
 
     Args:
         top_k_index: (T, K) integer, the experts of each token, each in [0, num_experts).
         num_experts: E.
+        is_expert_parallel: allows ids of `num_experts` and above; they come last.
     """
+    keys = top_k_index.reshape(-1)
+    if is_expert_parallel:
+        keys = keys.clamp(max=num_experts)
     # Narrow keys make a radix sort short.
-    keys = top_k_index.reshape(-1).to(torch.uint8 if num_experts <= 256 else torch.int32)
+    keys = keys.to(torch.uint8 if num_experts + is_expert_parallel <= 256 else torch.int32)
     experts, permutation = torch.sort(keys, stable=True)
     rows = torch.arange(permutation.shape[0], device=permutation.device)
     inverse = torch.empty_like(permutation).scatter_(0, permutation, rows)
     every_expert = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
     offsets = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
-    return Routing(permutation, inverse, permutation // top_k_index.shape[1], offsets, top_k_index.shape[1])
+    top_k = top_k_index.shape[1]
+    return Routing(permutation, inverse, permutation // top_k, offsets, top_k, is_expert_parallel)

@@ -55,6 +55,8 @@ def check_weights(name: str) -> None:
     if folder.is_dir():
         index = folder / "model.safetensors.index.json"
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        if other := sorted(file for file in files if not file.endswith(".safetensors")):
+            raise ValueError(f"{index} names {other[0]}: only safetensors are read, whose loading runs no code")
         missing = sorted(file for file in files if not (folder / file).is_file() or not (folder / file).stat().st_size)
         if missing:
             listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -115,7 +117,7 @@ def build(
         register()
     if name is not None:
         return Qwen3MoeForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map={"": device}, attn_implementation=attention
+            name, dtype=dtype, device_map={"": device}, attn_implementation=attention, use_safetensors=True
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(init_seed)

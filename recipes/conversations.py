@@ -60,8 +60,13 @@ def read_records(source: str, split: str) -> list[tuple[str, Any]]:
     except ImportError as error:
         raise ValueError(
             f"data.source {source!r} is not a .jsonl file, and to load it as a dataset the package is missing: "
-            "pip install datasets"
+            'pip install "datasets>=4"'
         ) from error
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise ValueError(
+            f"data.source {source!r}: datasets {datasets.__version__} may run a dataset's own code: "
+            'pip install "datasets>=4"'
+        )
     try:
         rows = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -119,7 +119,9 @@ class InstructionData(LightningDataModule):
         self.seed = seed
         self.validation_every = validation_every
         self.tokenizer: PreTrainedTokenizerBase = (
-            ByT5Tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+            ByT5Tokenizer()
+            if tokenizer is None
+            else AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)  # None would ask on the terminal
         )
         template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
         self._encoder = Encoder(self.tokenizer, template, assistant_only_loss)

@@ -154,6 +154,12 @@ class CarefulCheckpointIO(TorchCheckpointIO):
                 "were: make room, and go on from the last one with --ckpt_path"
             ) from error
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As Lightning's, but no code in the file runs unless `--weights_only false` asks for it, wherever it lies."""
+        return super().load_checkpoint(path, map_location, weights_only is not False)
+
 
 class OutOfMemoryAdvice(Callback):
     """Where memory runs out, says how much there was and which settings to change, the cheapest first."""

@@ -1,8 +1,15 @@
-"""Has Triton interpret its kernels where there is no GPU; it must know before it is first imported."""
+"""What must be set before the tests: Triton's interpreter, threads, and how long hypothesis looks."""
 
 import os
 
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # known before Triton is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers have the cores
+
+settings.register_profile("few", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.register_profile("soak", max_examples=3_000, deadline=None, print_blob=True)
+settings.load_profile("few")

@@ -22,7 +22,7 @@ from models import (
 )
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import JambaConfig, JambaForCausalLM
 
@@ -453,3 +453,80 @@ def test_a_model_without_an_adapter_and_an_unknown_layout(tmp_path):
     with pytest.raises(ValueError, match="layout must be 'fused' or 'per_expert', not 'flat'"):
         export_adapter(with_expert_lora(qwen3()), tmp_path, "flat")
     assert describe(qwen3(), {}) == {}
+
+
+# What is not to be trusted
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+HOSTILE_NAMES = ["../../outside", "/outside", "..", ".", "a/b", "", "CON", "outside\0", "C:outside"]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_an_adapters_name_is_no_path(checkpoint, tmp_path, name):
+    def rename(content):
+        content[CHECKPOINT_KEY] = {name: entry(content)}
+
+    path = changed(checkpoint, tmp_path, rename)
+    export_checkpoint(path, tmp_path / "x" / "y" / "adapter", "per_expert")
+    at = "x/y/adapter"
+    assert files_in(tmp_path) == ["changed.ckpt", "x", "x/y", at, f"{at}/{CONFIG}", f"{at}/{WEIGHTS}"]
+
+
+def test_names_that_differ_by_case_are_two_adapters(checkpoint, tmp_path):
+    def double(content):
+        content[CHECKPOINT_KEY]["DEFAULT"] = entry(content) | {"config": '{"r": 1}'}
+
+    path = changed(checkpoint, tmp_path, double)
+    export_checkpoint(path, tmp_path / "lower", adapter="default")
+    export_checkpoint(path, tmp_path / "upper", adapter="DEFAULT")
+    assert json.loads((tmp_path / "lower" / CONFIG).read_text())["r"] == 4
+    assert json.loads((tmp_path / "upper" / CONFIG).read_text())["r"] == 1
+    with pytest.raises(ValueError, match="name one of them, not 'Default'"):
+        export_checkpoint(path, tmp_path / "mixed", adapter="Default")
+
+
+@pytest.mark.parametrize("leads_somewhere", [True, False])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_link_in_an_adapters_place_is_not_followed(tmp_path, name, leads_somewhere):
+    outside, folder = tmp_path / "outside", tmp_path / "adapter"
+    folder.mkdir()
+    if leads_somewhere:
+        outside.write_text("mine")
+    (folder / name).symlink_to(outside)
+    with pytest.raises(FileExistsError, match=f"holds {name} already"):
+        export_adapter(with_attention_lora(qwen3()), folder)
+    assert outside.read_text() == "mine" if leads_somewhere else not outside.exists()
+    assert files_in(folder) == [name]
+
+
+def test_no_link_can_lie_where_the_files_are_written(tmp_path, monkeypatch):
+    folder, outside = tmp_path / "adapter", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    for name in (WEIGHTS, CONFIG):  # where they were written once
+        (folder / f".{name}.partial").symlink_to(outside / name)
+    places = []
+
+    def save(tensors, path, metadata):
+        places.append((path.parent.parent, path.parent.stat().st_mode & 0o777, list(path.parent.iterdir())))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("lightning_moe.adapters.save_file", save)
+    export_adapter(with_attention_lora(qwen3()), folder)
+    assert places == [(folder, 0o700, [])]
+    assert not any(outside.iterdir())
+    assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in (WEIGHTS, CONFIG))
+
+
+def test_a_vector_in_a_matrixs_place_is_refused(checkpoint, tmp_path):
+    def flatten(content):
+        key = next(key for key in content["state_dict"] if "layers.1.mlp.experts.lora_B" in key)
+        content["state_dict"][key] = content["state_dict"][key].flatten()
+
+    with pytest.raises(ValueError, match="matrices for the 8 experts .* are not there"):
+        export_checkpoint(changed(checkpoint, tmp_path, flatten), tmp_path / "adapter", "per_expert")
+    assert not (tmp_path / "adapter").exists()

@@ -1,6 +1,7 @@
 """Tests of the base model's loading: what is refused before minutes are spent, and what comes onto the device."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -118,3 +119,25 @@ def test_attention_is_described_with_its_kernel():
     assert base_model.describe_attention(built) in ("documents (flash)", "documents (math)")
     eager = base_model.build(None, qwen3_config(), torch.float32, CPU, "eager", 0)
     assert base_model.describe_attention(eager) == "eager"
+
+
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_weights_that_could_hold_code_are_refused(folder, tmp_path):
+    torch.save({"lm_head.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"weight_map": dict.fromkeys(content["weight_map"], "pytorch_model.bin")}))
+    with pytest.raises(ValueError, match="names pytorch_model.bin: only safetensors are read"):
+        base_model.check_weights(str(folder))
+    for file in (index, *folder.glob("*.safetensors")):
+        file.unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        base_model.build(str(folder), base_model.read_config(str(folder), {}), torch.float32, CPU, "sdpa", 0)
+    assert not (tmp_path / "ran").exists()

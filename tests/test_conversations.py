@@ -204,8 +204,10 @@ def datasets(monkeypatch):
             raise DatasetsError("no such dataset")
         return [{"prompt": "a", "completion": "b", "messages": None}, {"prompt": "a"}]
 
-    package = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError))
+    exceptions = SimpleNamespace(DatasetsError=DatasetsError)
+    package = SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions, __version__="4.8.5")
     monkeypatch.setitem(sys.modules, "datasets", package)
+    return package
 
 
 def test_a_dataset_is_read_and_its_bad_rows_are_named(datasets, tokenizer):
@@ -219,5 +221,27 @@ def test_a_dataset_is_read_and_its_bad_rows_are_named(datasets, tokenizer):
 
 def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match='pip install "datasets>=4"'):
         read_records("some/name", "train")
+
+
+def test_a_version_of_datasets_that_runs_a_datasets_own_code_is_refused(datasets):
+    datasets.__version__ = "3.6.0"
+    with pytest.raises(ValueError, match="datasets 3.6.0 may run a dataset's own code: pip install"):
+        read_records("known", "test")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{{{ cycler.__init__.__globals__['os'].mkdir('{path}') }}}}",
+        "{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}",
+        "{{{{ messages.append(1) }}}}",
+        "{{% generation %}}{{{{ cycler.__init__.__globals__['os'].mkdir('{path}') }}}}{{% endgeneration %}}",
+    ],
+)
+def test_a_chat_template_runs_no_code(template, tokenizer, tmp_path):
+    encoder = Encoder(tokenizer, template.format(path=tmp_path / "ran"))
+    with pytest.raises(ValueError, match="the chat template does not render it: .*(unsafe|undefined|not safely)"):
+        encoder.encode({"messages": CHAT})
+    assert not (tmp_path / "ran").exists()

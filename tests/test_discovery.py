@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_moe import measure_moe_tape, patch_moe
-from lightning_moe.discovery import estimate_tape, find_moe_layers, read_contract
+from lightning_moe.contracts import read_contract
+from lightning_moe.discovery import estimate_tape, find_moe_layers
 from lightning_moe.kernels import gelu_gated, gelu_tanh_gated, silu_gated
 
 

@@ -6,8 +6,6 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import (
     CORRUPTIONS,
     DIFFERENTIABLE,
@@ -813,41 +811,3 @@ def test_a_bad_shape_or_value_raises_a_value_error_that_names_it(changes, messag
 def test_bad_weights_raise_a_type_error_that_names_them(changes, message):
     with pytest.raises(TypeError, match=message):
         moe_experts(**arguments(**changes))
-
-
-# Any shape, any layout, any set of trainable tensors
-
-
-@st.composite
-def problems(draw):
-    sizes = {
-        "num_tokens": draw(st.integers(0, 6)),
-        "top_k": draw(st.integers(1, 4)),
-        "num_experts": draw(st.integers(1, 5)),
-        "hidden_size": 4 * draw(st.integers(1, 5)),
-        "intermediate_size": 4 * draw(st.integers(1, 5)),
-    }
-    layout, gates = draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from(GATE_KINDS))
-    index = torch.randint(
-        sizes["num_experts"], (sizes["num_tokens"], sizes["top_k"]), generator=torch.Generator().manual_seed(0)
-    )
-    wants = draw(st.sets(st.sampled_from((*DIFFERENTIABLE, *FACTORS))))
-    ranks = st.lists(st.integers(1, 9), max_size=2)
-    options = {"gate_up_ranks": draw(ranks), "down_ranks": draw(ranks), "seed": draw(st.integers(0, 99))}
-    return problem_with_index_of_any_size(index, layout, gates=gates, requires_grad=wants, **sizes, **options)
-
-
-def problem_with_index_of_any_size(index, layout, *, top_k, num_experts, **options):
-    """`make_problem` draws no expert twice; here a token may have more slots than there are experts."""
-    slots = min(top_k, num_experts)
-    problem = make_problem(layout, top_k=slots, num_experts=num_experts, **options)
-    gates = problem.tensors["top_k_weights"].repeat(1, top_k)[:, :top_k]
-    return replace(problem.with_tensors(top_k_weights=gates), top_k_index=index)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(problem=problems(), chunk_tokens=st.sampled_from(["auto", 1, 2]), recompute_up=st.booleans())
-def test_any_problem_equals_the_loop(problem, chunk_tokens, recompute_up):
-    # A result of few terms may cancel, so that more of its digits are rounding.
-    results = run(problem, chunk_tokens=chunk_tokens, recompute_up=recompute_up)
-    assert_agrees(results, run_loop(problem), tolerance=2e-5)

@@ -238,7 +238,6 @@ def test_named_in_transformers_without_a_patch(build):
     ("change", "reason"),
     [
         (lambda experts: setattr(experts, "has_post_expert_norm", True), "norm"),
-        (lambda experts: setattr(experts, "_is_expert_parallel", True), "expert parallel"),
         (lambda experts: experts.double(), "float64"),
         (lambda experts: experts.add_module("drop", nn.Dropout(0.5)), "dropout"),
         (lambda experts: experts.register_parameter("slope", nn.Parameter(torch.ones(1))), "slope"),
@@ -271,13 +270,13 @@ def test_down_bias_fallback_is_stock_code_bit_for_bit():
 
 def test_a_reason_that_turns_up_later_is_named():
     model = qwen3(num_hidden_layers=1)
-    stock = gradients(model)
     patch_moe(model)
-    experts_modules(model)[0]._is_expert_parallel = True
-    with pytest.warns(UserWarning, match="runs stock code after all: the experts are spread"):
+    with_norm(experts_modules(model)[0])
+    with pytest.warns(UserWarning, match="runs stock code after all: a norm stands"):
         ours = gradients(model)
-    assert agree(ours, stock)
-    gradients(model)  # named once
+    assert all(torch.equal(g, ours[name]) for name, g in gradients(model).items())  # named once
+    unpatch_moe(model)
+    assert all(torch.equal(g, ours[name]) for name, g in gradients(model).items())
 
 
 def test_a_replaced_forward_is_reported_and_kept():
@@ -455,15 +454,10 @@ def in_a_registry_of_its_own(experts):
     experts.__class__ = use_experts_implementation(own, experts_interface=ExpertsInterface())
 
 
-def expert_parallel(experts):
-    experts._is_expert_parallel = True
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (with_norm, "a norm stands between"),
-        (expert_parallel, "expert parallel"),
         (with_dropout, "dropout"),
         (with_trained_activation, "act_fn.weight"),
         (with_forward_of_its_own, "replaced the module's forward"),
@@ -505,7 +499,6 @@ def test_a_family_outside_the_registry_is_reported_and_kept():
     ("change", "reason"),
     [
         (with_norm, "a norm stands between"),
-        (expert_parallel, "expert parallel"),
         (with_dropout, "dropout"),
         (with_trained_activation, "act_fn"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -336,3 +337,34 @@ def test_large_configuration_builds_on_the_meta_device():
     assert not any("mlp" in name for name, p in network.named_parameters() if p.requires_grad)
     report = patch_moe(network)
     assert (len(report.active), len(report.fallback)) == (48, 0)
+
+
+def evil(folder):
+    """What makes a folder where it is unpickled."""
+    return type("Evil", (), {"__reduce__": lambda self: (os.mkdir, (str(folder),))})()
+
+
+def test_a_hostile_checkpoint_is_refused(tmp_path):
+    content = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "callbacks": evil(tmp_path / "ran")}
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        fit(tmp_path, f"--ckpt_path={tmp_path / 'evil.ckpt'}", steps=1)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_is_data(tmp_path, capsys):
+    (tmp_path / "evil.yaml").write_text(f"seed_everything: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "evil.yaml")])
+    assert "python/object/apply:os.mkdir" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizers_own_code_does_not_run(tmp_path):
+    code = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Evil: pass\n"
+    (tmp_path / "evil.py").write_text(code)
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="contains custom code"):
+        InstructionData(tokenizer=str(tmp_path))
+    assert not (tmp_path / "ran").exists()

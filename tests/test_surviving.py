@@ -5,6 +5,7 @@ That a resumed run has the losses of one that was not interrupted is in test_qwe
 
 import errno
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import surviving
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -242,3 +244,32 @@ def test_out_of_memory_prints_the_peak_and_the_advice(error):
 def test_other_errors_get_no_advice(recwarn):
     OutOfMemoryAdvice().on_exception(*situation(), RuntimeError("something else"))
     assert not recwarn.list
+
+
+class Evil:
+    """A pickle that makes a folder where it is loaded without care."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_no_code_in_a_checkpoint_runs(tmp_path, monkeypatch):
+    torch.save({"state_dict": {}, "loops": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what others load is theirs
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        CarefulCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "ran").exists()
+    CarefulCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_nor_in_one_on_the_web(monkeypatch):
+    """Of which Lightning runs the code unless it is told not to."""
+    asked = []
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *arguments: asked.append(arguments[2]))
+    for weights_only in (None, True, False):
+        CarefulCheckpointIO().load_checkpoint("https://localhost/evil.ckpt", weights_only=weights_only)
+    assert asked == [True, True, False]

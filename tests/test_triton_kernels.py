@@ -1,9 +1,11 @@
 """Each Triton kernel against its plain PyTorch reference: on a GPU if there is one, else interpreted on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import relative_error
+from reference import make_problem, relative_error, run, run_loop, run_stock
 
 from lightning_moe import kernels
 from lightning_moe.kernels import FUSED_ACTIVATIONS
@@ -180,3 +182,58 @@ def test_combine(dtype, weighted, num_tokens, top_k, columns):
 def test_plain_silu_is_the_reference_of_the_fused_one():
     h = normal(3, 16)
     assert torch.equal(plain("activate")(kernels.silu_gated, h), F.silu(h[:, :8]) * h[:, 8:])
+
+
+@pytest.fixture
+def whole_operation(monkeypatch):
+    """Has the operation run on the kernels wherever the tensors are; memory that nobody wrote is NaN."""
+    plain = torch.Tensor.new_empty
+
+    def spoiled(self, *size, **options):
+        made = plain(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spoiled)
+    monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels if tensor.dtype == torch.float16 else None)
+    monkeypatch.setattr(kernels, "_has_tensor_memory_accelerator", lambda device: True)
+
+
+SIZES = {"num_tokens": 12, "num_experts": 6, "hidden_size": 32, "intermediate_size": 32, "dtype": torch.float16}
+
+
+def run_fused(problem, **options):
+    """The operation on the device, with the activation that has kernels; its results on the CPU."""
+    there = replace(
+        problem.with_tensors(**{name: tensor.to(DEVICE) for name, tensor in problem.tensors.items()}),
+        layout=replace(problem.layout, activation=kernels.silu_gated),
+        top_k_index=problem.top_k_index.to(DEVICE),
+        grad_output=problem.grad_output.to(DEVICE),
+    )
+    return {name: result.cpu() for name, result in run(there, **options).items()}
+
+
+@pytest.mark.parametrize("ranks", [{}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=["plain", "low_rank"])
+@pytest.mark.parametrize("layout", ["default", "transposed_biased"])
+def test_rows_of_other_processes_experts_add_nothing(layout, ranks, whole_operation):
+    problem = make_problem(layout, **SIZES, **ranks)
+    problem = replace(problem, top_k_index=problem.top_k_index + 3 * (problem.top_k_index > 3))  # 7 and 8: another's
+    actual = run_fused(problem, is_expert_parallel=True)
+    foreign = problem.top_k_index > 6
+    assert actual["top_k_weights"][foreign].count_nonzero() == 0
+    silent = problem.with_tensors(top_k_weights=problem.tensors["top_k_weights"].masked_fill(foreign, 0))
+    expected = run_loop(replace(silent, top_k_index=problem.top_k_index.clamp(max=5)))
+    expected["top_k_weights"].masked_fill_(foreign, 0)
+    for name, want in expected.items():
+        assert relative_error(actual[name], want) < 5e-3, name
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "down_proj_bias"])
+def test_a_nan_goes_where_stock_code_has_it(name, whole_operation):
+    problem = make_problem("biased", **SIZES)
+    tensor = problem.tensors[name].clone()
+    tensor[2, 1] = float("nan")
+    problem = problem.with_tensors(**{name: tensor})
+    actual, expected = run_fused(problem), run_stock(problem)
+    assert any(not want.isfinite().all() for want in expected.values())
+    for result, want in expected.items():
+        assert torch.equal(actual[result].isfinite(), want.isfinite()), result

@@ -1,0 +1,29 @@
+"""Constraints for pip, out of pyproject.toml: `lowest` pins each dependency to its lower bound, `highest` none.
+
+Fails where the bounds leave out a version that the project is known to run with.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+# What the GPU measurements ran with, and the newest Lightning that the tests have seen.
+KNOWN = {"torch": "2.11", "transformers": "5.17", "peft": "0.21.0", "lightning": "2.6.6"}
+
+
+def main(side: str) -> None:
+    """Prints the constraints."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    requirements = {found.name: found for found in map(Requirement, project["dependencies"])}
+    for name, version in KNOWN.items():
+        if version not in requirements[name].specifier:
+            sys.exit(f"the bounds of pyproject.toml leave out {name} {version}")
+    if side == "lowest":
+        for name, requirement in requirements.items():
+            print(f"{name}=={next(bound.version for bound in requirement.specifier if bound.operator == '>=')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

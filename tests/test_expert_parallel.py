@@ -1,0 +1,151 @@
+"""Expert parallelism: a process holds some of a layer's experts, and foreign ids reach the operation."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from models import qwen3, tokens
+from reference import (
+    FACTORS,
+    LAYOUTS,
+    WEIGHTS,
+    StockExperts,
+    assert_agrees,
+    gradients,
+    make_problem,
+    merged,
+    relative_error,
+    run,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from lightning_moe import gategrad
+
+RANKS = {"plain": {}, "low_rank": {"gate_up_ranks": (4,), "down_ranks": (4,)}}
+PER_EXPERT = (*WEIGHTS, *FACTORS)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_rows_are_nan(monkeypatch):
+    """grouped_mm leaves the rows past the last offset as it found them; here it finds NaN."""
+    stock = F.grouped_mm
+
+    def spoiled(left, right, *, offs, **options):
+        result = stock(left, right, offs=offs, **options)
+        if right.dim() == 3:
+            result[offs[-1] :] = float("nan")
+        return result
+
+    monkeypatch.setattr(F, "grouped_mm", spoiled)
+
+
+def shard(problem, first, count):
+    """What a process that holds the experts from `first` on is called with: foreign ids are `count`, their gates 0."""
+    local = problem.top_k_index - first
+    foreign = (local < 0) | (local >= count)
+    tensors = {n: t[first : first + count] if n in PER_EXPERT else t for n, t in problem.tensors.items()}
+    tensors["top_k_weights"] = problem.tensors["top_k_weights"].masked_fill(foreign, 0)
+    return replace(problem, tensors=tensors, top_k_index=local.masked_fill(foreign, count))
+
+
+def run_stock_shard(problem):
+    leaves = problem.leaves()
+    plain = merged(problem.layout, leaves)
+    module = StockExperts(problem.layout, plain)
+    module._is_expert_parallel = True
+    output = grouped_mm_experts_forward(module, plain["hidden_states"], problem.top_k_index, plain["top_k_weights"])
+    return gradients(problem, leaves, output)
+
+
+@pytest.mark.parametrize("recompute_up", [False, True])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_shards_add_up_to_the_whole(layout, ranks, recompute_up):
+    problem = make_problem(layout, gates="mixed", num_experts=6, **RANKS[ranks])
+    whole = run(problem)
+    parts = [run(shard(problem, first, 2), is_expert_parallel=True, recompute_up=recompute_up) for first in (0, 2, 4)]
+    summed = {
+        name: torch.cat([part[name] for part in parts]) if name in PER_EXPERT else sum(part[name] for part in parts)
+        for name in whole
+    }
+    assert_agrees(summed, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shard_equals_stock_code(layout, dtype):
+    problem = shard(make_problem(layout, num_experts=6, num_tokens=40, dtype=dtype), 2, 2)
+    actual, expected = run(problem, is_expert_parallel=True), run_stock_shard(problem)
+    for name, want in expected.items():
+        assert relative_error(actual[name], want) <= 8 * torch.finfo(dtype).eps, name
+    foreign = problem.top_k_index == 2
+    assert actual["top_k_weights"][foreign].count_nonzero() == 0
+
+
+def test_a_process_without_a_row_adds_nothing():
+    problem = make_problem(num_experts=6)
+    nobody = replace(shard(problem, 0, 2), top_k_index=torch.full_like(problem.top_k_index, 2))
+    for name, result in run(nobody, is_expert_parallel=True).items():
+        assert result.count_nonzero() == 0, name
+
+
+@pytest.mark.parametrize("num_experts", [255, 256, 257])
+def test_foreign_ids_fit_the_sort_keys(num_experts):
+    index = torch.tensor([[0, num_experts], [num_experts - 1, num_experts + 40], [1, 2]])
+    problem = replace(make_problem(num_experts=num_experts, num_tokens=3, top_k=2), top_k_index=index)
+    assert_agrees(run(problem, is_expert_parallel=True), run_stock_shard(problem))
+
+
+def test_without_the_option_a_foreign_id_is_an_error():
+    with pytest.raises(ValueError, match="names experts"):
+        run(shard(make_problem(num_experts=6), 2, 2))
+
+
+def spread_experts(model, how):
+    """Transformers' own expert parallelism over both processes; each has half of every layer's experts."""
+    from transformers.distributed.expert_parallel import apply_expert_parallelism  # not in 5.17
+
+    plan = {}
+    for name, _ in model.named_modules():
+        if name.endswith("mlp.experts"):
+            plan |= {f"{name}.gate_up_proj": "grouped_gemm", f"{name}.down_proj": "grouped_gemm"}
+            plan[name] = "ep_dispatch_experts"
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("experts", "alone"))
+    apply_expert_parallelism(model, mesh["experts"], mesh["experts" if how == "all_reduce" else "alone"], plan, how)
+
+
+def one_of_two_processes(rank, folder, how):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = qwen3()
+    with torch.no_grad():
+        alone = model(input_ids=tokens(), labels=tokens()).loss
+    spread_experts(model, how)
+
+    def run():
+        model.zero_grad()
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        local = {name: getattr(p.grad, "_local_tensor", p.grad) for name, p in model.named_parameters()}
+        return {"loss": loss.detach()} | {name: grad.clone() for name, grad in local.items()}
+
+    stock = run()
+    with gategrad(model) as report:
+        assert [layer.status for layer in report.layers] == ["active", "active"]
+        ours = run()
+    assert_agrees(ours, stock)
+    assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
+    assert_agrees({"loss": ours["loss"]}, {"loss": alone})
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed.expert_parallel") is None,
+    reason="this Transformers has no transformers.distributed.expert_parallel",
+)
+@pytest.mark.parametrize("how", ["all_reduce", "all_to_all"])
+def test_transformers_own_expert_parallelism(how, tmp_path):
+    torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path, how), nprocs=2)

@@ -1,0 +1,148 @@
+"""What stands around a patched model: loss scaling, threads, other models, averaged copies."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from models import Tiny, experts_modules, gpt_oss, is_patched, mixtral, qwen3, tokens, with_attention_lora
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, unpatch_moe
+from lightning_moe.patching import patched_modules
+
+
+def gradients(model, seed=0):
+    model.zero_grad()
+    loss = model(input_ids=tokens(seed=seed), labels=tokens(seed=seed)).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def scaled_steps(model, scale):
+    """Three steps in float16 autocast under a GradScaler; the losses, the scale afterwards and the weights."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    scaler, losses = torch.amp.GradScaler("cpu", init_scale=scale), []
+    for seed in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(input_ids=tokens(seed=seed), labels=tokens(seed=seed)).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    return losses, scaler.get_scale(), [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
+def test_a_grad_scaler_takes_and_skips_the_same_steps(scale, dtype):
+    def model():
+        torch.manual_seed(0)
+        made = with_attention_lora(qwen3())
+        for experts in experts_modules(made):
+            experts.to(dtype)
+        return made
+
+    start = [p.detach() for p in model().parameters()]
+    losses, stock_scale, stock_weights = scaled_steps(model(), scale)
+    ours = model()
+    with gategrad(ours):
+        our_losses, our_scale, our_weights = scaled_steps(ours, scale)
+    assert our_scale == stock_scale
+    assert our_losses == pytest.approx(losses, rel=2e-3)
+    moved = [not torch.equal(a, b) for a, b in zip(stock_weights, start, strict=True)]
+    assert moved == [not torch.equal(a, b) for a, b in zip(our_weights, start, strict=True)]
+    assert any(moved) == (scale < 2**20)  # the large scale overflows: every step is skipped
+    for a, b in zip(our_weights, stock_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+def test_threads_and_models_do_not_share_state():
+    models = [qwen3(), mixtral(), gpt_oss(), copy.deepcopy(qwen3())]
+    expected = [[gradients(model, seed) for seed in range(4)] for model in models]
+    for model in models[:3]:  # the last one runs stock code beside them
+        patch_moe(model)
+    alone = [[gradients(model, seed) for seed in range(4)] for model in models]
+
+    def run(model):
+        return [gradients(model, seed) for seed in range(4)]
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        together = list(pool.map(run, models))
+    for model, found, mine, stock in zip(models, together, alone, expected, strict=True):
+        for ours, serial, theirs in zip(found, mine, stock, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, serial, strict=True))
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        unpatch_moe(model)
+        assert not is_patched(model)
+
+
+def test_patching_in_one_thread_leaves_another_models_run_alone():
+    busy, other = qwen3(), qwen3()
+    expected = gradients(busy)
+
+    def patch_and_unpatch(_):
+        with gategrad(other):
+            gradients(other)
+
+    with ThreadPoolExecutor(1) as pool:
+        patching = pool.map(patch_and_unpatch, range(5))
+        found = [gradients(busy) for _ in range(10)]
+        list(patching)
+    assert all(torch.equal(a, b) for run in found for a, b in zip(run, expected, strict=True))
+    assert not is_patched(other)
+
+
+def average(_):
+    return EMAWeightAveraging(decay=0.5)
+
+
+def average_late(_):
+    return StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
+@pytest.mark.filterwarnings("ignore:.*overrides the configure_model")
+@pytest.mark.filterwarnings("ignore:.*Swapping scheduler")
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("averaging", [average, average_late])
+def test_averaged_weights_are_those_of_stock_code(tmp_path, averaging):
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        module, other = Tiny(), averaging(None)
+        Trainer(
+            max_epochs=3, accelerator="cpu", callbacks=[other, *callbacks], logger=CSVLogger(tmp_path),
+            log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        ).fit(module)  # fmt: skip
+        return module
+
+    stock, ours = fit(), fit(MoEGateGradCallback())
+    start = Tiny()
+    assert ours.was_patched[0]
+    assert not patched_modules(ours)
+    for (name, a), b, c in zip(ours.named_parameters(), stock.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+        assert not torch.equal(b, c), name
+
+
+def test_an_averaged_copy_of_a_patched_model_runs_its_own_weights():
+    model = qwen3()
+    patch_moe(model)
+    averaged = AveragedModel(model)
+    unpatch_moe(model)
+    assert not is_patched(model)
+    assert is_patched(averaged)
+    with torch.no_grad():
+        for experts in experts_modules(model):
+            experts.down_proj.zero_()
+        expected = qwen3()(input_ids=tokens()).logits
+        torch.testing.assert_close(averaged(input_ids=tokens()).logits, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(model(input_ids=tokens()).logits, expected, atol=1e-3)
+    unpatch_moe(averaged)
+    assert not is_patched(averaged)

@@ -13,7 +13,8 @@ try:
     from lightning_moe.lora import LowRank
     from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
     from lightning_moe.metrics import GateGradHealth
-    from lightning_moe.patching import LayerReport, PatchReport, gategrad, patch_moe, unpatch_moe
+    from lightning_moe.patch_report import LayerReport, PatchReport
+    from lightning_moe.patching import gategrad, patch_moe, unpatch_moe
 except (ImportError, AttributeError) as error:
     try:
         needs = [need for need in requires("lightning_moe") or () if "extra ==" not in need]

@@ -237,7 +237,7 @@ class MoEGateGradCallback(Callback):
     def _detach(self, pl_module: LightningModule) -> None:
         self._adapters = None
         if self._strategy is not None:
-            del self._strategy.on_exception
+            vars(self._strategy).pop("on_exception", None)
             self._strategy = None
         if self.report is not None:
             for module in (pl_module, *self._touched):  # the module may have let go of one meanwhile

@@ -115,6 +115,8 @@ class MoEGateGradCallback(Callback):
         self.expert_load: dict[str, Tensor] = {}
         self._touched: list[nn.Module] = []
         self._strategy: Strategy | None = None
+        self._strategys_own: Any = None
+        self._hook: Any = None
         self._metric = GateGradHealth()
         self._micro_batches = 0
         self._step_before_batch = 0
@@ -222,7 +224,9 @@ class MoEGateGradCallback(Callback):
         self._detach(pl_module)
         # A learning rate finder that fails does not give the Trainer its callbacks back: only the strategy is told.
         self._strategy = trainer.strategy
-        self._strategy.on_exception = partial(self._on_strategy_exception, pl_module)  # type: ignore[method-assign]
+        self._strategys_own = vars(self._strategy).get("on_exception")
+        self._hook = partial(self._on_strategy_exception, pl_module)
+        self._strategy.on_exception = self._hook  # type: ignore[method-assign]
         self.report = patch_moe(
             pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens, recompute_up=self.recompute_up
         )
@@ -236,14 +240,18 @@ class MoEGateGradCallback(Callback):
 
     def _detach(self, pl_module: LightningModule) -> None:
         self._adapters = None
-        if self._strategy is not None:
-            vars(self._strategy).pop("on_exception", None)
-            self._strategy = None
         if self.report is not None:
             for module in (pl_module, *self._touched):  # the module may have let go of one meanwhile
                 unpatch_moe(module)
             self._touched = []
             self.report = None
+        if self._strategy is not None:
+            hooks = vars(self._strategy)
+            if hooks.get("on_exception") is self._hook:
+                del hooks["on_exception"]
+                if self._strategys_own is not None:
+                    hooks["on_exception"] = self._strategys_own
+            self._strategy = self._strategys_own = self._hook = None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:

@@ -34,8 +34,10 @@ class Flags(NamedTuple):
     is_transposed: bool = False
 
 
-# By qualified name: a class need not be imported to be known.
-_registered: dict[str, Flags] = {"transformers.models.step3p7.modeling_step3p7.Step3p7Experts": Flags()}
+# The flags, and the forward that is known to compute by them.
+_registered: dict[type, tuple[Flags, Any]] = {}
+# Known by name, so that they need not be imported: not decorated in Transformers, and of the same contract.
+_KNOWN = {"transformers.models.step3p7.modeling_step3p7.Step3p7Experts": Flags()}
 
 
 def register_experts(
@@ -43,16 +45,18 @@ def register_experts(
 ) -> None:
     """Has the callback and `patch_moe` patch instances of a class that Transformers' registry does not dispatch.
 
-    The class keeps its forward, which stays what runs without a patch. It must compute what `moe_experts` does:
-    `forward(hidden_states, top_k_index, top_k_weights)`, (T, H), (T, K) integer and (T, K), to (T, H), the sum over the
-    slots of gate times expert; nothing but a bias may stand between down projection and gate. Whether it does so is
-    for `MoEGateGradCallback(audit_every_n_steps=...)` to tell.
+    The class keeps its forward, which stays what runs without a patch. It must compute what `moe_experts` does, and
+    nothing besides: `forward(hidden_states, top_k_index, top_k_weights)`, (T, H), (T, K) integer in [0, E) and (T, K),
+    to (T, H), the sum over the slots of gate times expert. Nothing but a bias may stand between down projection and
+    gate. While it is patched the forward does not run: what else it does, such as counting, is not done. Whether the
+    two agree is for `MoEGateGradCallback(audit_every_n_steps=...)` to tell.
 
-    Its instances have `num_experts`; parameters `gate_up_proj` (E, 2 I, H) and `down_proj` (E, H, I); and between the
-    two `_apply_gate(gate_up)`, (R, 2 I) to (R, I) row by row, or `act_fn` alone, for `act_fn(gate) * up` of the halves.
+    Its instances have `num_experts`, an integer; parameters `gate_up_proj` (E, 2 I, H) and `down_proj` (E, H, I); and
+    between the two `_apply_gate(gate_up)`, (R, 2 I) to (R, I), or `act_fn` alone, for `act_fn(gate) * up` of the
+    halves: row by row, without trained parameters, randomness or state, since backward calls it again.
 
     Args:
-        experts_class: the class; a subclass with a forward of its own has to be registered by itself.
+        experts_class: the class. A subclass that overrides any of its methods has to be registered by itself.
         has_gate: without it the first projection is `up_proj`, (E, I, H), and `act_fn` stands between.
         has_bias: `gate_up_proj_bias` (E, 2 I), or `up_proj_bias`, and `down_proj_bias` (E, H) are added.
         is_transposed: weights are (E, in, out).
@@ -64,14 +68,19 @@ def register_experts(
     if not (inspect.isclass(experts_class) and issubclass(experts_class, nn.Module)):
         raise TypeError(f"register_experts takes a class of modules, not {experts_class!r}")
     if stock_forward(experts_class) is not None:
-        raise ValueError(f"{experts_class.__name__} goes through Transformers' experts registry: nothing to register")
+        raise ValueError(
+            f"{experts_class.__name__}'s forward is decorated: by Transformers' experts registry, and then there is "
+            "nothing to register; or by another decorator, which the operation would leave out"
+        )
+    if experts_class.forward is nn.Module.forward:  # type: ignore[comparison-overlap]
+        raise TypeError(f"{experts_class.__name__} has no forward")
     try:
         inspect.signature(experts_class.forward).bind(None, "hidden_states", "top_k_index", "top_k_weights")
     except TypeError as error:
         raise TypeError(
             f"{experts_class.__name__}.forward must take (hidden_states, top_k_index, top_k_weights): {error}"
         ) from None
-    _registered[_qualified_name(experts_class)] = Flags(has_gate, has_bias, is_transposed)
+    _registered[experts_class] = Flags(has_gate, has_bias, is_transposed), experts_class.forward
 
 
 def is_decorated(module: nn.Module) -> bool:
@@ -159,11 +168,21 @@ def _gated(act_fn: Activation, gate_up: Tensor) -> Tensor:
 
 
 def _registration(module: Any) -> Flags | None:
-    for ancestor in type(module).__mro__:
-        if found := _registered.get(_qualified_name(ancestor)):
-            return found if type(module).forward is ancestor.forward else None  # type: ignore[attr-defined]
+    """The flags of the module's class, or of the one that FSDP's or a parametrization's class was made of."""
+    own = type(module)
+    for ancestor in own.__mro__:
+        known = _KNOWN.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        flags, forward = _registered.get(ancestor, (known, getattr(ancestor, "forward", None)))
+        if flags is not None:
+            return flags if own.forward is forward and not _overrides(own, ancestor) else None
     return None
 
 
-def _qualified_name(experts_class: type) -> str:
-    return f"{experts_class.__module__}.{experts_class.__qualname__}"
+def _overrides(own: type, registered: type) -> bool:
+    """Whether a class between the two has a method in place of one that the registered class has."""
+    between = own.__mro__[: own.__mro__.index(registered)]
+    return any(
+        callable(value) and not name.startswith("__") and hasattr(registered, name)
+        for ancestor in between
+        for name, value in vars(ancestor).items()
+    )

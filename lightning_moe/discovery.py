@@ -137,6 +137,8 @@ def _dispatch_refusal(module: Any) -> str | None:
     if not hasattr(module, "num_experts"):
         return "the module has no num_experts"
     if is_registered(module):
+        if not getattr(vars(module).get("forward"), "dispatches_on", "forward" not in vars(module)):
+            return "the module has a forward of its own, such as accelerate's or expert parallelism's"
         return None
     if stock_forward(module) is None:
         return "the class's forward does not carry its undecorated original (__wrapped__)"
@@ -173,16 +175,21 @@ def content_refusal(module: Any) -> str | None:
     """Why the operation may not run in a decorated or registered module, judged by its parameters and submodules."""
     try:
         contract = read_contract(module)
+        contract.weights(module)
     except AttributeError as error:
         return str(error)
     options = inspect.signature(transformers_moe.use_experts_implementation).parameters
     for name in sorted(options.keys() - OPTIONS):
         if getattr(module, name, options[name].default) != options[name].default:
             return f"the class sets {name}, an option that this version of lightning_moe does not know"
-    names = {f"{stem}{suffix}" for stem in (contract.up_name, "down_proj") for suffix in ("", "_bias")}
+    stems = (contract.up_name, "down_proj")
+    biases = [f"{stem}_bias" for stem in stems if getattr(module, f"{stem}_bias", None) is not None]
+    if biases and not contract.has_bias:
+        return f"the module has {', '.join(biases)}, and its class says that it has no bias"
+    names = {*stems, *biases}
     extra = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in names]
     if extra:
-        return f"the activation trains parameters of its own: {', '.join(extra)}"
+        return f"the module trains parameters that the operation does not know: {', '.join(extra)}"
     if any(isinstance(child, DROPOUTS) for child in module.modules()):
         return "dropout inside the experts would differ when the activation is recomputed"
     if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(
@@ -203,6 +210,8 @@ def _outside(module: nn.Module) -> str:
 
 def adapter_reason(wrapper: ParamWrapper, module: Any) -> str | None:
     """Why PEFT has to merge a wrapper's adapters into the weight; None if their factors can be kept apart."""
+    if getattr(module, "is_transposed", False) != read_flags(module).is_transposed:
+        return f"PEFT merges the adapter on {wrapper.parameter_name}: it reads is_transposed off the module"
     return merge_reason(wrapper, module, (read_contract(module).up_name, "down_proj"))
 
 

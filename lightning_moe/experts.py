@@ -280,9 +280,7 @@ class _Projection:
         """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
         if self.a is None:
             return None
-        small = grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
-        routing.clear_foreign(small)
-        return small
+        return grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
 
     def project(
         self,
@@ -494,7 +492,7 @@ def moe_experts(
 
     Args:
         hidden_states: (T, H).
-        top_k_index: (T, K) integer, the experts of each token, in [0, E). Repeats are allowed.
+        top_k_index: (T, K) integer, the experts of each token, in [0, E); checked on the CPU. Repeats are allowed.
         top_k_weights: (T, K) floating, the gates: any sign, exact zeros too.
         gate_up_proj: (E, N, H), or (E, H, N) if `is_transposed`; N is what `activation` takes (2 I for a gated one).
         down_proj: (E, H, I), or (E, I, H) if `is_transposed`; same dtype as `gate_up_proj`.

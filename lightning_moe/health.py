@@ -115,7 +115,7 @@ class LayerHealth:
             counts.fallback_layers += not active
             counts.bias_fallback_layers += bias_fallback
             counts.tape_bytes_saved += tape_bytes_saved
-            own = top_k_index < num_experts
+            own = top_k_index.long() < num_experts
             counts.gates = counts.gates + own.sum()
             counts.nonpositive_gates = counts.nonpositive_gates + ((values <= 0) & own).sum()
             counts.zero_gates = counts.zero_gates + ((values == 0) & own).sum()

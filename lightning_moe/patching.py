@@ -58,6 +58,7 @@ class LayerPatch:
         down_bias: see `patch_moe`.
         chunk_tokens: see `moe_experts`.
         recompute_up: see `moe_experts`.
+        named: the copy of `config` that the module has while it is patched.
         tape: what stock code and the operation keep for backward.
         health: the layer's counters.
         merge_reasons: why PEFT merges some of the layer's adapters, as far as has been said.
@@ -68,6 +69,7 @@ class LayerPatch:
     down_bias: DownBias = "exact"
     chunk_tokens: ChunkTokens = "auto"
     recompute_up: bool = False
+    named: Any = None
     tape: TapeEstimate = TapeEstimate(0, 0)
     health: LayerHealth = field(default_factory=LayerHealth)
     merge_reasons: set[str] = field(default_factory=set)
@@ -200,20 +202,22 @@ def _switch_on(module: Any, patch: LayerPatch) -> None:
     if patch.config is None:
         module.forward = _RunPatched(module)
     else:
-        module.config = copy.copy(patch.config)
-        module.config._experts_implementation_internal = IMPLEMENTATION
+        patch.named = copy.copy(patch.config)
+        patch.named._experts_implementation_internal = IMPLEMENTATION
+        module.config = patch.named
 
 
 def _switch_off(module: Any, patch: LayerPatch) -> None:
     if patch.config is not None:
-        module.config = patch.config
+        if _is_on(module, patch):  # and not one that the user has put in since
+            module.config = patch.config
     elif isinstance(vars(module).get("forward"), _RunPatched):  # and not another library's, put on since
         del module.forward
 
 
 def _is_on(module: Any, patch: LayerPatch) -> bool:
     if patch.config is not None:
-        return module.config is not patch.config
+        return module.config is patch.named
     return isinstance(vars(module).get("forward"), _RunPatched)
 
 
@@ -248,6 +252,8 @@ class _RunPatched:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if _PATCH not in vars(self.module):  # another library kept hold of this forward
+            return type(self.module).forward(self.module, *args, **kwargs)
         return gategrad_experts(self.module, *args, **kwargs)
 
 
@@ -330,6 +336,7 @@ def gategrad_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    *,
     adapted_by: tuple[_KeepApart, ...] = (),
 ) -> Tensor:
     """The experts function in Transformers' signature, registered as `gategrad`.

@@ -220,3 +220,139 @@ def test_what_cannot_be_registered_is_refused(experts_class, error, words):
 def test_registering_changes_no_decorated_class():
     register()
     assert [layer.status for layer in patch_moe(qwen3()).layers] == ["active"] * 2
+
+
+def wants_bias(experts):
+    experts.down_proj_bias = nn.Parameter(torch.ones(5, 16), requires_grad=False)
+
+
+def forward_of_another_library(experts):
+    own = experts.forward
+    experts.forward = lambda *args: 2 * own(*args)
+
+
+def bound_to_another(experts):
+    experts.forward = OwnExperts().forward
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wants_bias, "its class says that it has no bias"),
+        (forward_of_another_library, "forward"),
+        (bound_to_another, "forward"),
+    ],
+)
+def test_what_differs_from_the_registered_class_stays_as_it_is(change, words):
+    register()
+    experts = OwnExperts()
+    change(experts)
+    before, stock = dict(vars(experts)), gradients(experts)
+    with gategrad(experts) as report:
+        assert [layer.status for layer in report.layers] == ["fallback"]
+        assert words in report.layers[0].reason
+        assert all(torch.equal(result, stock[name]) for name, result in gradients(experts).items())
+    assert vars(experts) == before
+
+
+def make(layout):
+    class Local(OwnExperts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    return Local
+
+
+def test_classes_of_one_name_are_registered_apart():
+    biased, plain = make("biased"), make("default")
+    assert biased.__qualname__ == plain.__qualname__
+    register("biased", biased)
+    assert [layer.status for layer in patch_moe(plain()).layers] == ["fallback"]
+    register("default", plain)
+    for layout, experts_class in (("biased", biased), ("default", plain)):
+        experts = experts_class(layout)
+        stock = gradients(experts, layout)
+        with gategrad(experts) as report:
+            assert [layer.status for layer in report.layers] == ["active"]
+            assert_agrees(gradients(experts, layout), stock)
+
+
+def test_a_forward_replaced_on_the_class_is_not_the_registered_one(monkeypatch):
+    class Replaced(make("default")):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    register("default", Replaced)
+    assert [layer.status for layer in patch_moe(Replaced()).layers] == ["active"]
+    monkeypatch.setattr(Replaced, "forward", lambda *args: 3 * OwnExperts.forward(*args))
+    assert [layer.status for layer in patch_moe(Replaced()).layers] == ["fallback"]
+
+
+def test_a_subclass_with_another_method_is_another_class():
+    class Base(OwnExperts):
+        def rows(self, rows):
+            return rows
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return self.rows(super().forward(hidden_states, top_k_index, top_k_weights))
+
+    class Doubled(Base):
+        def rows(self, rows):
+            return 2 * rows
+
+    register("default", Base)
+    assert [layer.status for layer in patch_moe(Base()).layers] == ["active"]
+    assert [layer.status for layer in patch_moe(Doubled()).layers] == ["fallback"]
+
+
+def test_a_forward_that_another_library_kept_runs_stock_code_after_unpatching():
+    register()
+    experts = OwnExperts()
+    stock = gradients(experts)
+    patch_moe(experts)
+    kept = experts.forward
+    experts.forward = lambda *args: kept(*args)
+    unpatch_moe(experts)
+    assert all(torch.equal(result, stock[name]) for name, result in gradients(experts).items())
+
+
+def test_adapters_on_transposed_weights_are_pefts():
+    """PEFT reads how the weights lie off the module, where a registered class says nothing."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = OwnExperts("transposed", hidden_size=16, intermediate_size=16)
+
+        def forward(self, *args):
+            return self.experts(*args)
+
+    register("transposed")
+    torch.manual_seed(1)
+    model = get_peft_model(Block(), expert_lora_config(("experts.down_proj",)))
+    stock = gradients(model)
+    with gategrad(model) as report:
+        assert "it reads is_transposed off the module" in report.layers[0].adapters
+        assert_agrees(gradients(model), stock)
+
+
+def test_a_down_bias_can_be_left_to_stock_code():
+    register("biased")
+    experts = OwnExperts("biased")
+    stock = gradients(experts, "biased")
+    with gategrad(experts, down_bias="fallback") as report:
+        assert [layer.status for layer in report.layers] == ["fallback"]
+        assert all(torch.equal(result, stock[name]) for name, result in gradients(experts, "biased").items())
+
+
+def test_a_registered_class_may_be_expert_parallel():
+    register()
+    experts = OwnExperts()
+    experts._is_expert_parallel = True
+    problem = make_problem()
+    index = problem.top_k_index.clone()
+    index[0, 0] = 5
+    hidden, gates = problem.tensors["hidden_states"], problem.tensors["top_k_weights"]
+    expected = experts(hidden, index, gates)
+    with gategrad(experts):
+        torch.testing.assert_close(experts(hidden, index, gates), expected)

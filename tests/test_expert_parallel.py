@@ -86,6 +86,26 @@ def test_a_shard_equals_stock_code(layout, dtype):
     assert actual["top_k_weights"][foreign].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("layout", ["default", "gpt_oss", "biased"])
+def test_a_foreign_gate_that_is_not_zero_counts_for_nothing(layout):
+    problem = shard(make_problem(layout, num_experts=6), 2, 2)
+    gates = problem.tensors["top_k_weights"]
+    loud = problem.with_tensors(top_k_weights=gates.masked_fill(problem.top_k_index == 2, 3.0))
+    assert_agrees(run(loud, is_expert_parallel=True), run(problem, is_expert_parallel=True))
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
+def test_a_nan_bias_of_the_last_expert_stays_with_its_own_rows(name):
+    problem = shard(make_problem("biased", num_experts=6), 2, 2)
+    bias = problem.tensors[name].clone()
+    bias[-1, 0] = float("nan")
+    problem = problem.with_tensors(**{name: bias})
+    actual, expected = run(problem, is_expert_parallel=True), run_stock_shard(problem)
+    assert any(not want.isfinite().all() for want in expected.values())
+    for result, want in expected.items():
+        assert torch.equal(actual[result].isfinite(), want.isfinite()), result
+
+
 def test_a_process_without_a_row_adds_nothing():
     problem = make_problem(num_experts=6)
     nobody = replace(shard(problem, 0, 2), top_k_index=torch.full_like(problem.top_k_index, 2))

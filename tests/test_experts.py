@@ -274,6 +274,15 @@ def test_any_integer_dtype_names_experts(dtype):
     assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(("dtype", "num_experts"), [(torch.uint8, 256), (torch.int8, 128)])
+def test_narrow_integers_name_as_many_experts_as_they_can(dtype, num_experts):
+    problem = make_problem(num_experts=num_experts)
+    index = problem.top_k_index.clone()
+    index[0, 0] = num_experts - 1
+    problem = replace(problem, top_k_index=index)
+    assert_agrees(run(replace(problem, top_k_index=index.to(dtype))), run(problem))
+
+
 @pytest.mark.parametrize("layout", ["default", "gpt_oss"])
 def test_an_incoming_gradient_without_strides(layout):
     problem = make_problem(layout)

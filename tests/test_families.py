@@ -22,6 +22,7 @@ WAYS = ("full", "attention", "experts")
 # How much further from float64 than stock code a tensor may be: both round, in other places. Seen: 1.5.
 SLACK = 2.0
 TOP_K = {"zaya": 1}
+CANNOT = {"muse_spark"}  # a norm stands between the down projection and the gate
 
 
 def all_families():

@@ -346,6 +346,17 @@ def test_the_strategy_hears_of_the_exception_as_it_would_without_us(tmp_path, fi
     assert running.strategy.heard == [error]
 
 
+def test_a_hook_that_somebody_put_on_the_strategy_is_heard_and_kept(tmp_path):
+    module, error, heard = Module(one_layer), Fault(), []
+    module.training_step = raises(error)
+    running = trainer(tmp_path, *ours())
+    running.strategy.on_exception = hook = heard.append
+    with pytest.raises(Fault):
+        running.fit(module)
+    assert heard == [error]
+    assert vars(running.strategy)["on_exception"] is hook
+
+
 def send_sigterm(*_, **__):
     assert callable(signal.getsignal(signal.SIGTERM))  # Lightning's: without it the test run would end here
     signal.raise_signal(signal.SIGTERM)

@@ -564,3 +564,13 @@ def test_a_checkpoint_of_a_patched_model_loads_into_a_stock_one():
     other = Qwen3MoeForCausalLM(qwen3_config())
     assert other.load_state_dict(state, strict=True) == ([], [])
     assert torch.equal(other(input_ids=ids).logits, want)
+
+
+def test_a_config_that_the_user_put_in_while_patched_stays():
+    model = qwen3()
+    patch_moe(model)
+    experts, other = experts_modules(model)
+    experts.config = mine = copy.copy(model.config)
+    unpatch_moe(model)
+    assert experts.config is mine
+    assert other.config is model.config

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule
 from rich.progress import track
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithFlattening
 
@@ -229,7 +230,11 @@ class InstructionData(LightningDataModule):
         return dict(self._collator(rows))
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled, with a position that checkpoints keep."""
+        """Shuffled anew in each epoch, with a position that checkpoints keep.
+
+        With `trainer.limit_train_batches`, a run that stops at the last batch that it allows in an epoch goes on with
+        the batches that were left out there.
+        """
         if len(self._training) < self.batch_size:
             raise ValueError(
                 f"data.batch_size {self.batch_size} is more than the {len(self._training)} sequences to train on: "
@@ -238,9 +243,9 @@ class InstructionData(LightningDataModule):
         return StatefulDataLoader(
             self._training,
             batch_size=self.batch_size,
-            shuffle=True,
+            # Of its own generator: the loader draws from one too as each epoch begins, which no checkpoint restores.
+            sampler=RandomSampler(self._training, generator=torch.Generator().manual_seed(self.seed)),
             drop_last=True,
-            generator=torch.Generator().manual_seed(self.seed),
             collate_fn=self.collate,
         )
 

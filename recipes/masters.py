@@ -4,6 +4,8 @@ A step of 1e-4 is lost on a bfloat16 weight of 0.05, and a second moment that de
 The model keeps its 16-bit adapters, so that nothing is cast where they are used.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ class Masters:
         saved: float32 values of an earlier run, by name; they take the place of the rounded ones.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
         self.by_name: dict[str, nn.Parameter] = {}
         self._rounded: list[Tensor] = []
         self._masters: list[Tensor] = []
@@ -28,6 +30,12 @@ class Masters:
                 self._rounded.append(parameter)
                 self._masters.append(master)
             self.by_name[name] = master
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes up float32 values where there are some, by name."""
+        for name in self.by_name.keys() & saved.keys():
+            self.by_name[name].copy_(saved[name])
 
     def take_gradients(self) -> None:
         """Moves the gradients to the copies, as float32."""

@@ -272,8 +272,14 @@ class Qwen3LoRA(LightningModule):
             checkpoint["state_dict"].update({k: v.detach() for k, v in self._masters.by_name.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the values for the optimizer; the model gets them rounded."""
+        """Gives the optimizer the values, or keeps them for the one to come; the model gets them rounded."""
         self._saved_masters = checkpoint["state_dict"]
+        if self._masters is not None:
+            self._masters.load(self._saved_masters)
+
+    def on_train_start(self) -> None:
+        """Forgets the checkpoint: the next fit starts from what the model holds then."""
+        self._saved_masters = {}
 
     @torch.no_grad()
     def answer(self, data: InstructionData, prompt: str) -> str:

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 GIB = 2**30
 WEIGHTS = ("*.safetensors", "*.json")
 
+# Fields that Qwen3MoeConfig reads without a declaration.
+TAKEN_TOO = ("head_dim", "rope_theta", "rope_scaling")
+
 # What a GPU process takes beside tensors: its context, cuBLAS workspaces, the allocator's rounding.
 CONTEXT_BYTES = GIB
 
@@ -29,9 +32,12 @@ def read_config(name: str | None, architecture: dict[str, Any]) -> Qwen3MoeConfi
         architecture: fields of `Qwen3MoeConfig`, for a random model.
 
     Raises:
-        ValueError: where there is no such model, or it is not a Qwen3-MoE.
+        ValueError: where there is no such model, it is not a Qwen3-MoE, or a field is none of Qwen3MoeConfig's.
     """
     if name is None:
+        known = {*Qwen3MoeConfig().to_dict(), *Qwen3MoeConfig.attribute_map, *TAKEN_TOO}
+        if unknown := sorted(architecture.keys() - known):
+            raise ValueError(f"model.architecture has {', '.join(unknown)}, which Qwen3MoeConfig does not know")
         return Qwen3MoeConfig(**architecture)
     try:
         config = Qwen3MoeConfig.get_config_dict(name)[0]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from adapter_options import check_checkpoint, check_names, put_adapters, trained_products
 from attention import NAME as DOCUMENTS
 from base_model import apply_liger, build, check_memory, check_weights, describe_attention, read_config
 from checkpointing import Mode, enable_checkpointing
@@ -29,15 +30,13 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from loss import Path as LossPath
 from loss import choose_path, next_token_loss
 from masters import Masters
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 GENERATED_TOKENS = 48
-EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-ROUTER, ROUTER_PARAMETER = "mlp.gate", "mlp.gate.weight"
 
 UNHELPFUL_WARNINGS = (
     ".*does not have many workers",  # the data is in memory: worker processes would only cost
@@ -133,7 +132,7 @@ class Qwen3LoRA(LightningModule):
             check_weights(self._name)
 
     def setup(self, stage: str) -> None:
-        """Looks for room on the device."""
+        """Looks for what is misspelt, and for room on the device."""
         if isinstance(self.trainer.precision_plugin, HalfPrecision):
             raise ValueError(
                 "trainer.precision bf16-true and 16-true round all that the model holds, its rotary frequencies too, "
@@ -141,6 +140,7 @@ class Qwen3LoRA(LightningModule):
             )
         if self.network is None:
             config = read_config(self._name, self.hparams["architecture"])
+            check_names(config, self.hparams)
             check_memory(config, getattr(torch, self.hparams["dtype"]), self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
@@ -151,21 +151,7 @@ class Qwen3LoRA(LightningModule):
         base = self.build_base()
         base.config.use_cache = False
         norms = apply_liger(base, options["liger"])
-        parameters = list(EXPERT_PARAMETERS) if options["experts"] else []
-        modules_to_save = list(options["modules_to_save"])
-        if options["router"] == "lora":
-            parameters.append(ROUTER_PARAMETER)
-        elif options["router"] == "trained":
-            modules_to_save.append(ROUTER)
-        adapter = LoraConfig(
-            r=options["rank"],
-            lora_alpha=options["alpha"],
-            target_modules=list(options["target_modules"]),
-            target_parameters=parameters or None,
-            modules_to_save=modules_to_save or None,
-            task_type="CAUSAL_LM",
-        )
-        self.network = get_peft_model(base, adapter, autocast_adapter_dtype=False)
+        self.network = put_adapters(base, options)
         enable_checkpointing(base.model.layers, options["checkpointing"], options["offload"], options["tile_tokens"])
         self._loss_path = choose_path(options["loss"], base.lm_head, base.device)
         self.description = {
@@ -205,17 +191,9 @@ class Qwen3LoRA(LightningModule):
 
     def step_flops(self, num_tokens: int, sum_squared_lengths: int) -> int:
         """Model FLOPs of a step; see `flops.model_flops`."""
-        options = self.hparams
-        trained: dict[str, int | Literal["full"]] = dict.fromkeys(options["target_modules"], options["rank"])
-        if options["experts"]:
-            trained |= {name.removeprefix("mlp."): options["rank"] for name in EXPERT_PARAMETERS}
-        if options["router"] != "frozen":
-            trained["gate"] = "full" if options["router"] == "trained" else options["rank"]
-        if "lm_head" in options["modules_to_save"]:
-            trained["lm_head"] = "full"
         assert self.network is not None
         config: Any = self.network.get_base_model().config
-        return model_flops(config, num_tokens, sum_squared_lengths, trained)
+        return model_flops(config, num_tokens, sum_squared_lengths, trained_products(self.hparams))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss over the tokens that have a label, and the router's if asked for."""
@@ -272,7 +250,12 @@ class Qwen3LoRA(LightningModule):
             checkpoint["state_dict"].update({k: v.detach() for k, v in self._masters.by_name.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gives the optimizer the values, or keeps them for the one to come; the model gets them rounded."""
+        """Gives the optimizer the values, or keeps them for the one to come; the model gets them rounded.
+
+        Raises:
+            ValueError: where the values are another model's, naming the options that differ.
+        """
+        check_checkpoint(self.hparams, checkpoint["hyper_parameters"])
         self._saved_masters = checkpoint["state_dict"]
         if self._masters is not None:
             self._masters.load(self._saved_masters)
@@ -298,6 +281,13 @@ class Qwen3LoRA(LightningModule):
         return answer
 
 
+class CommandLine(LightningCLI):
+    """Lightning's, where an option that is given counts beside a checkpoint too, and not what the checkpoint has."""
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+
 def main(args: list[str] | None = None) -> LightningCLI:
     """Runs the command line; without arguments, the embedded default."""
     if args is None and len(sys.argv) == 1:
@@ -307,7 +297,7 @@ def main(args: list[str] | None = None) -> LightningCLI:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    return LightningCLI(
+    return CommandLine(
         Qwen3LoRA,
         InstructionData,
         args=args,

@@ -54,6 +54,13 @@ def test_a_name_that_is_no_model_is_refused(tmp_path, monkeypatch):
         base_model.read_config(str(tmp_path), {})
 
 
+def test_fields_that_no_model_has_are_named():
+    fields = {"num_experts": 4, "head_dim": 8, "rope_theta": 1e6, "tie_word_embeddings": False}
+    assert base_model.read_config(None, fields).head_dim == 8
+    with pytest.raises(ValueError, match="model.architecture has hiden_size, num_expert, which Qwen3MoeConfig does no"):
+        base_model.read_config(None, fields | {"num_expert": 8, "hiden_size": 3})
+
+
 def test_missing_and_empty_shards_are_named(folder):
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 4

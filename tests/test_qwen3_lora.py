@@ -101,6 +101,22 @@ def test_resumed_losses_equal_the_uninterrupted_runs(twenty_steps, tmp_path):
     assert logged(tmp_path, "train/loss", version=1) == logged(folder, "train/loss")[8:12]
 
 
+def test_options_count_beside_a_checkpoint_and_another_model_is_refused(twenty_steps, tmp_path):
+    checkpoint = f"--ckpt_path={twenty_steps[0] / 'log' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
+    changed = ["--model.learning_rate=1e-5", "--model.checkpointing=full", "--model.loss=chunks"]
+    cli = fit(tmp_path, *changed, checkpoint, steps=21)
+    assert [cli.model.hparams[name] for name in ("learning_rate", "checkpointing", "loss")] == [1e-5, "full", "chunks"]
+    with pytest.raises(ValueError, match=r"another model: model.alpha is 64 and was 32. Set it as it was"):
+        fit(tmp_path, "--model.alpha=64", checkpoint, steps=22)
+
+
+def test_misspelt_options_are_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="model.target_modules names 'qproj'"):
+        fit(tmp_path, "--model.target_modules=[qproj, v_proj]", steps=1)
+    with pytest.raises(ValueError, match="model.architecture has num_expert,"):
+        fit(tmp_path, "--model.architecture.num_expert=4", steps=1)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_interrupted_run_goes_on_with_the_losses_of_one_that_was_not(precision, tmp_path, monkeypatch):
     options = [f"--model.dtype={precision}", "--data.packing=separate", "--trainer.accumulate_grad_batches=2"]
@@ -276,7 +292,7 @@ def test_summary_shows_what_a_user_looks_for(tmp_path, capsys):
 
 def test_without_arguments_runs_the_tiny_configuration(monkeypatch):
     seen = {}
-    monkeypatch.setattr(qwen3_lora, "LightningCLI", lambda *_, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(qwen3_lora, "CommandLine", lambda *_, **kwargs: seen.update(kwargs))
     monkeypatch.setattr(sys, "argv", ["qwen3_lora.py"])
     main()
     assert seen["args"] == ["fit", "--config", str(CONFIGS / "tiny.yaml")]

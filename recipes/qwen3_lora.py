@@ -235,6 +235,23 @@ class Qwen3LoRA(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def _adds_gradients(self) -> bool:
+        # Between several processes it is the model's own gradients that are averaged, with all that they hold.
+        return self.trainer.accumulate_grad_batches > 1 and self.trainer.world_size == 1
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Leaves room for the micro-batch's gradients."""
+        if self._adds_gradients:
+            assert self._masters is not None
+            self._masters.before_backward()
+
+    def on_after_backward(self) -> None:
+        """Adds the micro-batch's gradients up in float32."""
+        if self._adds_gradients:
+            assert self._masters is not None
+            self._masters.after_backward()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Hands the gradients to the optimizer's parameters and logs their norm, before clipping."""
         assert self._masters is not None

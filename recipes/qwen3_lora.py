@@ -195,14 +195,15 @@ class Qwen3LoRA(LightningModule):
         config: Any = self.network.get_base_model().config
         return model_flops(config, num_tokens, sum_squared_lengths, trained_products(self.hparams))
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss over the tokens that have a label, and the router's if asked for."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss over the tokens that have a label, logged, and the router's on top of it if asked for."""
         loss, balance = self._losses(batch)
         self.log("train/loss", loss, prog_bar=True)
-        if balance is None:
-            return loss
-        self.log("train/router_aux_loss", balance)
-        return loss + self.hparams["router_aux_loss"] * balance
+        total = loss
+        if balance is not None:
+            self.log("train/router_aux_loss", balance)
+            total = loss + self.hparams["router_aux_loss"] * balance
+        return {"loss": total, "train/loss": loss.detach()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As training_step, on the held-out documents."""
@@ -283,11 +284,12 @@ class Qwen3LoRA(LightningModule):
 
     @torch.no_grad()
     def answer(self, data: InstructionData, prompt: str) -> str:
-        """What the model answers to a prompt, greedily."""
+        """What the model answers to a prompt, or to the end of one longer than the data's documents, greedily."""
         assert self.network is not None
         was_training = self.network.training
         self.network.eval()
-        tokens = data.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.device)
+        encoded = data.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.device)
+        tokens = {name: encoded[name][:, -data.max_length :] for name in ("input_ids", "attention_mask")}
         generated = self.network.generate(
             **tokens, max_new_tokens=GENERATED_TOKENS, do_sample=False, use_cache=True,
             pad_token_id=data.tokenizer.pad_token_id, eos_token_id=data.tokenizer.eos_token_id,

@@ -216,6 +216,7 @@ def test_each_option_trains_as_stock_code_does(name, tmp_path, monkeypatch, caps
     ours, plain = (logged(tmp_path / folder, "train/loss") for folder in ("ours", "stock"))
     assert ours == pytest.approx(plain, abs=1e-4)
     assert len(set(ours)) == 3
+    assert f"{ours[0]:.4f} → {ours[2]:.4f}" in summary
     assert logged(tmp_path / "ours", "gategrad/active_layers") == [4.0] * 3
 
 
@@ -239,6 +240,18 @@ def test_chats_from_a_file_and_a_base_from_a_folder(tmp_path, capsys):
     summary = (tmp_path / "chats" / "log" / "version_0" / "report" / "summary.md").read_text()
     assert str(tmp_path / "base") in summary
     assert "u:Say 0." in summary
+
+
+def test_of_a_long_prompt_the_end_is_answered(twenty_steps, monkeypatch):
+    _, cli = twenty_steps
+    seen = []
+    generate = cli.model.network.generate
+    monkeypatch.setattr(cli.model.network, "generate", lambda **a: seen.append(a["input_ids"]) or generate(**a))
+    end = "y" * cli.datamodule.max_length
+    answers = [cli.model.answer(cli.datamodule, prompt) for prompt in ("x" * 1000 + end, end)]
+    assert seen[0].shape[1] == cli.datamodule.max_length
+    assert torch.equal(*seen)
+    assert answers[0] == answers[1]
 
 
 def test_lightnings_move_to_the_host_moves_nothing():

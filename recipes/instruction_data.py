@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from conversations import IGNORED, Document, Encoder, encode_all, read_records
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -155,6 +156,26 @@ class InstructionData(LightningDataModule):
         self.held_out = documents[::every]
         self._training = self._pack([d for number, d in enumerate(documents) if number % every], "training")
         self._validation = self._pack(self.held_out, "validation")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a position in the data depends on, for checkpoints."""
+        options = {name: getattr(self, name) for name in ("batch_size", "max_length", "packing", "seed")}
+        return options | {"number of sequences": len(self._training)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compares a checkpoint's data with these, where training would go on.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        mine = self.state_dict()
+        differing = [name for name, value in state_dict.items() if mine[name] != value]
+        if differing and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            said = "; ".join(f"{name} is {mine[name]!r} and was {state_dict[name]!r}" for name in differing)
+            raise ValueError(
+                f"the checkpoint's place in the data is not one in these, data: {said}. "
+                "Set it as it was, or train anew: no --ckpt_path"
+            )
 
     def report(self) -> list[str]:
         """What became of the records, a line each."""

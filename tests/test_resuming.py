@@ -93,3 +93,25 @@ def test_what_was_loaded_to_validate_is_what_is_saved(four_steps, tmp_path):
     run.save_checkpoint(tmp_path / "again.ckpt")
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(again[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch_size": 1}, "data: batch_size is 1 and was 2. Set it as it was"),
+        ({"max_length": 48}, "data: max_length is 48 and was 32; number of sequences is "),
+        ({"packing": "separate"}, "packing is 'separate' and was 'none'"),
+        ({"seed": 3}, "data: seed is 3 and was 0. Set"),
+        ({"validation_every": 2}, r"data: number of sequences is \d+ and was \d+. Set"),
+    ],
+)
+def test_training_does_not_go_on_with_other_data(four_steps, tmp_path, changed, words):
+    _, checkpoint = four_steps
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, 5).fit(module(dtype="bfloat16"), data(**changed), ckpt_path=checkpoint)
+
+
+def test_other_data_may_validate(four_steps, tmp_path):
+    network, checkpoint = four_steps
+    run = trainer(tmp_path, 4, limit_val_batches=1)
+    assert run.validate(network, data(batch_size=1, max_length=48), ckpt_path=checkpoint, verbose=False)

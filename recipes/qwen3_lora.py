@@ -138,6 +138,11 @@ class Qwen3LoRA(LightningModule):
                 "trainer.precision bf16-true and 16-true round all that the model holds, its rotary frequencies too, "
                 "which spoils positions: leave trainer.precision at 32-true and set --model.dtype bfloat16"
             )
+        if self.hparams["dtype"] == "bfloat16" and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "trainer.precision 16-mixed scales gradients, which bfloat16 does not need and the optimizer's copies "
+                "would not be told of: leave trainer.precision at 32-true, or set --model.dtype float32"
+            )
         if self.network is None:
             config = read_config(self._name, self.hparams["architecture"])
             check_names(config, self.hparams)
@@ -261,7 +266,11 @@ class Qwen3LoRA(LightningModule):
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen base out; keeps what trains as the optimizer has it."""
+        """Leaves the frozen base out; keeps what trains as the optimizer has it.
+
+        Lightning counts an epoch as over where `fit` returns: a checkpoint that is saved after that, by
+        `trainer.save_checkpoint`, goes on with the next epoch's order.
+        """
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         if self._masters is not None:
@@ -323,6 +332,7 @@ def main(args: list[str] | None = None) -> LightningCLI:
         seed_everything_default=0,
         parser_kwargs={"description": f"LoRA on a Qwen3 MoE. Without arguments: fit --config {DEFAULT_CONFIG.name}."},
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"default_root_dir": "runs"},  # what has no logger's folder to go to
     )
 
 

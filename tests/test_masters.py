@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from masters import Masters
 from qwen3_lora import UNHELPFUL_WARNINGS
 from test_resuming import data, module, trainer
@@ -133,3 +134,10 @@ def test_a_step_of_the_recipe_has_the_sum_of_its_micro_batches(accumulate, tmp_p
         assert len(gradients.parts[name]) == accumulate
         assert torch.equal(gradients.seen[name], grad.bfloat16())  # what other callbacks look at
     assert all(master.grad is None for master in network._masters.by_name.values())
+
+
+def test_scaled_gradients_are_refused_where_the_copies_would_not_be_told(tmp_path):
+    scaling = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    run = trainer(tmp_path, 1, plugins=[scaling])
+    with pytest.raises(ValueError, match="trainer.precision 16-mixed scales gradients.* or set --model.dtype float32"):
+        run.fit(module(dtype="bfloat16"), data())

@@ -266,6 +266,13 @@ def test_rounding_precision_is_refused(tmp_path):
         fit(tmp_path, "--trainer.precision=bf16-true", steps=1)
 
 
+def test_without_a_logger_the_working_directory_stays_clean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = str(CONFIGS / "tiny.yaml")
+    main(["fit", "--config", tiny, "--trainer.logger=false", "--trainer.callbacks=null", "--trainer.max_steps=1"])
+    assert os.listdir(tmp_path) == ["runs"]
+
+
 def test_weights_that_are_not_there_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match="lacks weights: model.safetensors"):
         fit(tmp_path, "--model.init=pretrained", f"--model.name={tmp_path}", steps=1)

@@ -22,6 +22,19 @@ NAME = "documents"
 TOKEN_HEADS_IN_FLIGHT = 131_072
 
 
+def check_config(config: Any) -> None:
+    """Whether a model's attention is what this does.
+
+    Raises:
+        ValueError: where it sees a window of each document only.
+    """
+    if config.use_sliding_window:
+        raise ValueError(
+            f"model.attention {NAME!r} sees whole documents and the model a window of {config.sliding_window} tokens "
+            "(use_sliding_window): set --model.attention sdpa"
+        )
+
+
 def register() -> None:
     """Makes the name known to Transformers; `attn_implementation=NAME` then means this attention."""
     AttentionInterface.register(NAME, document_attention)
@@ -55,7 +68,7 @@ def document_attention(
     """
     num_documents = 1 if cu_seq_lens_q is None else cu_seq_lens_q.numel() - 1
     if attention_mask is not None or num_documents == 1:
-        if attention_mask is None and _by_heads(query, key):
+        if attention_mask is None and _by_heads(query, key, value):
             return _HeadsInTurn.apply(query, key, value, options.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert cu_seq_lens_q is not None
@@ -88,9 +101,11 @@ def kernel_of(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend:
     return SDPBackend(torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=True))
 
 
-def _by_heads(query: Tensor, key: Tensor) -> bool:
+def _by_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
     tokens = query.shape[2]
-    return query.is_cuda and key.shape[2] == tokens and tokens * key.shape[1] > TOKEN_HEADS_IN_FLIGHT
+    if not query.is_cuda or key.shape[2] != tokens or tokens * key.shape[1] <= TOKEN_HEADS_IN_FLIGHT:
+        return False
+    return kernel_of(query, key, value) in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)  # not in float32
 
 
 class _HeadsInTurn(torch.autograd.Function):

@@ -10,12 +10,15 @@ import huggingface_hub
 import psutil
 import torch
 from attention import NAME as DOCUMENTS
-from attention import kernel_of, register
+from attention import check_config, kernel_of, register
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 GIB = 2**30
 WEIGHTS = ("*.safetensors", "*.json")
+
+# Fields that Qwen3MoeConfig reads without a declaration.
+TAKEN_TOO = ("head_dim", "rope_theta", "rope_scaling")
 
 # What a GPU process takes beside tensors: its context, cuBLAS workspaces, the allocator's rounding.
 CONTEXT_BYTES = GIB
@@ -29,9 +32,12 @@ def read_config(name: str | None, architecture: dict[str, Any]) -> Qwen3MoeConfi
         architecture: fields of `Qwen3MoeConfig`, for a random model.
 
     Raises:
-        ValueError: where there is no such model, or it is not a Qwen3-MoE.
+        ValueError: where there is no such model, it is not a Qwen3-MoE, or a field is none of Qwen3MoeConfig's.
     """
     if name is None:
+        known = {*Qwen3MoeConfig().to_dict(), *Qwen3MoeConfig.attribute_map, *TAKEN_TOO}
+        if unknown := sorted(architecture.keys() - known):
+            raise ValueError(f"model.architecture has {', '.join(unknown)}, which Qwen3MoeConfig does not know")
         return Qwen3MoeConfig(**architecture)
     try:
         config = Qwen3MoeConfig.get_config_dict(name)[0]
@@ -64,10 +70,10 @@ def check_weights(name: str) -> None:
         return
     try:
         files_ = huggingface_hub.snapshot_download(name, allow_patterns=list(WEIGHTS), dry_run=True)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"the hub does not say how large {name!r} is ({type(error).__name__}): connect to it, give model.name a "
-            "folder with the weights, or train without them: --model.init random"
+            f"model.name {name!r} is no folder, and the hub does not say how large it is ({type(error).__name__}): "
+            "connect to it, give a folder with the weights, or train without them: --model.init random"
         ) from error
     wanted = sum(file.file_size or 0 for file in files_ if file.will_download)  # type: ignore[union-attr]
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
@@ -112,8 +118,12 @@ def build(
         device: where they go.
         attention: a name that Transformers knows, or `documents`.
         init_seed: of random weights; the run's own random state stays as it is.
+
+    Raises:
+        ValueError: where the attention does not do what the model's own does.
     """
     if attention == DOCUMENTS:
+        check_config(config)
         register()
     if name is not None:
         return Qwen3MoeForCausalLM.from_pretrained(

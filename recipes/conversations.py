@@ -1,7 +1,8 @@
 """Records to token ids and labels: chats and prompts with answers, through the model's own chat template.
 
 A record is {"messages": [{"role": ..., "content": ...}, ...]}, or {"prompt": ..., "completion": ...} with texts or
-lists of messages. The loss is on what the assistant says, the end of its turn included.
+lists of messages, either with "tools": [...] for the chat template. The loss is on what the assistant says, the end of
+its turn included.
 """
 
 import json
@@ -74,8 +75,8 @@ def read_records(source: str, split: str) -> list[tuple[str, Any]]:
     return [(f"{source}[{split}], row {number}", row) for number, row in enumerate(rows)]
 
 
-def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
-    """A record's messages, or its prompt and completion where both are texts.
+def parse(record: Any) -> tuple[list[dict[str, Any]] | tuple[str, str], list[Any] | None]:
+    """A record's messages, or its prompt and completion where both are texts, and its tools.
 
     Args:
         record: an object, or the line of a file that holds one: JSON in UTF-8.
@@ -90,6 +91,9 @@ def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
             raise ValueError(f"not JSON in UTF-8: {error}") from error
     if not isinstance(record, Mapping):
         raise ValueError(f"a record is an object, not {type(record).__name__}")
+    tools = record.get("tools") or None
+    if not isinstance(tools, list | None):
+        raise ValueError(f'"tools" is a list of objects, not {type(tools).__name__}')
     if record.get("messages") is not None:
         messages = record["messages"]
     elif record.get("prompt") is not None and record.get("completion") is not None:
@@ -97,7 +101,7 @@ def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
                 raise ValueError("the completion is empty")
-            return prompt, completion
+            return (prompt, completion), tools
         if not (isinstance(prompt, list) and isinstance(completion, list)):
             raise ValueError("prompt and completion are two texts or two lists of messages")
         if not completion:
@@ -117,7 +121,7 @@ def parse(record: Any) -> list[dict[str, Any]] | tuple[str, str]:
             raise ValueError(f"message {number} needs a content, a text")
     if not any(message["role"] == ASSISTANT for message in messages):
         raise ValueError("no message is the assistant's")
-    return [dict(message) for message in messages]
+    return [dict(message) for message in messages], tools
 
 
 class Encoder:
@@ -149,35 +153,44 @@ class Encoder:
         Raises:
             ValueError: saying what is wrong with it.
         """
-        parsed = parse(record)
-        if isinstance(parsed, tuple):
-            if self._template is None:
-                return self._join([(parsed[0], False), (parsed[1], True)], ends=True)
-            parsed = [{"role": "user", "content": parsed[0]}, {"role": ASSISTANT, "content": parsed[1]}]
+        said, tools = parse(record)
         if self._template is None:
-            raise ValueError("the tokenizer has no chat template for messages: set data.chat_template to a Jinja file")
+            if tools or not isinstance(said, tuple):
+                raise ValueError(
+                    "the tokenizer has no chat template for messages and tools: set data.chat_template to a Jinja file"
+                )
+            return self._join([(said[0], False), (said[1], True)], ends=True)
+        if tools and "tools" not in self._template:
+            raise ValueError("the chat template writes no tools: set data.chat_template to one that does")
+        if isinstance(said, tuple):
+            said = [{"role": "user", "content": said[0]}, {"role": ASSISTANT, "content": said[1]}]
         try:
             if re.search(r"\{%-?\s*generation\s*-?%\}", self._template):  # Transformers' marks around what is said
-                return self._marked(parsed)
-            return self._join(self._pieces(parsed), ends=False)
+                return self._marked(said, tools)
+            return self._join(self._pieces(said, tools), ends=False)
         except (TemplateError, TypeError) as error:  # where the template adds None to a text, say
             raise ValueError(f"the chat template does not render it: {error}") from error
 
-    def _render(self, messages: list[dict[str, Any]], asks: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, asks: bool) -> str:
         text = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=asks
+            messages, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=asks
         )
         assert isinstance(text, str)
         return text
 
-    def _pieces(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    def _pieces(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[tuple[str, bool]]:
         """The rendered chat in pieces, each with whether the assistant says it."""
-        whole = self._render(messages, asks=False)
+        whole = self._render(messages, tools, asks=False)
         pieces, said = [], 0
         for turn, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
-            before = self._render(messages[:turn], asks=True)
+            if self._end in str(message):
+                raise ValueError(
+                    f"message {turn} has {self._end} in it, where its end would be taken to be: take that out, or set "
+                    "data.chat_template to one with {% generation %} marks"
+                )
+            before = self._render(messages[:turn], tools, asks=True)
             if turn and messages[turn - 1]["role"] == ASSISTANT or not whole.startswith(before) or len(before) < said:
                 raise ValueError(
                     f"the chat template renders what comes before message {turn} differently without it, so the "
@@ -209,9 +222,13 @@ class Encoder:
         prompt = "".join(text for text, _ in pieces[:first])
         return Document(ids, labels, prompt, pieces[first][0].removesuffix(self._end))
 
-    def _marked(self, messages: list[dict[str, Any]]) -> Document:
+    def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Document:
         encoded: Any = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools=tools,
+            chat_template=self._template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, said = list(encoded["input_ids"]), encoded["assistant_masks"]
         if not any(said):
@@ -219,7 +236,10 @@ class Encoder:
         labels = ids if not self._assistant_only_loss else [t if s else IGNORED for t, s in zip(ids, said, strict=True)]
         first = next(turn for turn, message in enumerate(messages) if message["role"] == ASSISTANT)
         return Document(
-            ids, list(labels), self._render(messages[:first], asks=True), str(messages[first].get("content") or "")
+            ids,
+            list(labels),
+            self._render(messages[:first], tools, asks=True),
+            str(messages[first].get("content") or ""),
         )
 
 

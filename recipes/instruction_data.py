@@ -15,9 +15,11 @@ from typing import Any, Literal, get_args
 import torch
 from conversations import IGNORED, Document, Encoder, encode_all, read_records
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithFlattening
 
@@ -155,6 +157,26 @@ class InstructionData(LightningDataModule):
         self._training = self._pack([d for number, d in enumerate(documents) if number % every], "training")
         self._validation = self._pack(self.held_out, "validation")
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a position in the data depends on, for checkpoints."""
+        options = {name: getattr(self, name) for name in ("batch_size", "max_length", "packing", "seed")}
+        return options | {"number of sequences": len(self._training)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compares a checkpoint's data with these, where training would go on.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        mine = self.state_dict()
+        differing = [name for name, value in state_dict.items() if mine[name] != value]
+        if differing and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            said = "; ".join(f"{name} is {mine[name]!r} and was {state_dict[name]!r}" for name in differing)
+            raise ValueError(
+                f"the checkpoint's place in the data is not one in these, data: {said}. "
+                "Set it as it was, or train anew: no --ckpt_path"
+            )
+
     def report(self) -> list[str]:
         """What became of the records, a line each."""
         return self._report
@@ -229,7 +251,11 @@ class InstructionData(LightningDataModule):
         return dict(self._collator(rows))
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled, with a position that checkpoints keep."""
+        """Shuffled anew in each epoch, with a position that checkpoints keep.
+
+        With `trainer.limit_train_batches`, a run that stops at the last batch that it allows in an epoch goes on with
+        the batches that were left out there.
+        """
         if len(self._training) < self.batch_size:
             raise ValueError(
                 f"data.batch_size {self.batch_size} is more than the {len(self._training)} sequences to train on: "
@@ -238,9 +264,9 @@ class InstructionData(LightningDataModule):
         return StatefulDataLoader(
             self._training,
             batch_size=self.batch_size,
-            shuffle=True,
+            # Of its own generator: the loader draws from one too as each epoch begins, which no checkpoint restores.
+            sampler=RandomSampler(self._training, generator=torch.Generator().manual_seed(self.seed)),
             drop_last=True,
-            generator=torch.Generator().manual_seed(self.seed),
             collate_fn=self.collate,
         )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from adapter_options import check_checkpoint, check_names, put_adapters, trained_products
 from attention import NAME as DOCUMENTS
 from base_model import apply_liger, build, check_memory, check_weights, describe_attention, read_config
 from checkpointing import Mode, enable_checkpointing
@@ -29,15 +30,13 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from loss import Path as LossPath
 from loss import choose_path, next_token_loss
 from masters import Masters
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 GENERATED_TOKENS = 48
-EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-ROUTER, ROUTER_PARAMETER = "mlp.gate", "mlp.gate.weight"
 
 UNHELPFUL_WARNINGS = (
     ".*does not have many workers",  # the data is in memory: worker processes would only cost
@@ -133,14 +132,20 @@ class Qwen3LoRA(LightningModule):
             check_weights(self._name)
 
     def setup(self, stage: str) -> None:
-        """Looks for room on the device."""
+        """Looks for what is misspelt, and for room on the device."""
         if isinstance(self.trainer.precision_plugin, HalfPrecision):
             raise ValueError(
                 "trainer.precision bf16-true and 16-true round all that the model holds, its rotary frequencies too, "
                 "which spoils positions: leave trainer.precision at 32-true and set --model.dtype bfloat16"
             )
+        if self.hparams["dtype"] == "bfloat16" and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "trainer.precision 16-mixed scales gradients, which bfloat16 does not need and the optimizer's copies "
+                "would not be told of: leave trainer.precision at 32-true, or set --model.dtype float32"
+            )
         if self.network is None:
             config = read_config(self._name, self.hparams["architecture"])
+            check_names(config, self.hparams)
             check_memory(config, getattr(torch, self.hparams["dtype"]), self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
@@ -151,21 +156,7 @@ class Qwen3LoRA(LightningModule):
         base = self.build_base()
         base.config.use_cache = False
         norms = apply_liger(base, options["liger"])
-        parameters = list(EXPERT_PARAMETERS) if options["experts"] else []
-        modules_to_save = list(options["modules_to_save"])
-        if options["router"] == "lora":
-            parameters.append(ROUTER_PARAMETER)
-        elif options["router"] == "trained":
-            modules_to_save.append(ROUTER)
-        adapter = LoraConfig(
-            r=options["rank"],
-            lora_alpha=options["alpha"],
-            target_modules=list(options["target_modules"]),
-            target_parameters=parameters or None,
-            modules_to_save=modules_to_save or None,
-            task_type="CAUSAL_LM",
-        )
-        self.network = get_peft_model(base, adapter, autocast_adapter_dtype=False)
+        self.network = put_adapters(base, options)
         enable_checkpointing(base.model.layers, options["checkpointing"], options["offload"], options["tile_tokens"])
         self._loss_path = choose_path(options["loss"], base.lm_head, base.device)
         self.description = {
@@ -205,26 +196,19 @@ class Qwen3LoRA(LightningModule):
 
     def step_flops(self, num_tokens: int, sum_squared_lengths: int) -> int:
         """Model FLOPs of a step; see `flops.model_flops`."""
-        options = self.hparams
-        trained: dict[str, int | Literal["full"]] = dict.fromkeys(options["target_modules"], options["rank"])
-        if options["experts"]:
-            trained |= {name.removeprefix("mlp."): options["rank"] for name in EXPERT_PARAMETERS}
-        if options["router"] != "frozen":
-            trained["gate"] = "full" if options["router"] == "trained" else options["rank"]
-        if "lm_head" in options["modules_to_save"]:
-            trained["lm_head"] = "full"
         assert self.network is not None
         config: Any = self.network.get_base_model().config
-        return model_flops(config, num_tokens, sum_squared_lengths, trained)
+        return model_flops(config, num_tokens, sum_squared_lengths, trained_products(self.hparams))
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss over the tokens that have a label, and the router's if asked for."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss over the tokens that have a label, logged, and the router's on top of it if asked for."""
         loss, balance = self._losses(batch)
         self.log("train/loss", loss, prog_bar=True)
-        if balance is None:
-            return loss
-        self.log("train/router_aux_loss", balance)
-        return loss + self.hparams["router_aux_loss"] * balance
+        total = loss
+        if balance is not None:
+            self.log("train/router_aux_loss", balance)
+            total = loss + self.hparams["router_aux_loss"] * balance
+        return {"loss": total, "train/loss": loss.detach()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As training_step, on the held-out documents."""
@@ -257,6 +241,23 @@ class Qwen3LoRA(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def _adds_gradients(self) -> bool:
+        # Between several processes it is the model's own gradients that are averaged, with all that they hold.
+        return self.trainer.accumulate_grad_batches > 1 and self.trainer.world_size == 1
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Leaves room for the micro-batch's gradients."""
+        if self._adds_gradients:
+            assert self._masters is not None
+            self._masters.before_backward()
+
+    def on_after_backward(self) -> None:
+        """Adds the micro-batch's gradients up in float32."""
+        if self._adds_gradients:
+            assert self._masters is not None
+            self._masters.after_backward()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Hands the gradients to the optimizer's parameters and logs their norm, before clipping."""
         assert self._masters is not None
@@ -265,23 +266,39 @@ class Qwen3LoRA(LightningModule):
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen base out; keeps what trains as the optimizer has it."""
+        """Leaves the frozen base out; keeps what trains as the optimizer has it.
+
+        Lightning counts an epoch as over where `fit` returns: a checkpoint that is saved after that, by
+        `trainer.save_checkpoint`, goes on with the next epoch's order.
+        """
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         if self._masters is not None:
             checkpoint["state_dict"].update({k: v.detach() for k, v in self._masters.by_name.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the values for the optimizer; the model gets them rounded."""
+        """Gives the optimizer the values, or keeps them for the one to come; the model gets them rounded.
+
+        Raises:
+            ValueError: where the values are another model's, naming the options that differ.
+        """
+        check_checkpoint(self.hparams, checkpoint["hyper_parameters"])
         self._saved_masters = checkpoint["state_dict"]
+        if self._masters is not None:
+            self._masters.load(self._saved_masters)
+
+    def on_train_start(self) -> None:
+        """Forgets the checkpoint: the next fit starts from what the model holds then."""
+        self._saved_masters = {}
 
     @torch.no_grad()
     def answer(self, data: InstructionData, prompt: str) -> str:
-        """What the model answers to a prompt, greedily."""
+        """What the model answers to a prompt, or to the end of one longer than the data's documents, greedily."""
         assert self.network is not None
         was_training = self.network.training
         self.network.eval()
-        tokens = data.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.device)
+        encoded = data.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.device)
+        tokens = {name: encoded[name][:, -data.max_length :] for name in ("input_ids", "attention_mask")}
         generated = self.network.generate(
             **tokens, max_new_tokens=GENERATED_TOKENS, do_sample=False, use_cache=True,
             pad_token_id=data.tokenizer.pad_token_id, eos_token_id=data.tokenizer.eos_token_id,
@@ -290,6 +307,13 @@ class Qwen3LoRA(LightningModule):
         answer = data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         assert isinstance(answer, str)
         return answer
+
+
+class CommandLine(LightningCLI):
+    """Lightning's, where an option that is given counts beside a checkpoint too, and not what the checkpoint has."""
+
+    def _parse_ckpt_path(self) -> None:
+        pass
 
 
 def main(args: list[str] | None = None) -> LightningCLI:
@@ -301,13 +325,14 @@ def main(args: list[str] | None = None) -> LightningCLI:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    return LightningCLI(
+    return CommandLine(
         Qwen3LoRA,
         InstructionData,
         args=args,
         seed_everything_default=0,
         parser_kwargs={"description": f"LoRA on a Qwen3 MoE. Without arguments: fit --config {DEFAULT_CONFIG.name}."},
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"default_root_dir": "runs"},  # what has no logger's folder to go to
     )
 
 

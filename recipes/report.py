@@ -51,13 +51,15 @@ class RunReport(Callback):
     pictures `loss.png`, `memory.png` and `expert_load.png`. A run that an exception or Ctrl-C ends gets one too, of
     what there is by then, without adapters. A picture that cannot be made is named, and ends no run.
 
-    The LightningModule offers `network`, `hparams["adapter_layouts"]` and `answer(data, prompt)`, and may offer rows of
-    its own as `description`, by their names; the data module offers `held_out` and `report()`.
+    The LightningModule offers `network`, `hparams["adapter_layouts"]` and `answer(data, prompt)`, returns what it logs
+    as `train/loss` from `training_step` by that name, and may offer rows of its own as `description`, by their names;
+    the data module offers `held_out` and `report()`. The answer is to the first prompt held out that is not empty.
     """
 
     def __init__(self) -> None:
         self._first_loss: Tensor | None = None
         self._last_loss: Tensor | None = None
+        self._example: Any = None
         self._before = ""
         self._after: str | None = None
         self._folder = Path()
@@ -80,20 +82,22 @@ class RunReport(Callback):
                     console.print(callback.report)
             for line in data.report():
                 console.print(Text(line))
-        self._before = pl_module.answer(data, data.held_out[0].prompt)
+        self._example = next((example for example in data.held_out if example.prompt.strip()), None)
+        if self._example is not None:
+            self._before = pl_module.answer(data, self._example.prompt)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes the loss, left on its device."""
-        self._last_loss = outputs["loss"].detach()
+        self._last_loss = outputs["train/loss"]
         if self._first_loss is None:
             self._first_loss = self._last_loss
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The answer after training, while the model is still on its device."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self._after = pl_module.answer(data, data.held_out[0].prompt)
+        if self._example is not None:
+            self._after = pl_module.answer(trainer.datamodule, self._example.prompt)  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The adapter folders and the report."""
@@ -178,10 +182,10 @@ class RunReport(Callback):
         yield from getattr(module, "description", {}).items()
         yield "device", _device_name(device) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else "")
         yield "versions", ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        example = trainer.datamodule.held_out[0]  # type: ignore[attr-defined]
-        yield "prompt held out", example.prompt.strip()
-        yield "answer wanted", example.answer
-        yield "answer before", self._before
+        if self._example is not None:
+            yield "prompt held out", self._example.prompt.strip()
+            yield "answer wanted", self._example.answer
+            yield "answer before", self._before
         if self._after is not None:
             yield "answer after", self._after
         for logger in trainer.loggers:

@@ -27,8 +27,9 @@ TILE_TOKENS, CHUNK_TOKENS = 8192, 2048
 class SaveBeforeLeaving(Callback):
     """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint to resume from exactly there, and leaves.
 
-    The process ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. With
-    more than one process, and outside the main thread, signals are left to Lightning.
+    The process ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. After
+    the last step, while it validates, nothing is left to train: it saves then and ends as ever, with what a run leaves
+    at its end. With more than one process, and outside the main thread, signals are left to Lightning.
 
     Before training it looks whether there is room for checkpoints.
 
@@ -63,18 +64,23 @@ class SaveBeforeLeaving(Callback):
         """Saves and leaves, after an optimizer step, if asked to."""
         if self._asked_by is None or trainer.global_step == self._step_before_batch:
             return
-        path = checkpoint_folder(trainer) / f"interrupted-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"Saved. To go on from step {trainer.global_step}: --ckpt_path {os.path.relpath(path)}")
+        self._save(trainer)
         raise SystemExit(128 + self._asked_by)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens no longer."""
+        """Saves if asked to since the last step; listens no longer."""
+        if self._asked_by is not None:
+            self._save(trainer)
         self._listen_no_longer()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Listens no longer."""
         self._listen_no_longer()
+
+    def _save(self, trainer: Trainer) -> None:
+        path = checkpoint_folder(trainer) / f"interrupted-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Saved. To go on from step {trainer.global_step}: --ckpt_path {os.path.relpath(path)}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._asked_by is not None:
@@ -146,13 +152,15 @@ class CarefulCheckpointIO(TorchCheckpointIO):
             part.replace(place)
         except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
             written = part.stat().st_size if part.exists() else 0
-            part.unlink(missing_ok=True)
             folder = next(folder for folder in place.parents if folder.exists())
             raise OSError(
                 f"the checkpoint {place} could not be written ({error}): {written / MIB:,.1f} MiB went in, "
                 f"{folder} has {shutil.disk_usage(folder).free / MIB:,.1f} MiB free. Earlier checkpoints are as they "
                 "were: make room, and go on from the last one with --ckpt_path"
             ) from error
+        finally:
+            if part.exists():
+                part.unlink()
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -200,7 +208,10 @@ def advice(trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
         size = tokens * config.hidden_size * getattr(torch, options["dtype"]).itemsize / MIB
         yield f"  --model.offload true: the layers' inputs, {config.num_hidden_layers} x {size:,.0f} MiB, to the host"
     if data.batch_size > 1:
-        yield f"  --data.batch_size 1, --trainer.accumulate_grad_batches {data.batch_size}: the same step in parts"
+        yield (
+            f"  --data.batch_size 1, --trainer.accumulate_grad_batches {data.batch_size}: a step in parts, each of "
+            "which counts the same, however many tokens it has"
+        )
     if tokens > TILE_TOKENS and not 0 < options["tile_tokens"] <= TILE_TOKENS:
         yield f"  --model.tile_tokens {TILE_TOKENS}: the experts on so many tokens at a time, a little slower"
     yield f"  --data.max_length {data.max_length // 2}: shorter sequences"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 
@@ -14,7 +15,8 @@ class StepSpeed(Callback):
 
     Over the optimizer steps since the last log, this process's own, without validation. The device is waited for at log
     steps only. `mfu` is the model FLOPs utilisation: what the model's own arithmetic needs, from `pl_module.step_flops`
-    (tokens, sum of the documents' squared lengths), over what the card's datasheet promises for the model's dtype.
+    (tokens, sum of the documents' squared lengths), over what the card's datasheet promises for the model's dtype. It
+    is left out, with a warning, where that fails.
     """
 
     def __init__(self) -> None:
@@ -52,8 +54,12 @@ class StepSpeed(Callback):
             "speed/tokens_per_second": self._tokens / seconds,
         }
         if self._available:
-            flops = pl_module.step_flops(self._tokens, int(self._squares))  # type: ignore[operator]
-            figures["speed/mfu"] = flops / seconds / self._available
+            try:
+                flops = pl_module.step_flops(self._tokens, int(self._squares))  # type: ignore[operator]
+                figures["speed/mfu"] = flops / seconds / self._available
+            except Exception as error:  # no reason to end a run
+                rank_zero_warn(f"speed/mfu is left out: {error!r}")
+                self._available = None
         pl_module.log_dict(figures)
         self._begin(trainer.global_step, pl_module.device)
 

@@ -1,9 +1,12 @@
 """Tests of the recipe's attention: packed documents against each alone, through the whole model."""
 
+from types import SimpleNamespace
+
 import attention
 import pytest
 import torch
 from models import VOCABULARY, qwen3_config
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers.data.data_collator import DataCollatorWithFlattening
@@ -83,6 +86,20 @@ def test_generation_equals_stock_attention():
         for implementation in (attention.NAME, "sdpa")
     ]
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_heads_take_turns_where_a_kernel_can_and_the_row_is_long(kernel, monkeypatch):
+    def by_heads(tokens):
+        tensor = SimpleNamespace(is_cuda=True, shape=(1, 4, tokens, 64))
+        return attention._by_heads(tensor, tensor, tensor)
+
+    monkeypatch.setattr(attention, "kernel_of", lambda *tensors: kernel)
+    assert by_heads(32_769)
+    assert not by_heads(32_768)
+    for other in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):  # as in float32
+        monkeypatch.setattr(attention, "kernel_of", lambda *tensors, other=other: other)
+        assert not by_heads(32_769)
 
 
 def heads(num, tokens, dtype=torch.bfloat16):

@@ -54,6 +54,13 @@ def test_a_name_that_is_no_model_is_refused(tmp_path, monkeypatch):
         base_model.read_config(str(tmp_path), {})
 
 
+def test_fields_that_no_model_has_are_named():
+    fields = {"num_experts": 4, "head_dim": 8, "rope_theta": 1e6, "tie_word_embeddings": False}
+    assert base_model.read_config(None, fields).head_dim == 8
+    with pytest.raises(ValueError, match="model.architecture has hiden_size, num_expert, which Qwen3MoeConfig does no"):
+        base_model.read_config(None, fields | {"num_expert": 8, "hiden_size": 3})
+
+
 def test_missing_and_empty_shards_are_named(folder):
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 4
@@ -93,8 +100,20 @@ def test_a_hub_out_of_reach_is_said(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(base_model.huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ValueError, match=r"does not say how large 'Qwen/Qwen3-30B-A3B' is \(OSError\): connect to it"):
+    with pytest.raises(ValueError, match=r"Qwen3-30B-A3B' is no folder, and the hub .* \(OSError\): connect to it"):
         base_model.check_weights("Qwen/Qwen3-30B-A3B")
+
+
+def test_a_mistyped_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere' is no folder, .* \(HFValidationError\): .* give a folder"):
+        base_model.check_weights(str(tmp_path / "nowhere"))
+
+
+def test_a_sliding_window_is_refused_where_it_would_be_passed_over():
+    config = qwen3_config(use_sliding_window=True, sliding_window=8)
+    with pytest.raises(ValueError, match=r"a window of 8 tokens \(use_sliding_window\): set --model.attention sdpa"):
+        base_model.build(None, config, torch.float32, CPU, "documents", 0)
+    assert base_model.build(None, config, torch.float32, CPU, "sdpa", 0).config.sliding_window == 8
 
 
 def test_weights_that_do_not_fit_are_refused_with_both_sizes(monkeypatch):

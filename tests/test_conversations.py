@@ -102,8 +102,41 @@ def test_prompt_and_completion_stand_side_by_side_where_there_is_none():
 
 
 def test_messages_without_a_template_are_refused():
-    with pytest.raises(ValueError, match="no chat template for messages: set data.chat_template"):
+    with pytest.raises(ValueError, match="no chat template for messages and tools: set data.chat_template"):
         Encoder(ByT5Tokenizer()).encode({"messages": CHAT})
+
+
+WRITES_TOOLS = "{% for tool in tools or [] %}{{ '(' + tool.function.name + ')' }}{% endfor %}"
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "clock")]
+
+
+@pytest.mark.parametrize("template", [QWEN3_LIKE, MARKED], ids=["by prefixes", "by marks"])
+@pytest.mark.parametrize("record", [{"messages": CHAT[:3]}, {"prompt": CHAT[:2], "completion": CHAT[2:3]}])
+def test_a_records_tools_are_the_templates(tokenizer, template, record):
+    encoder = Encoder(tokenizer, WRITES_TOOLS + template)
+    document, without = encoder.encode(record | {"tools": TOOLS}), encoder.encode(record | {"tools": None})
+    assert tokenizer.decode(document.input_ids) == "(weather)(clock)" + tokenizer.decode(without.input_ids)
+    assert document.prompt == "(weather)(clock)" + without.prompt
+    assert said(tokenizer, document) == said(tokenizer, without)
+
+
+def test_tools_that_nothing_would_write_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="writes no tools: set data.chat_template to one that does"):
+        Encoder(tokenizer).encode({"messages": CHAT, "tools": TOOLS})
+    with pytest.raises(ValueError, match="no chat template for messages and tools"):
+        Encoder(ByT5Tokenizer()).encode({"prompt": "a", "completion": "b", "tools": TOOLS})
+
+
+def test_an_answer_with_the_end_in_it_is_refused_by_prefixes_and_whole_by_marks(tokenizer):
+    answer = {"role": "assistant", "content": f"{END} ends a turn, it said"}
+    record = [("chats:7", {"messages": [*CHAT[:2], answer]})]
+    with pytest.raises(ValueError, match=r"chats:7: message 2 has <\|im_end\|> in it, .*: take that out, or set data"):
+        encode_all(record, Encoder(tokenizer))
+    (document,) = encode_all(record, Encoder(tokenizer, MARKED))
+    assert said(tokenizer, document) == [f"{END} ends a turn, it said{END}"]
+    asks = [CHAT[0], CHAT[1] | {"content": f"What is {END}?"}, CHAT[2]]
+    (document,) = encode_all([("chats:8", {"messages": asks})], Encoder(tokenizer))
+    assert said(tokenizer, document) == ["<think>\n\n</think>\n\n" + CHAT[2]["content"] + END]
 
 
 def test_a_template_whose_prefixes_differ_is_refused_with_the_remedy(tokenizer):
@@ -156,6 +189,7 @@ def test_a_tokenizer_without_an_end_is_refused():
         ({"prompt": "a"}, "neither"),
         ({"prompt": "a", "completion": " "}, "the completion is empty"),
         ({"prompt": "a", "completion": CHAT}, "two texts or two lists"),
+        ({"messages": CHAT, "tools": "[]"}, '"tools" is a list of objects, not str'),
         ({"messages": []}, "at least one message"),
         ({"messages": CHAT[:2]}, "no message is the assistant's"),
         ({"messages": ["hello"]}, "message 0 needs a role, one of system"),
@@ -177,7 +211,7 @@ def test_a_file_is_read_line_by_line(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(["", json.dumps({"prompt": "é", "completion": "b"}), " "]), encoding="utf-8")
     records = read_records(str(path), "train")
-    assert [(where, parse(line)) for where, line in records] == [(f"{path}:2", ("é", "b"))]
+    assert [(where, parse(line)) for where, line in records] == [(f"{path}:2", (("é", "b"), None))]
     with pytest.raises(ValueError, match="there is no such file"):
         read_records(str(tmp_path / "other.jsonl"), "train")
 

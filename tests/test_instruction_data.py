@@ -184,6 +184,29 @@ def test_the_order_resumes_where_it_stopped(data, packing):
     assert begun + [batch["input_ids"].tolist() for batch in resumed] == whole
 
 
+@pytest.mark.parametrize("stop", [(0, 2), (0, 7), (1, 3), (1, 7)])  # epoch, batches of the 7 in it
+def test_later_epochs_resume_in_their_order_too(data, stop):
+    options = {"batch_size": 1, "validation_every": 8}
+    lengths = [20, 30, 25, 40, 35, 50, 45, 15]
+
+    def sizes(batches):
+        return [batch["input_ids"].shape[1] for batch in batches]
+
+    loader = data(lengths, **options).train_dataloader()
+    whole = [sizes(loader) for _ in range(4)]
+    assert len({tuple(epoch) for epoch in whole}) == 4
+    epoch, count = stop
+    loader = data(lengths, **options).train_dataloader()
+    for _ in range(epoch):
+        list(loader)
+    batches = iter(loader)
+    begun = sizes(next(batches) for _ in range(count))
+    resumed = data(lengths, **options).train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert begun + sizes(resumed) == whole[epoch]
+    assert [sizes(resumed) for _ in whole[epoch + 1 :]] == whole[epoch + 1 :]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

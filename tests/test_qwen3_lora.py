@@ -101,6 +101,22 @@ def test_resumed_losses_equal_the_uninterrupted_runs(twenty_steps, tmp_path):
     assert logged(tmp_path, "train/loss", version=1) == logged(folder, "train/loss")[8:12]
 
 
+def test_options_count_beside_a_checkpoint_and_another_model_is_refused(twenty_steps, tmp_path):
+    checkpoint = f"--ckpt_path={twenty_steps[0] / 'log' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
+    changed = ["--model.learning_rate=1e-5", "--model.checkpointing=full", "--model.loss=chunks"]
+    cli = fit(tmp_path, *changed, checkpoint, steps=21)
+    assert [cli.model.hparams[name] for name in ("learning_rate", "checkpointing", "loss")] == [1e-5, "full", "chunks"]
+    with pytest.raises(ValueError, match=r"another model: model.alpha is 64 and was 32. Set it as it was"):
+        fit(tmp_path, "--model.alpha=64", checkpoint, steps=22)
+
+
+def test_misspelt_options_are_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="model.target_modules names 'qproj'"):
+        fit(tmp_path, "--model.target_modules=[qproj, v_proj]", steps=1)
+    with pytest.raises(ValueError, match="model.architecture has num_expert,"):
+        fit(tmp_path, "--model.architecture.num_expert=4", steps=1)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_interrupted_run_goes_on_with_the_losses_of_one_that_was_not(precision, tmp_path, monkeypatch):
     options = [f"--model.dtype={precision}", "--data.packing=separate", "--trainer.accumulate_grad_batches=2"]
@@ -200,6 +216,7 @@ def test_each_option_trains_as_stock_code_does(name, tmp_path, monkeypatch, caps
     ours, plain = (logged(tmp_path / folder, "train/loss") for folder in ("ours", "stock"))
     assert ours == pytest.approx(plain, abs=1e-4)
     assert len(set(ours)) == 3
+    assert f"{ours[0]:.4f} → {ours[2]:.4f}" in summary
     assert logged(tmp_path / "ours", "gategrad/active_layers") == [4.0] * 3
 
 
@@ -225,6 +242,18 @@ def test_chats_from_a_file_and_a_base_from_a_folder(tmp_path, capsys):
     assert "u:Say 0." in summary
 
 
+def test_of_a_long_prompt_the_end_is_answered(twenty_steps, monkeypatch):
+    _, cli = twenty_steps
+    seen = []
+    generate = cli.model.network.generate
+    monkeypatch.setattr(cli.model.network, "generate", lambda **a: seen.append(a["input_ids"]) or generate(**a))
+    end = "y" * cli.datamodule.max_length
+    answers = [cli.model.answer(cli.datamodule, prompt) for prompt in ("x" * 1000 + end, end)]
+    assert seen[0].shape[1] == cli.datamodule.max_length
+    assert torch.equal(*seen)
+    assert answers[0] == answers[1]
+
+
 def test_lightnings_move_to_the_host_moves_nothing():
     module = Qwen3LoRA(architecture={})
     module.large = torch.nn.Linear(2, 2, device="meta")
@@ -235,6 +264,13 @@ def test_lightnings_move_to_the_host_moves_nothing():
 def test_rounding_precision_is_refused(tmp_path):
     with pytest.raises(ValueError, match="leave trainer.precision at 32-true and set --model.dtype bfloat16"):
         fit(tmp_path, "--trainer.precision=bf16-true", steps=1)
+
+
+def test_without_a_logger_the_working_directory_stays_clean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = str(CONFIGS / "tiny.yaml")
+    main(["fit", "--config", tiny, "--trainer.logger=false", "--trainer.callbacks=null", "--trainer.max_steps=1"])
+    assert os.listdir(tmp_path) == ["runs"]
 
 
 def test_weights_that_are_not_there_are_named_before_training(tmp_path):
@@ -276,7 +312,7 @@ def test_summary_shows_what_a_user_looks_for(tmp_path, capsys):
 
 def test_without_arguments_runs_the_tiny_configuration(monkeypatch):
     seen = {}
-    monkeypatch.setattr(qwen3_lora, "LightningCLI", lambda *_, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(qwen3_lora, "CommandLine", lambda *_, **kwargs: seen.update(kwargs))
     monkeypatch.setattr(sys, "argv", ["qwen3_lora.py"])
     main()
     assert seen["args"] == ["fit", "--config", str(CONFIGS / "tiny.yaml")]

@@ -31,7 +31,7 @@ Example = namedtuple("Example", "prompt answer")
 class Data(LightningDataModule):
     """Four batches, and what the report asks of a data module."""
 
-    held_out = [Example("  What? ", "[/that] | <b>\nand this")]
+    held_out = [Example(" ", "to nothing"), Example("  What? ", "[/that] | <b>\nand this")]
 
     def report(self):
         return ["3 documents [of] them"]
@@ -57,7 +57,7 @@ class Trained(Tiny):
         self.log("train/loss", loss)
         if self.stop is not None and batch_idx == 2:
             raise self.stop
-        return loss
+        return {"loss": loss + 1, "train/loss": loss.detach()}
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.step(batch))
@@ -235,6 +235,19 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "report").exists()
     assert not (tmp_path / "adapter").exists()
     assert "Summary" not in capsys.readouterr().out
+
+
+def test_losses_are_those_that_are_logged_whatever_the_accumulation(tmp_path):
+    module = run(tmp_path, accumulate_grad_batches=2, max_steps=2)
+    first, last = summary(tmp_path)["loss, first and last"].split(" → ")
+    assert [first, last] == [f"{module.losses[0]:.4f}", f"{module.losses[3]:.4f}"]
+
+
+def test_without_a_prompt_there_is_no_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(Data, "held_out", [Example("", "to nothing")])
+    module = run(tmp_path)
+    assert module.answers == []
+    assert not {"prompt held out", "answer wanted", "answer before", "answer after"} & summary(tmp_path).keys()
 
 
 def test_an_earlier_adapter_is_left_alone(tmp_path):

@@ -88,6 +88,29 @@ def test_with_accumulated_gradients_it_is_the_optimizers_step_that_is_finished(t
     assert (tmp_path / "kept" / "interrupted-step=2.ckpt").exists()
 
 
+class Validating(Line):
+    """Asked to leave while it validates."""
+
+    def on_validation_epoch_start(self):
+        signal.raise_signal(signal.SIGTERM)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_asked_while_it_validates_it_leaves_after_the_next_step_or_ends_with_what_it_has(at, tmp_path):
+    run = trainer(tmp_path, max_steps=4, val_check_interval=at, num_sanity_val_steps=0)
+    batches = [DataLoader(range(4), batch_size=1) for _ in range(2)]
+    if at == 2:
+        with pytest.raises(SystemExit, match="143"):
+            run.fit(Validating(), *batches)
+    else:
+        run.fit(Validating(), *batches)
+    saved = torch.load(tmp_path / "kept" / f"interrupted-step={run.global_step}.ckpt", weights_only=True)
+    assert saved["global_step"] == run.global_step == (3 if at == 2 else 4)
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -169,6 +192,22 @@ def test_a_full_disk_is_reported_and_leaves_the_earlier_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+def test_leaving_at_once_within_a_save_leaves_no_part_of_it(tmp_path, monkeypatch):
+    io, path = CarefulCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"weight": torch.ones(3)}, path)
+    before = path.read_bytes()
+
+    def interrupted(content, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surviving.torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        io.save_checkpoint({"weight": torch.ones(3)}, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
 def test_a_failed_save_ends_the_run_with_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -221,7 +260,7 @@ def test_advice_names_only_what_is_not_yet_done():
         (MoEGateGradCallback(True), {}, "chunk_tokens: 2048"),
         (None, {"checkpointing": "selective"}, "--model.checkpointing full"),
         (None, {"liger": False}, "--model.liger null"),
-        (None, {"batch_size": 4}, "--data.batch_size 1, --trainer.accumulate_grad_batches 4"),
+        (None, {"batch_size": 4}, "--data.batch_size 1, --trainer.accumulate_grad_batches 4: a step in parts, each of"),
         (None, {"tile_tokens": 32768}, "--model.tile_tokens 8192"),
         (None, {"tile_tokens": 0}, "--model.tile_tokens 8192"),
     ],

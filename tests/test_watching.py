@@ -80,6 +80,15 @@ def test_speed_over_two_steps_without_validation(run, accumulate):
     assert module.asked == [(16 * accumulate, 2 * accumulate * (3**2 + 5**2))] * 2
 
 
+def test_flops_that_cannot_be_counted_end_no_run_and_warn_once(run, monkeypatch):
+    monkeypatch.setattr(Slow, "step_flops", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="speed/mfu is left out: ZeroDivisionError") as warned:
+        _, rows = run()
+    assert len([one for one in warned if "speed/mfu" in str(one.message)]) == 1
+    assert [row["speed/tokens_per_second"] for row in rows] == [8, 8]
+    assert not any("speed/mfu" in row for row in rows)
+
+
 def test_the_card_s_arithmetic_is_that_of_the_models_dtype(monkeypatch):
     asked = []
     monkeypatch.setattr(watching, "get_available_flops", lambda *args: asked.append(args) or 1)

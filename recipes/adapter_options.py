@@ -62,8 +62,8 @@ def check_checkpoint(options: Mapping[str, Any], saved: Mapping[str, Any]) -> No
         ValueError: naming the options that differ, with the checkpoint's values.
     """
     mine, theirs = _weights(options), _weights(saved)
-    if Path(mine.get("name") or "").is_dir():
-        theirs["name"] = mine.get("name")
+    if "name" in mine and Path(mine["name"]).is_dir():
+        theirs["name"] = mine["name"]
     differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
     if differing:
         said = "; ".join(f"model.{n} is {mine.get(n)!r} and was {theirs.get(n)!r}" for n in differing)

@@ -1,8 +1,8 @@
 """float32 copies of what trains in 16 bits, which the optimizer steps in its place.
 
 A step of 1e-4 is lost on a bfloat16 weight of 0.05, and a second moment that decays by 0.1 % never decays in bfloat16.
-The model keeps its 16-bit adapters, so that nothing is cast where they are used. Nor do the gradients of many
-micro-batches add up in 16 bits.
+The model keeps its 16-bit adapters, so that nothing is cast where they are used. In one process
+the gradients of many micro-batches add up in float32 too; several average the model's own, in 16 bits.
 """
 
 from collections.abc import Mapping

@@ -11,5 +11,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers have the cores
 
 settings.register_profile("few", max_examples=60, deadline=None, derandomize=True, database=None)
-settings.register_profile("soak", max_examples=3_000, deadline=None, print_blob=True)
+settings.register_profile("soak", max_examples=12_000, deadline=None, print_blob=True)
 settings.load_profile("few")

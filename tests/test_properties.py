@@ -1,8 +1,8 @@
 """The operation on problems that nobody thought of, against the float64 loop and beside stock code.
 
-The suite draws the same few at every run. To look for longer, and for others, with any seed:
+The suite draws the same few at every run. To look for minutes, and for others, with any seed:
 
-    python -m pytest -n 0 tests/test_properties.py --hypothesis-profile soak --hypothesis-seed 1
+    python -m pytest -n 0 --timeout 0 tests/test_properties.py --hypothesis-profile soak --hypothesis-seed 1
 """
 
 from dataclasses import dataclass, replace

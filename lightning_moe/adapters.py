@@ -29,6 +29,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lightning_moe.lora import peft_refusal, split_a, split_b
+from lightning_moe.sharding import is_sharded, whole
 
 Layout = Literal["fused", "per_expert"]
 
@@ -83,6 +84,8 @@ def describe(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, dict[str
     found = _peft_models(model)
     if len(found) != 1 or peft_refusal():
         return {}
+    if is_sharded(model):  # and what the state dict holds was gathered: its names are left to tell
+        state_dict = {key: tensor for key, tensor in model.state_dict().items() if key in state_dict}
     keys = {_place(tensor): key for key, tensor in state_dict.items() if isinstance(tensor, Tensor)}
     described = {}
     for name, config in found[0].peft_config.items():
@@ -100,7 +103,8 @@ def export_adapter(
 ) -> None:
     """Writes a LoRA adapter as PEFT's two files, `adapter_model.safetensors` and `adapter_config.json`.
 
-    Where several processes train, one of them calls this.
+    Where several processes train, one of them calls this; where the adapter is sharded over them, each does, and the
+    first of them writes.
 
     Args:
         model: a PEFT model, or a module that holds one, patched or not.
@@ -125,8 +129,10 @@ def export_adapter(
     if found[0].peft_config[name].peft_type != PeftType.LORA:
         raise ValueError(f"adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
     tensors = {_clean(key): tensor for key, tensor in get_peft_model_state_dict(found[0], adapter_name=name).items()}
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        raise ValueError(f"adapter {name!r} is sharded over devices: save a full checkpoint and export that")
+    if is_sharded(found[0]):
+        tensors = {key: whole(tensor).cpu() for key, tensor in tensors.items()}
+        if torch.distributed.get_rank() != 0:
+            return
     _write(tensors, _describe(found[0], name, dict.fromkeys(tensors)), Path(folder), layout)
 
 
@@ -191,8 +197,9 @@ def _peft_models(model: nn.Module) -> list[PeftModel]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells one tensor's memory from another's; sharded tensors have none of their own."""
-    return (id(tensor),) if isinstance(tensor, DTensor) else (tensor.device, tensor.data_ptr(), tensor.shape)
+    """What tells one tensor's memory from another's; of a sharded one, this process's part."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.device, own.data_ptr(), own.shape
 
 
 def _clean(name: str) -> str:

@@ -3,13 +3,14 @@
 Hooks only: what is patched is patching's business, what is counted is health's.
 """
 
+import math
 import os
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from lightning_moe.patching import (
     touched_modules,
     unpatch_moe,
 )
+from lightning_moe.sharding import left_alone, spread_refusal
 
 ENVIRONMENT_SWITCH = "LIGHTNING_MOE_GATEGRAD"
 
@@ -46,9 +48,9 @@ class MoEGateGradCallback(Callback):
 
     Attributes:
         report: what became of each MoE layer; None while nothing is patched.
-        expert_load: how many (token, slot) rows each expert of this process got since the fit began, (experts,) int64
-            on the CPU, by the report's layer names. Grows when the counts are logged and at the end of training, stays
-            until the next fit; layers whose calls cannot be patched are not in it.
+        expert_load: how many (token, slot) rows each expert got since the fit began, (experts,) int64 on the CPU,
+            summed over the processes, by the report's layer names. Grows when the counts are logged and at the end of
+            training, stays until the next fit; layers whose calls cannot be patched are not in it.
 
     Args:
         enabled: whether to patch. None reads the environment variable `LIGHTNING_MOE_GATEGRAD`, where `0` means no and
@@ -68,7 +70,8 @@ class MoEGateGradCallback(Callback):
 
     Raises:
         MisconfigurationException: on an argument out of range, here; on a fit without a logger, in `setup`; on a model
-            in which no layer can be patched, when it starts and `on_missing="error"`.
+            in which no layer can be patched, when it starts and `on_missing="error"`; on a fit whose strategy has not
+            spread the model over its processes, each of which would train one of its own, when it starts.
     """
 
     def __init__(
@@ -197,11 +200,11 @@ class MoEGateGradCallback(Callback):
         if self._experts_without_update is not None and (concludes or logs):
             pl_module.log("gategrad/experts_without_update", float(self._experts_without_update))
         if logs:
-            self._log(pl_module)
+            self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what became of the adapters, in a fit too short to have said so; counts the last rows."""
-        self._drain(pl_module)
+        self._drain(trainer, pl_module)
         if self._watched_steps(trainer) >= 2:
             figure = {"gategrad/experts_without_update": float(self._conclude(trainer))}
             for logger in trainer.loggers:
@@ -261,6 +264,8 @@ class MoEGateGradCallback(Callback):
         self._metric.to(pl_module.device)
         self._metric.reset()
         self._micro_batches = 0
+        if trainer.state.fn == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+            self._check_spread(trainer, pl_module)
         if self.report.fallback:
             rank_zero_warn(f"MoEGateGradCallback leaves some MoE layers to stock code:\n{self.report}")
         elif self.report.merging:
@@ -278,9 +283,17 @@ class MoEGateGradCallback(Callback):
             raise MisconfigurationException(message)
         rank_zero_warn(message)
 
-    def _log(self, pl_module: LightningModule) -> None:
+    def _check_spread(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if reason := spread_refusal(pl_module, trainer.world_size):
+            self._detach(pl_module)
+            raise MisconfigurationException(f"MoEGateGradCallback: {reason}")
+        mesh = trainer.strategy.device_mesh  # type: ignore[attr-defined]
+        if mesh["data_parallel"].size() > 1 and (alone := left_alone(pl_module)):
+            rank_zero_warn(f"MoEGateGradCallback: {alone}")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None
-        counts = self._drain(pl_module)
+        counts = self._drain(trainer, pl_module)
         counts.fallback_layers += (len(self.report.layers) - len(counts.expert_rows)) * self._micro_batches
         self._metric.update(counts, self._micro_batches)
         figures = self._metric.compute()
@@ -290,8 +303,8 @@ class MoEGateGradCallback(Callback):
         if "audit_rel_error" in figures:
             self._judge(figures["audit_rel_error"].item(), pl_module)
 
-    def _drain(self, pl_module: LightningModule) -> HealthCounts:
-        """Every patched layer's counts; their experts' rows go into `expert_load` too."""
+    def _drain(self, trainer: Trainer, pl_module: LightningModule) -> HealthCounts:
+        """Every patched layer's counts; their experts' rows, those of all processes, go into `expert_load` too."""
         counts, patched = HealthCounts(), set(patched_modules(pl_module))
         modules = {name: module for name, module in pl_module.named_modules() if module in patched}
         for module in modules.values():
@@ -301,7 +314,8 @@ class MoEGateGradCallback(Callback):
             counts.add(drained, self._metric.device)
         if modules:
             sizes = [rows.numel() for rows in counts.expert_rows]
-            for name, rows in zip(modules, torch.cat(counts.expert_rows).cpu().split(sizes), strict=True):
+            load = trainer.strategy.reduce(torch.cat(counts.expert_rows), reduce_op="sum")
+            for name, rows in zip(modules, load.cpu().split(sizes), strict=True):
                 self.expert_load[name] = self.expert_load.get(name, 0) + rows
         return counts
 
@@ -321,8 +335,8 @@ class MoEGateGradCallback(Callback):
         return self._experts_without_update
 
     def _judge(self, audit_rel_error: float, pl_module: LightningModule) -> None:
-        active: Any = next(module for module in patched_modules(pl_module) if layer_patch(module).reason is None)
-        limit = AUDIT_LIMIT[active.down_proj.dtype]
+        dtypes = {patch.dtype for patch in map(layer_patch, patched_modules(pl_module)) if patch.reason is None}
+        limit = max((AUDIT_LIMIT[dtype] for dtype in dtypes if dtype is not None), default=math.inf)
         if audit_rel_error > limit:
             rank_zero_warn(
                 f"MoEGateGradCallback's audit found a gate gradient that differs from stock code's by "

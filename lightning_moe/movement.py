@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.lora import peft_refusal, split_a, split_b
+from lightning_moe.sharding import whole
 
 # Integers as wide as a factor's elements, to compare bits by.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -81,7 +81,7 @@ class _Factor:
 
     def note_gradient(self) -> None:
         if self.parameter.grad is not None:
-            size = _size(self.split(_whole(self.parameter.grad), self.num_experts))
+            size = _size(self.split(whole(self.parameter.grad), self.num_experts))
             self.has_gradient |= (size != 0) & size.isfinite()
 
     def verdict(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ class _Factor:
         return self.has_gradient, _fingerprint(experts) != self.before, _size(experts).isfinite()
 
     def _experts(self) -> Tensor:
-        return self.split(_whole(self.parameter.detach()), self.num_experts)
+        return self.split(whole(self.parameter.detach()), self.num_experts)
 
 
 def _size(experts: Tensor) -> Tensor:
@@ -101,11 +101,6 @@ def _size(experts: Tensor) -> Tensor:
 def _fingerprint(experts: Tensor) -> Tensor:
     """(E,) int64: sums of each expert's bits, read as integers."""
     return experts.view(BITS[experts.element_size()]).sum((1, 2), dtype=torch.int64)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered; every rank comes by here in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class AdapterWatch:

@@ -59,7 +59,9 @@ class LayerPatch:
         chunk_tokens: see `moe_experts`.
         recompute_up: see `moe_experts`.
         named: the copy of `config` that the module has while it is patched.
-        tape: what stock code and the operation keep for backward.
+        tape: what stock code and the operation keep for backward, with weights of `dtype`.
+        dtype: of the weights that the layer computed with last; a strategy may cast them for the call.
+        ranks: of the adapters that are kept apart, by the name of the parameter that they adapt.
         health: the layer's counters.
         merge_reasons: why PEFT merges some of the layer's adapters, as far as has been said.
     """
@@ -71,6 +73,8 @@ class LayerPatch:
     recompute_up: bool = False
     named: Any = None
     tape: TapeEstimate = TapeEstimate(0, 0)
+    dtype: torch.dtype | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
     health: LayerHealth = field(default_factory=LayerHealth)
     merge_reasons: set[str] = field(default_factory=set)
 
@@ -110,9 +114,9 @@ def patch_moe(
             if layer.reason is None:
                 patch = LayerPatch(_own_config(layer.module), None, down_bias, chunk_tokens, recompute_up)
                 _attach(layer.module, patch)
-                ranks = _attach_wrappers(layer, patch)
+                patch.ranks = _attach_wrappers(layer, patch)
                 adapters = "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
-                patch.tape = estimate_tape(layer.module, ranks, recompute_up=recompute_up)
+                _estimate(layer.module, patch)
                 before, after = _per_token(patch)
                 merged = patch.tape.stock_merged
                 reports.append(LayerReport(layer.name, class_name, "active", "", before, after, adapters, merged))
@@ -191,6 +195,11 @@ def layer_patch(module: nn.Module) -> LayerPatch:
 def _attach(module: Any, patch: LayerPatch) -> None:
     setattr(module, _PATCH, patch)
     _switch_on(module, patch)
+
+
+def _estimate(module: Any, patch: LayerPatch) -> None:
+    patch.dtype = module.down_proj.dtype
+    patch.tape = estimate_tape(module, patch.ranks, recompute_up=patch.recompute_up)
 
 
 def _own_config(module: Any) -> Any:
@@ -401,6 +410,8 @@ def gategrad_experts(
         recompute_up=patch.recompute_up,
         is_expert_parallel=is_expert_parallel(module),
     )
+    if is_patched and patch.dtype != weights.down_proj.dtype:
+        _estimate(module, patch)
     merged = {contract.up_name: weights.gate_up_proj, "down_proj": weights.down_proj}
     saved = (patch.tape.stock_per_row - patch.tape.kept_per_row) * top_k_index.numel()
     saved += sum(merged[name].nbytes for name in updates)

@@ -46,7 +46,7 @@ def test_recipes_import_public_names_only():
 def test_no_room_imports_one_to_its_left():
     order = (
         "export", "callback", "adapters", "memory", "patching", "patch_report", "movement", "discovery", "contracts",
-        "experts", "arguments", "lora", "kernels", "routing", "metrics", "health",
+        "experts", "arguments", "lora", "kernels", "routing", "metrics", "health", "sharding",
     )  # fmt: skip
     for position, room in enumerate(order):
         ours = {

@@ -1,0 +1,58 @@
+"""Sharding: whether what trains is spread over the processes that train it, and whole tensors out of their shards.
+
+Under Lightning's ModelParallelStrategy no gradient is averaged but by what `configure_model` has spread; a mesh of one
+process spreads nothing, and the processes train models of their own in silence.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+SHOWN = 3
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model has parameters that are spread over processes, or made to be."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def spread_refusal(model: nn.Module, world_size: int) -> str | None:
+    """Why the processes would train models of their own: nothing of the model is spread over them; None if some is.
+
+    Args:
+        model: as the strategy trains it.
+        world_size: how many processes train.
+    """
+    if world_size == 1 or any(_spread(parameter) for parameter in model.parameters()):
+        return None
+    how = "is sharded over a mesh of one process" if is_sharded(model) else "is not sharded"
+    return (
+        f"{world_size} processes train, and the model {how}: each would train one of its own, without a word. "
+        f"Give the strategy ModelParallelStrategy(data_parallel_size={world_size}, tensor_parallel_size=1), whose "
+        'default is one data-parallel process for each node, and shard over device_mesh["data_parallel"] in '
+        "configure_model"
+    )
+
+
+def left_alone(model: nn.Module) -> str | None:
+    """Names the trained parameters that the processes do not share; None if there are none.
+
+    Args:
+        model: as a strategy trains it that averages nothing by itself.
+    """
+    alone = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not _spread(parameter)]
+    if not alone:
+        return None
+    named = ", ".join(alone[:SHOWN]) + (f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else "")
+    return (
+        f"no process shares the gradients of {named}: they will differ between the processes, unless you average them "
+        "yourself. Call fully_shard on the module that holds them, at last on the whole model"
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or a sharded one gathered: then every process has to come by here, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1

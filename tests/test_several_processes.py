@@ -1,0 +1,324 @@
+"""DDP and FSDP2 over two gloo processes: the same losses, gradients and figures as one process with the whole batch."""
+
+import os
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Tiny, experts_modules, qwen3, tokens, with_attention_lora, with_expert_lora
+from processes import together
+from reference import relative_error
+from test_callback import is_stock, logged, trainer
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_moe import MemoryMonitor, MoEGateGradCallback, memory
+from lightning_moe.sharding import whole
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
+]
+
+ADAPTERS = {
+    "none": lambda model: model,
+    "attention": with_attention_lora,
+    "experts": partial(with_expert_lora, attention=True),
+}
+BATCH, STEPS = 4, 3
+COUNTS = ("active_layers", "fallback_layers", "nonpositive_gates", "zero_gates", "nonpositive_fraction",
+          "load_max_over_mean", "idle_experts")  # fmt: skip
+
+
+def turn_gates(router, arguments, output):
+    """Some gates zero and some negative, so that there is something to count."""
+    logits, gates, index = output
+    return logits, gates.masked_fill(index == 0, 0.0) * (1 - 2 * (index == 1)), index
+
+
+def build(adapters, recompute, turned=False):
+    model = ADAPTERS[adapters](qwen3())
+    if recompute:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if turned:
+        for module in model.modules():
+            if type(module).__name__ == "Qwen3MoeTopKRouter":
+                module.register_forward_hook(turn_gates)
+    return model
+
+
+class Spread(Tiny):
+    """A model in every process, or a part of one; each batch is split over the processes in order."""
+
+    shards = ("layers", "model")
+    policy = MixedPrecisionPolicy()
+    data = None
+
+    def __init__(self, build):
+        super().__init__(build, "configure_model")
+        self.gradients = {}
+
+    def configure_model(self):
+        super().configure_model()
+        if self.device_mesh is None:
+            return
+        shard = partial(fully_shard, mesh=self.device_mesh["data_parallel"], mp_policy=self.policy)
+        base = getattr(self.network, "get_base_model", lambda: self.network)()
+        if "experts" in self.shards:
+            for experts in experts_modules(base):
+                shard(experts)
+        if "layers" in self.shards:
+            for layer in base.model.layers:
+                shard(layer)
+        if "model" in self.shards:
+            shard(self.network)
+
+    def on_before_optimizer_step(self, optimizer):
+        if not self.gradients:
+            self.gradients = {n: whole(p.grad).clone() for n, p in self.named_parameters() if p.grad is not None}
+
+    def train_dataloader(self):
+        data = TensorDataset(tokens(BATCH * STEPS) if self.data is None else self.data)
+        processes = self.trainer.world_size
+        sampler = DistributedSampler(data, processes, self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, BATCH // processes, sampler=sampler)
+
+
+def strategy(kind):
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if kind == "fsdp":
+        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    return kind
+
+
+def run(folder, kind, *callbacks, **options):
+    defaults = {"max_steps": STEPS, "use_distributed_sampler": False, "devices": 1 if kind == "auto" else 2}
+    return trainer(folder, *callbacks, strategy=strategy(kind), **defaults | options)
+
+
+def fit(folder, kind, build, *callbacks, options=None, **attributes):
+    """A fit in this process, as one of two unless `kind` is "auto"; the module, the callback and what it warned of."""
+    module = Spread(build)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    callback = next((c for c in callbacks if isinstance(c, MoEGateGradCallback)), None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(folder, kind, *callbacks, **options or {}).fit(module)
+    return module, callback, [str(warning.message) for warning in said]
+
+
+def outcome(folder, kind, build, enabled=True, **attributes):
+    """What a fit leaves, for the test's own process to look at."""
+    callback = MoEGateGradCallback(enabled, check_adapters_after_n_steps=2)
+    module, callback, said = fit(folder, kind, build, callback, **attributes)
+    assert all(module.was_patched) == enabled
+    assert is_stock(module)
+    trained = {name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        "losses": torch.tensor(module.losses),
+        "gradients": module.gradients,
+        "trained": trained,
+        "load": callback.expert_load,
+        "said": said,
+    }
+
+
+def deviation(results, alone):
+    """The largest relative error of losses, gradients and trained values beside those of one process."""
+    errors = [relative_error(torch.stack([each["losses"] for each in results]).mean(0), alone["losses"])]
+    for each in results:
+        for what in ("gradients", "trained"):
+            assert each[what].keys() == alone[what].keys()
+            errors += [relative_error(each[what][name], value) for name, value in alone[what].items()]
+    return max(errors)
+
+
+LIMIT = 1e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(tmp_path, kind, adapters, recompute):
+    make = partial(build, adapters, recompute, turned=True)
+    alone = outcome(tmp_path / "one", "auto", make)
+    results = together(outcome, tmp_path / "two", kind, make)
+    assert deviation(results, alone) < LIMIT
+    for name in COUNTS:
+        assert logged(tmp_path / "two", f"gategrad/{name}") == logged(tmp_path / "one", f"gategrad/{name}"), name
+    assert min(logged(tmp_path / "two", "gategrad/zero_gates")) > 0
+    for each in results:
+        assert each["load"].keys() == alone["load"].keys()
+        assert all(torch.equal(each["load"][name], rows) for name, rows in alone["load"].items())
+    if adapters == "experts":
+        moved = "gategrad/experts_without_update"
+        assert logged(tmp_path / "two", moved) == logged(tmp_path / "one", moved)
+
+
+def test_the_limit_tells_processes_apart_that_do_not_share(tmp_path):
+    make = partial(build, "attention", False)
+    alone = outcome(tmp_path / "one", "auto", make)
+    half = outcome(tmp_path / "half", "auto", make, data=tokens(BATCH * STEPS)[::2].repeat_interleave(2, 0))
+    assert deviation([half], alone) > 1000 * LIMIT
+
+
+@pytest.mark.parametrize("adapters", ["none", "experts"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_experts_without_a_token_in_one_process(tmp_path, kind, adapters):
+    data = tokens(BATCH * STEPS)
+    data[1::2] = 7  # the second process has one token only, so that at most four of eight experts get rows there
+    alone = outcome(tmp_path / "one", "auto", partial(build, adapters, False), data=data)
+    results = together(outcome, tmp_path / "two", kind, partial(build, adapters, False), data=data)
+    assert deviation(results, alone) < LIMIT
+
+
+def rank_times_gib(device):
+    return (torch.distributed.get_rank() + 1) * 2**30
+
+
+def memory_fit(folder, kind):
+    memory._allocated = rank_times_gib
+    fit(folder, kind, partial(build, "attention", False), MoEGateGradCallback(), MemoryMonitor(tape_at_step=0))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_memory_is_the_maximum(tmp_path, kind):
+    together(memory_fit, tmp_path, kind)
+    assert logged(tmp_path, "memory/peak_allocated_gib") == [2.0] * STEPS
+    assert 0 < logged(tmp_path, "memory/moe_tape_mib")[0] < logged(tmp_path, "memory/moe_tape_stock_mib")[0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts what processes say to each other."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.number += operation.namespace in ("c10d", "_c10d_functional") and "wait" not in operation.__name__
+        return operation(*arguments, **options or {})
+
+
+def collectives(folder, kind, every, with_callbacks):
+    callbacks = [MoEGateGradCallback(check_adapters_after_n_steps=0), MemoryMonitor()] if with_callbacks else []
+    with Calls() as calls:
+        fit(folder, kind, partial(build, "experts", False), *callbacks, options={"log_every_n_steps": every})
+    return calls.number
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_nothing_is_communicated_between_log_steps(tmp_path, kind):
+    ours, stock, logging = (
+        together(collectives, tmp_path / str(every), kind, every, with_callbacks)[0]
+        for every, with_callbacks in ((STEPS + 1, True), (STEPS + 1, False), (1, True))
+    )
+    assert stock > 0
+    assert ours == stock + 2  # the experts' rows when training ends: Lightning's barrier, and the sum
+    assert logging > ours
+
+
+def kept_shapes(folder, kind, enabled):
+    """The shapes of what each step keeps between forward and backward, parameters that are gathered again left out."""
+    kept = []
+
+    class Watched(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            kept[:] = [tensor for tensor in kept if tensor.untyped_storage().nbytes()]
+            own = {p.untyped_storage()._cdata for p in pl_module.parameters() if not isinstance(p, DTensor)}
+            shapes.append(sorted(tuple(t.shape) for t in kept if t.untyped_storage()._cdata not in own))
+            kept.clear()
+
+    class Recording(Spread):
+        def step(self, batch):
+            with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+                return super().step(batch)
+
+    shapes = []
+    module = Recording(partial(build, "experts", False))
+    run(folder, kind, MoEGateGradCallback(enabled), Watched()).fit(module)
+    return shapes
+
+
+def test_gathered_weights_are_not_kept_for_backward(tmp_path):
+    """Beside FSDP2 as beside one process: what is kept has the sizes of tokens, not of experts' weights."""
+    weights = {(8, 32, 32), (8, 32, 16)}
+    ours, stock = (together(kept_shapes, tmp_path, "fsdp", enabled)[0] for enabled in (True, False))
+    assert len(ours) == STEPS
+    for step in ours:
+        assert step
+        assert not weights & set(step)
+    assert weights & set(stock[0])  # PEFT's merged weights
+
+
+def cast(folder, build, enabled, shards):
+    """FSDP2 that casts float32 weights to bfloat16 for each call."""
+    callback = MoEGateGradCallback(enabled, audit_every_n_steps=1)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    module, _, said = fit(folder, "fsdp", build, callback, shards=shards, policy=policy)
+    return torch.tensor(module.losses), module.gradients, said
+
+
+@pytest.mark.parametrize("shards", [("layers", "model"), ("experts", "layers", "model")])
+def test_weights_cast_for_the_call(tmp_path, shards):
+    """The audit's limit and the tape are those of bfloat16, though the weights at rest are float32."""
+    make = partial(build, "attention", False)
+    exact = outcome(tmp_path / "one", "auto", make)["gradients"]
+    ours, stock = (together(cast, tmp_path / str(on), make, on, shards)[0] for on in (True, False))
+    assert relative_error(ours[0], stock[0]) < 1e-3
+    for name, gradient in exact.items():
+        assert relative_error(ours[1][name], gradient) < 1.5 * relative_error(stock[1][name], gradient) + 1e-3
+    assert max(logged(tmp_path / "True", "gategrad/audit_rel_error")) > 1e-3
+    assert not [message for message in ours[2] if "audit" in message]
+    rows = BATCH // 2 * 12 * 2
+    kept = 2 * (2 * 8 + 2) + 2 * 32  # a row's bfloat16 activations and output
+    assert logged(tmp_path / "True", "gategrad/tape_mib_saved")[0] < 2 * rows * 2 * kept / 2**20
+
+
+def sharded(data_parallel, tensor_parallel, shards=("layers", "model")):
+    module = Spread(partial(build, "attention", False))
+    module.shards = shards
+    how = ModelParallelStrategy(data_parallel, tensor_parallel, save_distributed_checkpoint=False)
+    train = trainer("ignored", MoEGateGradCallback(), logger=CSVLogger("ignored"), strategy=how, devices=2, max_steps=1)
+    return module, train
+
+
+def refused(folder, *arguments):
+    os.chdir(folder)
+    module, train = sharded(*arguments)
+    with pytest.raises(MisconfigurationException) as refusal:
+        train.fit(module)
+    assert is_stock(module)
+    assert not module.losses
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("auto", "auto"), "sharded over a mesh of one process"),
+        ((1, 2), "sharded over a mesh of one process"),
+        ((2, 1, ()), "is not sharded"),
+    ],
+)
+def test_processes_that_would_train_apart_are_refused(tmp_path, arguments, what):
+    for said in together(refused, tmp_path, *arguments):
+        assert what in said
+        assert "data_parallel_size=2, tensor_parallel_size=1" in said
+
+
+def test_what_trains_unshared_is_named(tmp_path):
+    parts = partial(build, "none", False)
+    for shards, alone in ((("layers",), True), (("layers", "model"), False)):
+        said = together(outcome, tmp_path / str(alone), "fsdp", parts, shards=shards)[0]["said"]
+        named = [message for message in said if "no process shares the gradients of network." in message]
+        assert bool(named) == alone

@@ -4,6 +4,8 @@ On CUDA they come from PyTorch's allocator; elsewhere from the process's residen
 work on a laptop.
 """
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,14 +34,15 @@ class LayerTape:
         name: the layer's path in the model, PEFT's wrappers included in what was measured.
         num_tokens: tokens in that execution.
         num_bytes: bytes kept, parameters not counted, shared storages counted once.
-        stock_num_bytes: what stock code keeps for the same execution; the same number where the layer runs it anyway.
+        stock_num_bytes: what stock code keeps for the same execution; the same number where the layer runs it anyway,
+            and None where stock code cannot run it: for want of memory, say.
         shapes: the shape of each tensor kept, views as autograd saw them.
     """
 
     name: str
     num_tokens: int
     num_bytes: int
-    stock_num_bytes: int
+    stock_num_bytes: int | None
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -79,10 +82,14 @@ def _measure_first_run(layer: MoELayer, outermost: nn.Module, tapes: list[LayerT
             return
         measured = True
         num_bytes, shapes = _kept_by(module, args, kwargs)
-        stock_num_bytes = num_bytes
+        stock_num_bytes: int | None = num_bytes
         if layer.is_dispatched:
-            with stock_code(layer.module):
-                stock_num_bytes, _ = _kept_by(module, args, kwargs)
+            try:
+                with stock_code(layer.module):
+                    stock_num_bytes, _ = _kept_by(module, args, kwargs)
+            except Exception as error:  # no reason to end a training that does not run it
+                stock_num_bytes = None
+                warnings.warn(f"{layer.name}: stock code's tape cannot be measured: {error}", stacklevel=2)
         num_tokens = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         tapes.append(LayerTape(layer.name, num_tokens, num_bytes, stock_num_bytes, shapes))
 
@@ -147,7 +154,7 @@ class MemoryMonitor(Callback):
     - `memory/peak_reserved_gib`: the most that the allocator had taken from the device.
     - `memory/step_peak_gib`: the largest difference between a step's peak and what was held when it began.
     - `memory/moe_tape_mib`: what the MoE layers kept for backward on the chosen step, all together, and
-      `memory/moe_tape_stock_mib`: what stock code would have kept.
+      `memory/moe_tape_stock_mib`: what stock code would have kept, NaN where it cannot run.
 
     GiB are 2^30 bytes. On CUDA the allocator's peak counters are reset at each training step. Elsewhere the figures
     are the process's resident memory, sampled before and after forward, backward and step; reserved is the same.
@@ -227,7 +234,8 @@ class MemoryMonitor(Callback):
         }
         if self.tape:
             figures["memory/moe_tape_mib"] = sum(layer.num_bytes for layer in self.tape) / MIB
-            figures["memory/moe_tape_stock_mib"] = sum(layer.stock_num_bytes for layer in self.tape) / MIB
+            stock = [math.nan if layer.stock_num_bytes is None else layer.stock_num_bytes for layer in self.tape]
+            figures["memory/moe_tape_stock_mib"] = sum(stock) / MIB
         pl_module.log_dict(figures, sync_dist=True, reduce_fx="max")
         self._peak = self._peak_reserved = self._step_rise = 0
 

@@ -165,7 +165,7 @@ class RunReport(Callback):
         for callback in _those(trainer, MemoryMonitor):
             if callback.tape:
                 kept = sum(layer.num_bytes for layer in callback.tape)
-                stock = sum(layer.stock_num_bytes for layer in callback.tape)
+                stock = sum(layer.stock_num_bytes or math.nan for layer in callback.tape)
                 sizes = f"{stock / 2**20:.2f} → {kept / 2**20:.2f} MiB ({kept / stock:.2f})"
                 yield "MoE tape, stock and now", f"{sizes}, {len(callback.tape)} layers"
         if load:

@@ -322,3 +322,20 @@ def test_what_trains_unshared_is_named(tmp_path):
         said = together(outcome, tmp_path / str(alone), "fsdp", parts, shards=shards)[0]["said"]
         named = [message for message in said if "no process shares the gradients of network." in message]
         assert bool(named) == alone
+
+
+def side_by_side(folder):
+    monitor, callback = MemoryMonitor(tape_at_step=0), MoEGateGradCallback()
+    make = partial(build, "experts", False)
+    module, _, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
+    assert all(layer.num_bytes and layer.stock_num_bytes is None for layer in monitor.tape)
+    return {name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad}, said
+
+
+def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
+    """PEFT cannot merge where the experts are sharded by themselves: its factors are gathered, the weights are not."""
+    alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False))["trained"]
+    for trained, said in together(side_by_side, tmp_path / "two"):
+        assert any("stock code's tape cannot be measured" in message for message in said)
+        assert max(relative_error(trained[name], value) for name, value in alone.items()) < LIMIT
+    assert len(logged(tmp_path / "two", "memory/moe_tape_mib")) == STEPS

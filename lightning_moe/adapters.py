@@ -24,6 +24,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -227,7 +228,9 @@ def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Descri
         config = json.loads((Path(folder) / CONFIG).read_text())
     config["inference_mode"] = True  # this and the next as PeftModel.save_pretrained has them
     if config.get("task_type") is None:
-        config["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        # The class as it was before fully_shard made one of its own of it.
+        own = next(one for one in type(base).__mro__ if not issubclass(one, FSDPModule))
+        config["auto_mapping"] = {"base_model_class": own.__name__, "parent_library": own.__module__}
     return Description(
         config=json.dumps(config, indent=2, sort_keys=True),
         model_type=getattr(getattr(base, "config", None), "model_type", ""),

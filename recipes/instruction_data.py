@@ -159,8 +159,9 @@ class InstructionData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a position in the data depends on, for checkpoints."""
-        options = {name: getattr(self, name) for name in ("batch_size", "max_length", "packing", "seed")}
-        return options | {"number of sequences": len(self._training)}
+        options = {name: getattr(self, name) for name in ("max_length", "packing", "seed")}
+        step = {"batch_size x processes": self.batch_size * self._num_processes}
+        return step | options | {"number of sequences": len(self._training)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compares a checkpoint's data with these, where training would go on.
@@ -239,6 +240,15 @@ class InstructionData(LightningDataModule):
         cuts = [slice(start, start + self.max_length) for start in starts]
         return [[Document(ids[cut], labels[cut], "", "")] for cut in cuts]
 
+    @property
+    def _num_processes(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _collate_share(self, packs: list[Pack]) -> dict[str, Tensor | int]:
+        """This process's share of a batch for all of them; in turn, where there is too little for each."""
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        return self.collate(packs[rank :: self._num_processes] or [packs[rank % len(packs)]])
+
     def collate(self, packs: list[Pack]) -> dict[str, Tensor | int]:
         """One row of documents end to end.
 
@@ -253,26 +263,32 @@ class InstructionData(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled anew in each epoch, with a position that checkpoints keep.
 
+        Every process draws the batches of all and takes its share, so that order and position are the same in each,
+        and in any number of them.
+
         With `trainer.limit_train_batches`, a run that stops at the last batch that it allows in an epoch goes on with
         the batches that were left out there.
         """
-        if len(self._training) < self.batch_size:
+        step = self.batch_size * self._num_processes
+        if len(self._training) < step:
+            each = f" in each of {self._num_processes} processes" if self._num_processes > 1 else ""
             raise ValueError(
-                f"data.batch_size {self.batch_size} is more than the {len(self._training)} sequences to train on: "
-                "lower it"
+                f"data.batch_size {self.batch_size}{each} is more than the {len(self._training)} sequences to train "
+                "on: lower it"
             )
         return StatefulDataLoader(
             self._training,
-            batch_size=self.batch_size,
+            batch_size=step,
             # Of its own generator: the loader draws from one too as each epoch begins, which no checkpoint restores.
             sampler=RandomSampler(self._training, generator=torch.Generator().manual_seed(self.seed)),
             drop_last=True,
-            collate_fn=self.collate,
+            collate_fn=self._collate_share,
         )
 
     def val_dataloader(self) -> StatefulDataLoader:
         """The held-out documents in order."""
-        return StatefulDataLoader(self._validation, batch_size=self.batch_size, collate_fn=self.collate)
+        step = self.batch_size * self._num_processes
+        return StatefulDataLoader(self._validation, batch_size=step, collate_fn=self._collate_share)
 
 
 def pack(documents: list[Document], capacity: int) -> list[Pack]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 Path = Literal["torch", "liger", "chunks"]
 
@@ -78,6 +79,28 @@ def next_token_loss(hidden_states: Tensor, head: Any, labels: Tensor, path: Path
         sums = [checkpoint(_chunk_loss, chunk, head, target, use_reentrant=False) for chunk, target in chunks]
         total = torch.stack(sums).sum()
     return total.float() / count
+
+
+def losses(
+    causal: Any, inputs: dict[str, Any], labels: Tensor, path: Path, *, balances: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss on the next token and, if asked for, the router's load-balancing loss, () float32 each.
+
+    Args:
+        causal: a Qwen3-MoE with its head.
+        inputs: what its `model` takes.
+        labels: see `next_token_loss`.
+        path: see `next_token_loss`.
+        balances: whether the router's is asked for.
+    """
+    outputs = causal.model(**inputs, use_cache=False, output_router_logits=balances)
+    loss = next_token_loss(outputs.last_hidden_state, causal.lm_head, labels, path)
+    if not balances:
+        return loss, None
+    config = causal.config
+    balance = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
+    assert isinstance(balance, Tensor)
+    return loss, balance
 
 
 def _chunk_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:

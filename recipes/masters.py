@@ -5,10 +5,34 @@ The model keeps its 16-bit adapters, so that nothing is cast where they are used
 the gradients of many micro-batches add up in float32 too; several average the model's own, in 16 bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def by_name(optimizer_state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """An optimizer's state with the parameters' names for their numbers.
+
+    One process numbers what the optimizer has, FSDP all that the model has: with names either reads the other's.
+
+    Args:
+        optimizer_state: as `state_dict()` of an optimizer has it, or as the strategy gathered it: empty but in one
+            process.
+        names: of the optimizer's parameters, in its order.
+    """
+    numbers = [number for group in optimizer_state.get("param_groups", ()) for number in group["params"]]
+    if not numbers:
+        return optimizer_state
+    name_of = dict(zip(numbers, names, strict=True))
+    return {
+        "state": {name_of[number]: value for number, value in optimizer_state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[number] for number in group["params"]]}
+            for group in optimizer_state["param_groups"]
+        ],
+    }
 
 
 class Masters:

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, Self
 
 import torch
@@ -23,17 +24,18 @@ from attention import NAME as DOCUMENTS
 from base_model import apply_liger, build, check_memory, check_weights, describe_attention, read_config
 from checkpointing import Mode, enable_checkpointing
 from flops import model_flops
+from fsdp import check_strategy, shard
 from instruction_data import InstructionData
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import HalfPrecision
 from loss import Path as LossPath
-from loss import choose_path, next_token_loss
-from masters import Masters
+from loss import choose_path, losses
+from masters import Masters, by_name
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeForCausalLM
-from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 GENERATED_TOKENS = 48
@@ -143,13 +145,14 @@ class Qwen3LoRA(LightningModule):
                 "trainer.precision 16-mixed scales gradients, which bfloat16 does not need and the optimizer's copies "
                 "would not be told of: leave trainer.precision at 32-true, or set --model.dtype float32"
             )
+        check_strategy(self.trainer.strategy)
         if self.network is None:
             config = read_config(self._name, self.hparams["architecture"])
             check_names(config, self.hparams)
             check_memory(config, getattr(torch, self.hparams["dtype"]), self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
-        """Builds the base and puts the adapters on it, once."""
+        """Builds the base, puts the adapters on it, and spreads it where the strategy has a mesh for that; once."""
         if self.network is not None:
             return
         options = self.hparams
@@ -159,6 +162,7 @@ class Qwen3LoRA(LightningModule):
         self.network = put_adapters(base, options)
         enable_checkpointing(base.model.layers, options["checkpointing"], options["offload"], options["tile_tokens"])
         self._loss_path = choose_path(options["loss"], base.lm_head, base.device)
+        base.losses = MethodType(losses, base)  # type: ignore[assignment]
         self.description = {
             "base": f"{self._name or 'random weights'}, {options['dtype']}",
             "attention": describe_attention(base),
@@ -170,6 +174,8 @@ class Qwen3LoRA(LightningModule):
             + (", its input in host memory" if options["offload"] else ""),
             "router": self._describe_router(),
         }
+        if self.device_mesh is not None:
+            shard(self.network, self.device_mesh["data_parallel"])
 
     def build_base(self) -> Qwen3MoeForCausalLM:
         """The model without adapters, on the Trainer's device."""
@@ -203,12 +209,19 @@ class Qwen3LoRA(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean loss over the tokens that have a label, logged, and the router's on top of it if asked for."""
         loss, balance = self._losses(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        logged = self._mean(loss)
+        self.log("train/loss", logged, prog_bar=True)
         total = loss
         if balance is not None:
-            self.log("train/router_aux_loss", balance)
+            self.log("train/router_aux_loss", self._mean(balance))
             total = loss + self.hparams["router_aux_loss"] * balance
-        return {"loss": total, "train/loss": loss.detach()}
+        return {"loss": total, "train/loss": logged}
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the processes; each counts the same, however many tokens it has, as in the gradients."""
+        mean = self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As training_step, on the held-out documents."""
@@ -219,14 +232,7 @@ class Qwen3LoRA(LightningModule):
         causal: Any = self.network.get_base_model()
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         balances = bool(self.hparams["router_aux_loss"]) and self.training
-        outputs = causal.model(**inputs, use_cache=False, output_router_logits=balances)
-        loss = next_token_loss(outputs.last_hidden_state, causal.lm_head, batch["labels"], self._loss_path)
-        if not balances:
-            return loss, None
-        config = causal.config
-        balance = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
-        assert isinstance(balance, Tensor)
-        return loss, balance
+        return causal.losses(inputs, batch["labels"], self._loss_path, balances=balances)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains, with a linear warm-up."""
@@ -263,7 +269,8 @@ class Qwen3LoRA(LightningModule):
         assert self._masters is not None
         self._masters.take_gradients()
         grads = [p.grad for p in self._masters.by_name.values() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen base out; keeps what trains as the optimizer has it.
@@ -273,8 +280,13 @@ class Qwen3LoRA(LightningModule):
         """
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        if self._masters is not None:
+        if self._masters is None:
+            return
+        if self.device_mesh is None:  # else it is gathered, and float32, already
             checkpoint["state_dict"].update({k: v.detach() for k, v in self._masters.by_name.items()})
+        checkpoint["optimizer_states"] = [
+            by_name(state, list(self._masters.by_name)) for state in checkpoint.get("optimizer_states", [])
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives the optimizer the values, or keeps them for the one to come; the model gets them rounded.
@@ -283,6 +295,8 @@ class Qwen3LoRA(LightningModule):
             ValueError: where the values are another model's, naming the options that differ.
         """
         check_checkpoint(self.hparams, checkpoint["hyper_parameters"])
+        if self.device_mesh is not None:
+            return  # the strategy has loaded them
         self._saved_masters = checkpoint["state_dict"]
         if self._masters is not None:
             self._masters.load(self._saved_masters)
@@ -302,6 +316,7 @@ class Qwen3LoRA(LightningModule):
         generated = self.network.generate(
             **tokens, max_new_tokens=GENERATED_TOKENS, do_sample=False, use_cache=True,
             pad_token_id=data.tokenizer.pad_token_id, eos_token_id=data.tokenizer.eos_token_id,
+            synced_gpus=self.device_mesh is not None,  # a process that has ended gathers on for the others
         )  # fmt: skip
         self.network.train(was_training)
         answer = data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -332,7 +347,8 @@ def main(args: list[str] | None = None) -> LightningCLI:
         seed_everything_default=0,
         parser_kwargs={"description": f"LoRA on a Qwen3 MoE. Without arguments: fit --config {DEFAULT_CONFIG.name}."},
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"default_root_dir": "runs"},  # what has no logger's folder to go to
+        # What has no logger's folder goes to runs; the data module shares its batches out itself.
+        trainer_defaults={"default_root_dir": "runs", "use_distributed_sampler": False},
     )
 
 

@@ -98,7 +98,7 @@ def test_what_was_loaded_to_validate_is_what_is_saved(four_steps, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"batch_size": 1}, "data: batch_size is 1 and was 2. Set it as it was"),
+        ({"batch_size": 1}, "data: batch_size x processes is 1 and was 2. Set it as it was"),
         ({"max_length": 48}, "data: max_length is 48 and was 32; number of sequences is "),
         ({"packing": "separate"}, "packing is 'separate' and was 'none'"),
         ({"seed": 3}, "data: seed is 3 and was 0. Set"),

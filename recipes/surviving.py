@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -14,7 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_moe import MoEGateGradCallback
@@ -29,7 +30,11 @@ class SaveBeforeLeaving(Callback):
 
     The process ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. After
     the last step, while it validates, nothing is left to train: it saves then and ends as ever, with what a run leaves
-    at its end. With more than one process, and outside the main thread, signals are left to Lightning.
+    at its end. Outside the main thread signals are left to Lightning.
+
+    Of several processes, all leave after the same step if one is asked to; the first has the status, the others end
+    with 0, at which whoever started them does not end the first before it is done. One that fails ends those that it
+    has started, which would wait for it in vain.
 
     Before training it looks whether there is room for checkpoints.
 
@@ -51,7 +56,7 @@ class SaveBeforeLeaving(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to the signals."""
         self._asked_by = None
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -62,20 +67,28 @@ class SaveBeforeLeaving(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves and leaves, after an optimizer step, if asked to."""
-        if self._asked_by is None or trainer.global_step == self._step_before_batch:
+        if trainer.global_step == self._step_before_batch:
             return
-        self._save(trainer)
-        raise SystemExit(128 + self._asked_by)
+        if number := self._asked(trainer):
+            self._save(trainer)
+            raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves if asked to since the last step; listens no longer."""
-        if self._asked_by is not None:
+        if self._asked(trainer):
             self._save(trainer)
         self._listen_no_longer()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listens no longer."""
+        """Listens no longer; ends the processes that this one started, if it fails."""
         self._listen_no_longer()
+        if trainer.strategy.launcher is not None and not isinstance(exception, SystemExit):
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # one that waits for a GPU does not hear of less
+
+    def _asked(self, trainer: Trainer) -> int:
+        """The signal that any process got, 0 for none."""
+        number = torch.tensor(self._asked_by or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
 
     def _save(self, trainer: Trainer) -> None:
         path = checkpoint_folder(trainer) / f"interrupted-step={trainer.global_step}.ckpt"
@@ -175,7 +188,9 @@ class OutOfMemoryAdvice(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Prints the advice; the exception goes on."""
         if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
-            rank_zero_warn("\n".join(["out of memory. " + _measured(pl_module.device), *advice(trainer, pl_module)]))
+            process = f"process {trainer.global_rank}, " * (trainer.world_size > 1)
+            said = [f"{process}out of memory. {_measured(pl_module.device)}", *advice(trainer, pl_module)]
+            warnings.warn("\n".join(said), stacklevel=2)  # by the process that it happened to
 
 
 def _measured(device: torch.device) -> str:

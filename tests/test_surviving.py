@@ -10,16 +10,21 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import surviving
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from processes import together
 from qwen3_lora import UNHELPFUL_WARNINGS
 from surviving import CarefulCheckpointIO, OutOfMemoryAdvice, SaveBeforeLeaving, advice, check_room
 from torch.utils.data import DataLoader
@@ -244,7 +249,7 @@ def situation(*callbacks, batch_size=1, max_length=16384, **options):
     lean = {"liger": None, "checkpointing": "full", "offload": True, "tile_tokens": 8192, "dtype": "bfloat16"}
     module = SimpleNamespace(hparams=lean | options, device=torch.device("cpu"))
     data = SimpleNamespace(max_length=max_length, batch_size=batch_size)
-    return SimpleNamespace(callbacks=callbacks, datamodule=data), module
+    return SimpleNamespace(callbacks=callbacks, datamodule=data, world_size=1, global_rank=0), module
 
 
 def test_advice_names_only_what_is_not_yet_done():
@@ -312,3 +317,63 @@ def test_nor_in_one_on_the_web(monkeypatch):
     for weights_only in (None, True, False):
         CarefulCheckpointIO().load_checkpoint("https://localhost/evil.ckpt", weights_only=weights_only)
     assert asked == [True, True, False]
+
+
+def leave_together(folder, asked, number):
+    """How a fit ends in each of two processes, one of which gets a signal in the fourth step."""
+    warnings.simplefilter("ignore")
+    rank = int(os.environ["LOCAL_RANK"])
+    action = (lambda: signal.raise_signal(number)) if rank == asked else (lambda: None)
+    run = trainer(folder, At(3, action), devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    with pytest.raises(SystemExit) as leaving:
+        run.fit(Line(), DataLoader(range(24), batch_size=1))
+    return leaving.value.code, run.global_step
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_all_processes_leave_after_the_same_step(asked, tmp_path):
+    assert together(leave_together, tmp_path, asked, signal.SIGTERM) == [(143, 4), (0, 4)]
+    assert len(list(tmp_path.glob("**/interrupted-step=4.ckpt"))) == 1
+
+
+FAILS = """
+import sys, time
+from lightning.pytorch.strategies import DDPStrategy
+from test_surviving import At, DataLoader, Line, os, trainer
+from pathlib import Path
+folder, failing = Path(sys.argv[1]), sys.argv[2]
+
+def fail():
+    if os.environ.get("LOCAL_RANK", "0") == failing:
+        raise RuntimeError("the pump is broken")
+    time.sleep(600)  # as one that waits for a GPU does
+
+(folder / f"pid-{os.environ.get('LOCAL_RANK', '0')}").write_text(str(os.getpid()))
+run = trainer(folder, At(3, fail), devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+run.fit(Line(), DataLoader(range(24), batch_size=1))
+"""
+
+
+def is_gone(process):
+    try:
+        psutil.Process(process).wait(timeout=20)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_process_that_fails_takes_the_others_down_with_its_error(failing, tmp_path):
+    """As Lightning starts them: well before the half hour that a process waits for another."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    folders = [Path(__file__).parent, Path(surviving.__file__).parent, Path(__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path), failing]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode
+    assert "RuntimeError: the pump is broken" in done.stderr
+    for rank in (0, 1):
+        assert is_gone(int((tmp_path / f"pid-{rank}").read_text()))

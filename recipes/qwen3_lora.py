@@ -34,6 +34,7 @@ from loss import choose_path, losses
 from masters import Masters, by_name
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeForCausalLM
 
@@ -175,7 +176,9 @@ class Qwen3LoRA(LightningModule):
             "router": self._describe_router(),
         }
         if self.device_mesh is not None:
-            shard(self.network, self.device_mesh["data_parallel"])
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.network, mesh)
+            self.description["sharded"] = f"over {mesh.size()} processes, layer by layer"
 
     def build_base(self) -> Qwen3MoeForCausalLM:
         """The model without adapters, on the Trainer's device."""
@@ -319,6 +322,9 @@ class Qwen3LoRA(LightningModule):
             synced_gpus=self.device_mesh is not None,  # a process that has ended gathers on for the others
         )  # fmt: skip
         self.network.train(was_training)
+        base: Any = self.network.get_base_model()
+        if isinstance(base, FSDPModule):  # which leaves gathered what is in no layer
+            base.reshard()
         answer = data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         assert isinstance(answer, str)
         return answer

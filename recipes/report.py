@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter
@@ -72,7 +73,7 @@ class RunReport(Callback):
         self._adapters = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The patch report, the data's, and the answer before training."""
+        """The patch report and the data's."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is asked of every process, or hangs
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
@@ -83,8 +84,11 @@ class RunReport(Callback):
             for line in data.report():
                 console.print(Text(line))
         self._example = next((example for example in data.held_out if example.prompt.strip()), None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """The answer before training, of a checkpoint's adapter where there is one."""
         if self._example is not None:
-            self._before = pl_module.answer(data, self._example.prompt)
+            self._before = pl_module.answer(trainer.datamodule, self._example.prompt)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,8 +105,12 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The adapter folders and the report."""
-        if trainer.is_global_zero and self._last_loss is not None:
+        if self._last_loss is None:
+            return
+        sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
+        if trainer.is_global_zero or sharded:  # then every process gives its share
             self._adapters = self._write_adapters(self._folder, pl_module)
+        if trainer.is_global_zero:
             self._report(trainer, pl_module, f"{trainer.global_step} steps")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

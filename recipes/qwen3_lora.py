@@ -161,6 +161,7 @@ class Qwen3LoRA(LightningModule):
         base.config.use_cache = False
         norms = apply_liger(base, options["liger"])
         self.network = put_adapters(base, options)
+        self.network.train()  # a base that was read comes in eval mode
         enable_checkpointing(base.model.layers, options["checkpointing"], options["offload"], options["tile_tokens"])
         self._loss_path = choose_path(options["loss"], base.lm_head, base.device)
         base.losses = MethodType(losses, base)  # type: ignore[assignment]

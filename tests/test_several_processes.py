@@ -18,7 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, memory
 from lightning_moe.sharding import whole
@@ -339,3 +341,53 @@ def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
         assert any("stock code's tape cannot be measured" in message for message in said)
         assert max(relative_error(trained[name], value) for name, value in alone.items()) < LIMIT
     assert len(logged(tmp_path / "two", "memory/moe_tape_mib")) == STEPS
+
+
+class Living(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.most = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        made = operation(*arguments, **options or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
+                self.storages[tensor.untyped_storage()] = None
+        self.most = max(self.most, sum(storage.nbytes() for storage in list(self.storages)))
+        return made
+
+
+def experts_alive(folder, enabled, adapters):
+    """The most that a step makes, over the weights of one layer's experts, tokens being few beside these."""
+
+    def build_wide():
+        sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 32, "num_hidden_layers": 4}
+        return ADAPTERS[adapters](qwen3(**sizes))
+
+    class Measured(Spread):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 0:
+                living.__enter__()
+            return super().training_step(batch, batch_idx)
+
+        def on_before_optimizer_step(self, optimizer):
+            if self.global_step == 0:
+                living.__exit__(None, None, None)
+
+    living, module = Living(), Measured(build_wide)
+    run(folder, "fsdp", MoEGateGradCallback(enabled, check_adapters_after_n_steps=0)).fit(module)
+    return living.most / (32 * 3 * 64 * 128 * 4)
+
+
+def test_no_second_copy_of_a_layers_experts_is_made(tmp_path):
+    """FSDP2 holds three layers at most: one at work, one that comes, and one that is being laid out."""
+    most = {
+        (adapters, on): together(experts_alive, tmp_path, on, adapters)[0]
+        for adapters in ("attention", "experts")
+        for on in (True, False)
+    }
+    assert most["attention", True] <= most["attention", False] < 3.5
+    assert most["experts", True] < 3.5
+    assert most["experts", False] > 6  # PEFT's merged weights

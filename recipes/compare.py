@@ -5,6 +5,7 @@
     ... --options "[--model.init=random, --data.tokenizer=null]"                       without the weights
     ... --options "[--model.experts=true]"                                             adapters on the experts
     ... --sides "[stock, lightning_moe]" --repeats 2 --options "[--trainer.deterministic=true]"
+    ... --devices "[1, 2]"                                                             alone, and sharded over two
 
 Every step is one sequence of exactly so many tokens. Ends with a table, compare.md, compare.json and a plot of the
 memory against the length, which shows where a side runs out of it.
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -54,13 +56,14 @@ class Run:
 
     Attributes:
         side: whose code.
-        tokens: in each step.
+        tokens: in each step, of each device.
         losses: of each step.
         seconds: of each step.
         peak_gib: the most that was allocated.
         above_gib: for each step, the same above what was held when it began: weights, adapters and, from the second
             step on, the optimizer's moments.
         failure: why there are no figures; empty where there are.
+        devices: over which the model is sharded, one process each; `losses` are means over them, memory the maximum.
     """
 
     side: SideName
@@ -70,9 +73,10 @@ class Run:
     peak_gib: float = 0.0
     above_gib: list[float] = field(default_factory=list)
     failure: str = ""
+    devices: int = 1
 
 
-def write_config(base: Path, side: SideName, tokens: int, steps: int, folder: Path) -> Path:
+def write_config(base: Path, side: SideName, tokens: int, steps: int, folder: Path, devices: int = 1) -> Path:
     """The configuration of one process: the base's, but for what the side and the measurement ask for."""
     settings = yaml.safe_load(base.read_text())
     callbacks = [c for c in settings["trainer"]["callbacks"] if c["class_path"].rpartition(".")[2] in KEPT_CALLBACKS]
@@ -85,6 +89,8 @@ def write_config(base: Path, side: SideName, tokens: int, steps: int, folder: Pa
         log_every_n_steps=1,
         enable_checkpointing=False,
         callbacks=[*callbacks, {"class_path": "watching.StepSpeed"}],
+        devices=devices,
+        strategy=sharded_over(devices) if devices > 1 else "auto",
         logger={
             "class_path": "lightning.pytorch.loggers.CSVLogger",
             "init_args": {"save_dir": str(folder), "name": "csv", "version": 0, "flush_logs_every_n_steps": 1},
@@ -96,18 +102,26 @@ def write_config(base: Path, side: SideName, tokens: int, steps: int, folder: Pa
     return path
 
 
-def run(base: Path, side: SideName, tokens: int, steps: int, options: tuple[str, ...], folder: Path) -> Run:
-    """Trains in a process of its own and reads what it logged."""
-    config = write_config(base, side, tokens, steps, folder)
+def sharded_over(devices: int) -> dict[str, Any]:
+    """The strategy, as a configuration has it."""
+    sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    return {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": sizes}
+
+
+def run(
+    base: Path, side: SideName, tokens: int, steps: int, options: tuple[str, ...], folder: Path, devices: int = 1
+) -> Run:
+    """Trains in a process of its own, or one for each device, and reads what it logged."""
+    config = write_config(base, side, tokens, steps, folder, devices)
     command = [sys.executable, str(RECIPE), "fit", "--config", str(config), *options]
     environment = {**os.environ, "LIGHTNING_MOE_GATEGRAD": "0" if side.startswith("stock") else "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     (folder / "output.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         if any(words in done.stderr for words in OUT_OF_MEMORY):
-            return Run(side, tokens, failure="out of memory")
+            return Run(side, tokens, failure="out of memory", devices=devices)
         lines = done.stderr.strip().splitlines() or ["no message"]
-        return Run(side, tokens, failure=f"{lines[-1]} (see {folder / 'output.txt'})")
+        return Run(side, tokens, failure=f"{lines[-1]} (see {folder / 'output.txt'})", devices=devices)
     with (folder / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
     return Run(
@@ -117,11 +131,13 @@ def run(base: Path, side: SideName, tokens: int, steps: int, options: tuple[str,
         [float(row["speed/seconds_per_step"]) for row in rows],
         max(float(row["memory/peak_allocated_gib"]) for row in rows),
         [float(row["memory/step_peak_gib"]) for row in rows],
+        devices=devices,
     )
 
 
 HEADERS = [
     "tokens",
+    "devices",
     "side",
     "peak GiB",
     "above weights GiB",
@@ -133,18 +149,27 @@ HEADERS = [
 
 
 def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
-    """The table: one row for each length and side, ratios to stock, medians over steps and repeats."""
+    """The table: one row for each length, number of devices and side; medians over steps and repeats.
+
+    Ratios are to stock on as many devices; of the tokens per second, all devices together, to one device.
+    """
     rows = []
-    for tokens in dict.fromkeys(run.tokens for run in runs):
-        stock = [run for run in runs if run.tokens == tokens and run.side == "stock" and not run.failure]
-        for side in dict.fromkeys(run.side for run in runs if run.tokens == tokens):
-            mine = [run for run in runs if run.tokens == tokens and run.side == side]
+    for tokens, devices in dict.fromkeys((run.tokens, run.devices) for run in runs):
+        these = [run for run in runs if (run.tokens, run.devices) == (tokens, devices)]
+        stock = [run for run in these if run.side == "stock" and not run.failure]
+        for side in dict.fromkeys(run.side for run in these):
+            mine = [run for run in these if run.side == side]
             if mine[0].failure:
-                rows.append([f"{tokens:,}", side, mine[0].failure, *[""] * (len(HEADERS) - 3)])
+                rows.append([f"{tokens:,}", str(devices), side, mine[0].failure, *[""] * (len(HEADERS) - 4)])
                 continue
+            alone = [
+                run for run in runs if (run.tokens, run.devices, run.side) == (tokens, 1, side) and not run.failure
+            ]
             seconds = step_seconds(mine, warmup)
             above, peak = above_gib(mine, warmup), max(run.peak_gib for run in mine)
-            deviation = ratio_time = ratio_memory = ""
+            deviation = ratio_time = ratio_memory = scaling = ""
+            if alone and devices > 1:
+                scaling = f" ({devices * step_seconds(alone, warmup) / seconds:.2f})"
             if stock and side != "stock":
                 differences = [abs(a - b) for a, b in zip(mine[0].losses, stock[0].losses, strict=True)]
                 deviation = f"{max(differences):.2g}"
@@ -153,8 +178,8 @@ def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
             twice = "" if len(mine) < 2 else "same bits" if mine[0].losses == mine[1].losses else "differs"
             rows.append(
                 [
-                    f"{tokens:,}", side, f"{peak:.2f}", f"{above:.2f}{ratio_memory}", f"{seconds:.3f}{ratio_time}",
-                    f"{tokens / seconds:,.0f}", deviation, twice,
+                    f"{tokens:,}", str(devices), side, f"{peak:.2f}", f"{above:.2f}{ratio_memory}",
+                    f"{seconds:.3f}{ratio_time}", f"{devices * tokens / seconds:,.0f}{scaling}", deviation, twice,
                 ]
             )  # fmt: skip
     return rows
@@ -176,17 +201,18 @@ def plot(runs: list[Run], title: str, limit_gib: float | None, path: Path) -> No
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     top = limit_gib or max(run.peak_gib for run in runs) or 1.0
-    for number, side in enumerate(dict.fromkeys(run.side for run in runs)):
-        mine, color = [run for run in runs if run.side == side], f"C{number}"
+    for number, (side, devices) in enumerate(dict.fromkeys((run.side, run.devices) for run in runs)):
+        mine, color = [run for run in runs if (run.side, run.devices) == (side, devices)], f"C{number}"
+        label = side + f", {devices} devices" * (devices > 1)
         points = sorted({(run.tokens, run.peak_gib) for run in mine if not run.failure})
-        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", color=color, label=side)
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", color=color, label=label)
         failed = [run.tokens for run in mine if run.failure == "out of memory"]
         if failed:
             end = (min(failed), top)
             axis.plot(*zip(*points[-1:], end, strict=True), ls=":", color=color)
             axis.plot(*end, marker="x", markersize=11, mew=3, ls="", color=color)
             axis.annotate(
-                f"{side}: out of memory", end, xytext=(0, -14 - 12 * number), textcoords="offset points",
+                f"{label}: out of memory", end, xytext=(0, -14 - 12 * number), textcoords="offset points",
                 ha="center", va="top", fontsize=8, color=color,
             )  # fmt: skip
     if limit_gib:
@@ -197,7 +223,7 @@ def plot(runs: list[Run], title: str, limit_gib: float | None, path: Path) -> No
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
     axis.minorticks_off()
-    axis.set(xlabel="tokens in one sequence", ylabel="peak memory, GiB", title=title)
+    axis.set(xlabel="tokens in one sequence", ylabel="peak memory of a device, GiB", title=title)
     axis.set_ylim(0, 1.08 * max(top, *(run.peak_gib for run in runs)))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="center left")
@@ -222,6 +248,7 @@ def main(
     steps: int = 8,
     warmup: int = 2,
     repeats: int = 1,
+    devices: tuple[int, ...] = (1,),
     options: tuple[str, ...] = (),
     out: Path = Path("runs/compare"),
 ) -> None:
@@ -236,6 +263,8 @@ def main(
         steps: of each run.
         warmup: steps at the beginning that time, and memory above the weights, leave out.
         repeats: of the whole, sides in turn.
+        devices: on how many, each number in turn; on more than one the model is sharded (FSDP2), and each device has a
+            sequence of its own.
         options: handed on to qwen3_lora.py, each as one word: `--model.experts=true`.
         out: a folder for the results, and a folder in it for each process.
     """
@@ -244,6 +273,8 @@ def main(
     if steps < 1 or repeats < 1 or not 0 <= warmup < steps or not lengths or min(lengths) < 2:
         sys.exit("compare needs at least one step after the warm-up, one repeat, and lengths of two tokens or more")
     on_gpu = torch.cuda.is_available()
+    if not devices or min(devices) < 1 or (on_gpu and max(devices) > torch.cuda.device_count()):
+        sys.exit(f"--devices takes numbers from 1 to the GPUs that there are, not {list(devices)}")
     has_liger = on_gpu and importlib.util.find_spec("liger_kernel") is not None
     left_out = {
         side for side in sides if (side.endswith("offload") and not on_gpu) or ("liger" in side and not has_liger)
@@ -251,15 +282,17 @@ def main(
     console = Console()
     for side in sorted(left_out):
         console.print(f"{side} is left out: it needs {'a GPU' if not on_gpu else 'the package liger-kernel'}")
-    plan = [(r, tokens, side) for tokens in lengths for r in range(repeats) for side in sides if side not in left_out]
+    taken = [side for side in sides if side not in left_out]
+    plan = list(product(lengths, range(repeats), devices, taken))
     runs: list[Run] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(plan))
-        for repeat, tokens, side in plan:
-            progress.update(task, description=f"{side}, {tokens:,} tokens")
-            if not any(run.side == side and run.failure for run in runs):
-                folder = out / f"{tokens}-{side.replace('+', '-')}-{repeat}"
-                runs.append(run(recipe, side, tokens, steps, options, folder))
+        for tokens, repeat, number, side in plan:
+            over = f" on each of {number} devices" * (number > 1)
+            progress.update(task, description=f"{side}, {tokens:,} tokens{over}")
+            if not any((run.side, run.devices) == (side, number) and run.failure for run in runs):
+                folder = out / f"{tokens}-{side.replace('+', '-')}-{number}-{repeat}"
+                runs.append(run(recipe, side, tokens, steps, options, folder, number))
             progress.advance(task)
 
     source, rows = provenance(), rows_of(runs, warmup)

@@ -21,10 +21,20 @@ RUNS = [
 
 def test_the_table_gives_medians_after_the_warmup_and_ratios_to_stock():
     rows = rows_of(RUNS, warmup=1)
-    assert rows[0] == ["256", "stock", "10.00", "6.00", "2.100", "122", "", ""]
-    assert rows[1] == ["256", "lightning_moe", "8.00", "3.00 (0.50)", "1.100 (0.52)", "233", "0.01", ""]
-    assert rows[2] == ["512", "stock", "out of memory", "", "", "", "", ""]
-    assert rows[3] == ["512", "lightning_moe", "12.00", "7.00", "3.000", "171", "", ""]
+    assert rows[0] == ["256", "1", "stock", "10.00", "6.00", "2.100", "122", "", ""]
+    assert rows[1] == ["256", "1", "lightning_moe", "8.00", "3.00 (0.50)", "1.100 (0.52)", "233", "0.01", ""]
+    assert rows[2] == ["512", "1", "stock", "out of memory", "", "", "", "", ""]
+    assert rows[3] == ["512", "1", "lightning_moe", "12.00", "7.00", "3.000", "171", "", ""]
+
+
+def test_several_devices_are_beside_stock_on_as_many_and_beside_one():
+    spread = [
+        Run("stock", 256, [2.0, 1.5, 1.0], [9.0, 4.0, 4.0], 6.0, [9.0, 4.0, 4.0], devices=2),
+        Run("lightning_moe", 256, [2.0, 1.5, 1.0], [9.0, 1.1, 1.1], 5.0, [8.0, 3.0, 3.0], devices=2),
+    ]
+    rows = rows_of(RUNS + spread, warmup=1)
+    assert rows[-2] == ["256", "2", "stock", "6.00", "4.00", "4.000", "128 (1.05)", "", ""]
+    assert rows[-1] == ["256", "2", "lightning_moe", "5.00", "3.00 (0.75)", "1.100 (0.28)", "465 (2.00)", "0", ""]
 
 
 def test_repeats_are_compared_bit_by_bit():
@@ -55,6 +65,15 @@ def test_each_sides_configuration(tmp_path):
         assert settings["data"]["max_length"] == 128
         names = [callback["class_path"] for callback in settings["trainer"]["callbacks"]]
         assert names == ["lightning_moe.MoEGateGradCallback", "lightning_moe.MemoryMonitor", "watching.StepSpeed"]
+        assert (settings["trainer"]["devices"], settings["trainer"]["strategy"]) == (1, "auto")
+
+
+def test_the_configuration_over_several_devices_is_that_of_the_recipe(tmp_path):
+    base = Path(compare.TINY).with_name("qwen3_30b_a3b.yaml")
+    settings = yaml.safe_load(write_config(base, "stock", 128, 3, tmp_path, devices=2).read_text())["trainer"]
+    wanted = yaml.safe_load(base.with_name("qwen3_30b_a3b_fsdp.yaml").read_text())["trainer"]
+    assert settings["devices"] == wanted["devices"] == 2
+    assert settings["strategy"] == wanted["strategy"]
 
 
 def test_the_whole_on_the_cpu(tmp_path, capsys):
@@ -89,11 +108,15 @@ def test_a_side_out_of_memory_is_not_asked_again(tmp_path, monkeypatch):
     assert asked == [("stock", 256), ("lightning_moe", 256), ("lightning_moe", 512)]
 
 
-@pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"lengths": ()}, {"warmup": 8}, {"repeats": 0}, {"recipe": Path("nowhere.yaml")}], ids=str
-)
+BAD = (
+    {"devices": ()}, {"devices": (0,)}, {"steps": 0}, {"lengths": ()}, {"warmup": 8}, {"repeats": 0},
+    {"recipe": Path("nowhere.yaml")},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_bad_arguments_are_refused(bad, tmp_path):
-    with pytest.raises(SystemExit, match="compare needs at least one step|there is no nowhere.yaml"):
+    with pytest.raises(SystemExit, match="compare needs at least one|there is no nowhere.yaml|--devices takes"):
         compare.main(out=tmp_path, **bad)
 
 

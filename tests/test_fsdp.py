@@ -6,11 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from fsdp import check_strategy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from processes import together
+from qwen3_lora import DEFAULT_CONFIG
 from reference import relative_error
 from safetensors.torch import load_file
 from surviving import CarefulCheckpointIO
@@ -124,3 +126,15 @@ def test_bfloat16_is_no_further_from_float32_than_in_one_process(runs, tmp_path)
 def test_files_for_each_process_are_refused():
     with pytest.raises(ValueError, match="set save_distributed_checkpoint false"):
         check_strategy(ModelParallelStrategy(2, 1))
+
+
+def test_the_configuration_differs_from_that_of_one_gpu_in_the_strategy_alone():
+    one, several = (
+        yaml.safe_load((DEFAULT_CONFIG.parent / f"qwen3_30b_a3b{name}.yaml").read_text().replace("a3b_fsdp", "a3b"))
+        for name in ("", "_fsdp")
+    )
+    strategy = several["trainer"].pop("strategy")
+    assert (
+        strategy["init_args"]["data_parallel_size"] == several["trainer"].pop("devices") > one["trainer"].pop("devices")
+    )
+    assert several == one

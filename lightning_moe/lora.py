@@ -173,7 +173,7 @@ def peft_refusal() -> str | None:
     """
     refusal = f"the adapters on experts cannot be read out of PEFT {peft.__version__}: "
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             for is_transposed in (False, True):
                 if not _is_read_right(_Weight(is_transposed=is_transposed)):
                     return refusal + "lora_A and lora_B make another update than PEFT's own"

@@ -382,8 +382,8 @@ def gategrad_experts(
     if reason is None:
         contract = read_contract(module)
         for name in (contract.up_name, "down_proj"):
-            unsaid = peft_refusal() is None and not any(f" on {name}" in said for said in patch.merge_reasons)
-            if unsaid and is_parametrized(module, name):
+            unsaid = not any(f" on {name}" in said for said in patch.merge_reasons)
+            if unsaid and is_parametrized(module, name) and peft_refusal() is None:
                 _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
         reason = unsupported(weights.gate_up_proj, weights.down_proj)

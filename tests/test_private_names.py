@@ -361,3 +361,14 @@ def test_an_import_says_what_is_gone_and_which_versions_are_needed():
     root = Path(lightning_moe.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_trying_peft_leaves_nothing_in_a_recomputed_forward():
+    """Where nobody has asked before, the first call does, inside what activation checkpointing compares."""
+    model = qwen3()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+    with gategrad(model):
+        peft_refusal.cache_clear()
+        model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()

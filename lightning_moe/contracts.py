@@ -133,6 +133,11 @@ class ExpertWeights(NamedTuple):
     gate_up_proj_bias: Tensor | None
     down_proj_bias: Tensor | None
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether they can be judged now: between calls FSDP1 leaves of a parameter a flat part, and ZeRO-3 nothing."""
+        return self.gate_up_proj.dim() > 1 and self.down_proj.dim() > 1
+
 
 def read_contract(module: Any) -> ExpertsContract:
     """Reads how a decorated or registered experts module is made. Raises AttributeError where something is missing."""

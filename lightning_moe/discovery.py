@@ -172,7 +172,10 @@ def conveniences_gone() -> Iterator[str]:
 
 
 def content_refusal(module: Any) -> str | None:
-    """Why the operation may not run in a decorated or registered module, judged by its parameters and submodules."""
+    """Why the operation may not run in a decorated or registered module, judged by its parameters and submodules.
+
+    Weights that a strategy has taken apart are judged at the call.
+    """
     try:
         contract = read_contract(module)
         contract.weights(module)
@@ -197,7 +200,7 @@ def content_refusal(module: Any) -> str | None:
     ):
         return f"{contract.up_name} or down_proj is not a tensor"
     weights = contract.weights(module)
-    return unsupported(weights.gate_up_proj, weights.down_proj)
+    return unsupported(weights.gate_up_proj, weights.down_proj) if weights.are_whole else None
 
 
 def _outside(module: nn.Module) -> str:

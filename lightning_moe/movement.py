@@ -106,6 +106,8 @@ def _fingerprint(experts: Tensor) -> Tensor:
 class AdapterWatch:
     """Watches from here on the adapters on a model's experts that train now.
 
+    Those that FSDP1 or ZeRO-3 has taken apart are left out.
+
     Args:
         model: holds the layers, patched or not.
     """
@@ -116,7 +118,7 @@ class AdapterWatch:
             factors = [
                 _Factor(linear.weight, split, wrapper.num_experts)
                 for linear, split in ((wrapper.lora_A[adapter], split_a), (wrapper.lora_B[adapter], split_b))
-                if linear.weight.requires_grad
+                if linear.weight.requires_grad and linear.weight.dim() == 2  # else a strategy has taken it apart
             ]
             if factors:
                 self._factors[name, wrapper.parameter_name, adapter, wrapper.num_experts] = factors

@@ -60,7 +60,8 @@ class LayerPatch:
         recompute_up: see `moe_experts`.
         named: the copy of `config` that the module has while it is patched.
         tape: what stock code and the operation keep for backward, with weights of `dtype`.
-        dtype: of the weights that the layer computed with last; a strategy may cast them for the call.
+        dtype: of the weights that the layer computed with last; a strategy may cast them for the call. None before the
+            first call where a strategy has taken them apart.
         ranks: of the adapters that are kept apart, by the name of the parameter that they adapt.
         health: the layer's counters.
         merge_reasons: why PEFT merges some of the layer's adapters, as far as has been said.
@@ -198,6 +199,8 @@ def _attach(module: Any, patch: LayerPatch) -> None:
 
 
 def _estimate(module: Any, patch: LayerPatch) -> None:
+    if not read_contract(module).weights(module).are_whole:
+        return  # until the first call
     patch.dtype = module.down_proj.dtype
     patch.tape = estimate_tape(module, patch.ranks, recompute_up=patch.recompute_up)
 
@@ -248,7 +251,7 @@ def _attach_wrappers(layer: MoELayer, patch: LayerPatch) -> dict[str, int]:
         if reason is not None:
             patch.merge_reasons.add(reason)
         elif adapters := active_adapters(wrapper):
-            ranks[wrapper.parameter_name] = sum(low_rank(wrapper, adapter).rank for adapter in adapters)
+            ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
     return ranks
 
 
@@ -311,7 +314,7 @@ def _say_once(patch: LayerPatch, reason: str) -> None:
 
 def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
     top_k = getattr(patch.config, "num_experts_per_tok", None)
-    if not isinstance(top_k, int):
+    if not isinstance(top_k, int) or patch.dtype is None:
         return None, None
     return patch.tape.stock_per_row * top_k, patch.tape.kept_per_row * top_k
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -486,9 +487,19 @@ def test_a_family_outside_the_registry_is_reported_with_its_adapters():
 def test_weights_that_are_not_three_dimensional_are_refused():
     model = qwen3()
     experts = model.model.layers[0].mlp.experts
-    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().flatten())
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().flatten(1))
     (layer,) = patch_moe(model).fallback
     assert "gate_up_proj must be three-dimensional" in layer.reason
+
+
+def test_flat_weights_are_taken_for_ones_that_a_strategy_has_taken_apart_until_the_call():
+    model = qwen3()
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().flatten())
+    assert not patch_moe(model).fallback
+    with pytest.warns(UserWarning, match="runs stock code after all: gate_up_proj must be three-"), suppress(Exception):
+        model(input_ids=tokens())
+    assert "gate_up_proj must be three-dimensional" in layer_patch(experts).reason
 
 
 # The patch itself

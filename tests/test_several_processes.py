@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -15,14 +16,18 @@ from processes import together
 from reference import relative_error
 from test_callback import is_stock, logged, trainer
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, memory
+from lightning_moe import MemoryMonitor, MoEGateGradCallback, gategrad, memory
+from lightning_moe.movement import AdapterWatch
+from lightning_moe.patching import layer_patch, patched_modules
 from lightning_moe.sharding import whole
 
 pytestmark = [
@@ -391,3 +396,50 @@ def test_no_second_copy_of_a_layers_experts_is_made(tmp_path):
     assert most["attention", True] <= most["attention", False] < 3.5
     assert most["experts", True] < 3.5
     assert most["experts", False] > 6  # PEFT's merged weights
+
+
+def flattened(adapters, recompute, on):
+    """FSDP1, without Lightning, which wants a GPU for it; patched when the parameters have been taken apart."""
+    warnings.simplefilter("ignore")
+    torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]))
+    model = FullyShardedDataParallel(
+        build(adapters, recompute), auto_wrap_policy=ModuleWrapPolicy({Qwen3MoeDecoderLayer}), use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    with gategrad(model) if on else nullcontext() as report:
+        watch = AdapterWatch(model)
+        for step in range(STEPS):
+            ids = tokens(BATCH, seed=step).chunk(2)[torch.distributed.get_rank()]
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            watch.note_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert watch.conclude() == (0, [])  # of nothing
+        if on:
+            assert str(report)
+            assert [layer.status for layer in report.layers] == ["active"] * 2
+            assert all(layer_patch(module).reason is None for module in patched_modules(model))
+            assert all(layer_patch(module).tape.kept_per_row for module in patched_modules(model))
+    return losses
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_parameters_that_are_taken_apart_are_judged_when_they_are_there(adapters, recompute):
+    losses = []
+    model = build(adapters, recompute)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(STEPS):
+        ids = tokens(BATCH, seed=step)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    ours = torch.tensor(together(flattened, adapters, recompute, True)).mean(0)
+    assert relative_error(ours, torch.tensor(losses)) < LIMIT
+    assert losses[0] != losses[-1]

@@ -10,13 +10,13 @@ call's arguments, instead of merging its adapters into the weight.
 """
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -106,7 +106,7 @@ def patch_moe(
     """
     check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
     for said in conveniences_gone():
-        warnings.warn(said, stacklevel=2)
+        rank_zero_warn(said, stacklevel=3)
     unpatch_moe(model)
     reports = []
     try:
@@ -309,7 +309,7 @@ class _KeepApart:
 def _say_once(patch: LayerPatch, reason: str) -> None:
     if reason not in patch.merge_reasons:
         patch.merge_reasons.add(reason)
-        warnings.warn(reason, stacklevel=3)
+        rank_zero_warn(reason, stacklevel=4)
 
 
 def _per_token(patch: LayerPatch) -> tuple[int | None, int | None]:
@@ -393,7 +393,7 @@ def gategrad_experts(
     if reason is not None:
         if patch.reason is None:
             patch.reason = reason
-            warnings.warn(f"{type(module).__name__} runs stock code after all: {reason}", stacklevel=2)
+            rank_zero_warn(f"{type(module).__name__} runs stock code after all: {reason}", stacklevel=3)
         output = stock(hidden_states, top_k_index, gates)
         patch.health.watch(
             output, top_k_index, gates, num_experts=module.num_experts, active=False, bias_fallback=reason == DOWN_BIAS

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import Tiny, experts_modules, qwen3, tokens, with_attention_lora, with_expert_lora
+from models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora, with_expert_lora
 from processes import together
 from reference import relative_error
 from test_callback import is_stock, logged, trainer
@@ -443,3 +443,20 @@ def test_parameters_that_are_taken_apart_are_judged_when_they_are_there(adapters
     ours = torch.tensor(together(flattened, adapters, recompute, True)).mean(0)
     assert relative_error(ours, torch.tensor(losses)) < LIMIT
     assert losses[0] != losses[-1]
+
+
+def what_is_said(folder, kind):
+    callback = MoEGateGradCallback(down_bias="fallback", on_missing="warn", check_adapters_after_n_steps=0)
+    module, _, said = fit(folder, kind, gpt_oss, callback)
+    return torch.tensor(module.losses), [message for message in said if "MoE" in message]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_falls_back_is_said_once_and_counted_everywhere(tmp_path, kind):
+    (first, said), (second, nothing) = together(what_is_said, tmp_path / "two", kind)
+    alone, _ = what_is_said(tmp_path / "one", "auto")
+    assert relative_error((first + second) / 2, alone) < LIMIT
+    assert any("leaves some MoE layers to stock code" in message for message in said)
+    assert not nothing
+    for name in ("fallback_layers", "bias_fallback_layers"):
+        assert logged(tmp_path / "two", f"gategrad/{name}") == [2.0] * STEPS

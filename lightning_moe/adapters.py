@@ -86,13 +86,15 @@ def describe(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, dict[str
     if len(found) != 1 or peft_refusal():
         return {}
     if is_sharded(model):  # and what the state dict holds was gathered: its names are left to tell
-        state_dict = {key: tensor for key, tensor in model.state_dict().items() if key in state_dict}
+        state_dict = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if key in state_dict}
     keys = {_place(tensor): key for key, tensor in state_dict.items() if isinstance(tensor, Tensor)}
     described = {}
     for name, config in found[0].peft_config.items():
         if config.peft_type != PeftType.LORA:
             continue
-        tensors = get_peft_model_state_dict(found[0], adapter_name=name, save_embedding_layers=False)
+        tensors = get_peft_model_state_dict(
+            found[0], found[0].state_dict(keep_vars=True), adapter_name=name, save_embedding_layers=False
+        )
         places = {_clean(key): keys.get(_place(tensor)) for key, tensor in tensors.items()}
         if all(places.values()):
             described[name] = vars(_describe(found[0], name, places))
@@ -129,9 +131,10 @@ def export_adapter(
     name = _choose(adapter, list(found[0].peft_config), "the model")
     if found[0].peft_config[name].peft_type != PeftType.LORA:
         raise ValueError(f"adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
-    tensors = {_clean(key): tensor for key, tensor in get_peft_model_state_dict(found[0], adapter_name=name).items()}
+    parameters = get_peft_model_state_dict(found[0], found[0].state_dict(keep_vars=True), adapter_name=name)
+    tensors = {_clean(key): tensor.detach() for key, tensor in parameters.items()}
     if is_sharded(found[0]):
-        tensors = {key: whole(tensor).cpu() for key, tensor in tensors.items()}
+        tensors = {_clean(key): whole(tensor).detach().cpu() for key, tensor in parameters.items()}
         if torch.distributed.get_rank() != 0:
             return
     _write(tensors, _describe(found[0], name, dict.fromkeys(tensors)), Path(folder), layout)
@@ -162,7 +165,8 @@ def export_checkpoint(
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, as distributed checkpoints are: make one file of it first, with "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`"
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`, or with DeepSpeed's own by "
+            "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -200,7 +204,7 @@ def _peft_models(model: nn.Module) -> list[PeftModel]:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """What tells one tensor's memory from another's; of a sharded one, this process's part."""
     own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own.device, own.data_ptr(), own.shape
+    return own.device, own.data_ptr(), own.shape, getattr(tensor, "ds_id", None)  # ZeRO-3's have no memory
 
 
 def _clean(name: str) -> str:

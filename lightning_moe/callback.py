@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -183,7 +183,10 @@ class MoEGateGradCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Notes which adapters have a gradient, while they are watched."""
-        if self._adapters is not None:
+        if self._adapters is None:
+            return
+        strategy = trainer.strategy  # DeepSpeed's comes by here after each micro-batch, to step in the last alone
+        if not isinstance(strategy, DeepSpeedStrategy) or strategy.deepspeed_engine.is_gradient_accumulation_boundary():
             self._adapters.note_gradients()
 
     def on_train_batch_end(

@@ -100,11 +100,10 @@ def _kept_by(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """Bytes and shapes of what a call of `module` keeps for backward."""
-    parameters = {parameter.untyped_storage() for parameter in module.parameters()}
     kept: list[Tensor] = []
 
-    def record(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage() not in parameters:
+    def record(tensor: Tensor) -> Tensor:  # ZeRO-3 gives the parameters their storages while the module runs
+        if tensor.untyped_storage() not in {parameter.untyped_storage() for parameter in module.parameters()}:
             kept.append(tensor)
         return tensor
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.lora import peft_refusal, split_a, split_b
-from lightning_moe.sharding import whole
+from lightning_moe.sharding import shape_of, whole, whole_gradient
 
 # Integers as wide as a factor's elements, to compare bits by.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -80,8 +80,8 @@ class _Factor:
         self.has_gradient = torch.zeros(num_experts, dtype=torch.bool, device=parameter.device)
 
     def note_gradient(self) -> None:
-        if self.parameter.grad is not None:
-            size = _size(self.split(whole(self.parameter.grad), self.num_experts))
+        if (gradient := whole_gradient(self.parameter)) is not None:
+            size = _size(self.split(gradient, self.num_experts))
             self.has_gradient |= (size != 0) & size.isfinite()
 
     def verdict(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ class _Factor:
         return self.has_gradient, _fingerprint(experts) != self.before, _size(experts).isfinite()
 
     def _experts(self) -> Tensor:
-        return self.split(whole(self.parameter.detach()), self.num_experts)
+        return self.split(whole(self.parameter).detach(), self.num_experts)
 
 
 def _size(experts: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _fingerprint(experts: Tensor) -> Tensor:
 class AdapterWatch:
     """Watches from here on the adapters on a model's experts that train now.
 
-    Those that FSDP1 or ZeRO-3 has taken apart are left out.
+    Those that FSDP1 has taken apart are left out.
 
     Args:
         model: holds the layers, patched or not.
@@ -118,7 +118,7 @@ class AdapterWatch:
             factors = [
                 _Factor(linear.weight, split, wrapper.num_experts)
                 for linear, split in ((wrapper.lora_A[adapter], split_a), (wrapper.lora_B[adapter], split_b))
-                if linear.weight.requires_grad and linear.weight.dim() == 2  # else a strategy has taken it apart
+                if linear.weight.requires_grad and len(shape_of(linear.weight)) == 2  # not flattened by FSDP1
             ]
             if factors:
                 self._factors[name, wrapper.parameter_name, adapter, wrapper.num_experts] = factors

@@ -2,8 +2,14 @@
 
 Under Lightning's ModelParallelStrategy no gradient is averaged but by what `configure_model` has spread; a mesh of one
 process spreads nothing, and the processes train models of their own in silence.
+
+DeepSpeed's ZeRO-3 leaves a parameter without elements while no module that holds it runs, and has its shape in
+`ds_shape`; at each stage of ZeRO the gradients are the optimizer's, and `.grad` is None.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,7 +18,7 @@ SHOWN = 3
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model has parameters that are spread over processes, or made to be."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def spread_refusal(model: nn.Module, world_size: int) -> str | None:
@@ -51,7 +57,26 @@ def left_alone(model: nn.Module) -> str | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, or a sharded one gathered: then every process has to come by here, in the same order."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed  # which made it what it is
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient before an optimizer step, gathered as in `whole`; None where there is none."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # of ZeRO 3; of 1 and 2
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return None if parameter.grad is None else whole(parameter.grad)
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    """The shape that a parameter has when it is whole, as far as it says so."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _spread(parameter: Tensor) -> bool:

@@ -28,7 +28,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, gategrad, memory
 from lightning_moe.movement import AdapterWatch
 from lightning_moe.patching import layer_patch, patched_modules
-from lightning_moe.sharding import whole
+from lightning_moe.sharding import whole, whole_gradient
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -91,7 +91,8 @@ class Spread(Tiny):
 
     def on_before_optimizer_step(self, optimizer):
         if not self.gradients:
-            self.gradients = {n: whole(p.grad).clone() for n, p in self.named_parameters() if p.grad is not None}
+            gradients = {n: whole_gradient(p) for n, p in self.named_parameters() if p.requires_grad}
+            self.gradients = {n: gradient.clone() for n, gradient in gradients.items() if gradient is not None}
 
     def train_dataloader(self):
         data = TensorDataset(tokens(BATCH * STEPS) if self.data is None else self.data)
@@ -131,7 +132,7 @@ def outcome(folder, kind, build, enabled=True, **attributes):
     module, callback, said = fit(folder, kind, build, callback, **attributes)
     assert all(module.was_patched) == enabled
     assert is_stock(module)
-    trained = {name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     return {
         "losses": torch.tensor(module.losses),
         "gradients": module.gradients,
@@ -336,7 +337,7 @@ def side_by_side(folder):
     make = partial(build, "experts", False)
     module, _, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
     assert all(layer.num_bytes and layer.stock_num_bytes is None for layer in monitor.tape)
-    return {name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad}, said
+    return {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}, said
 
 
 def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):

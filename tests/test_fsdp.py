@@ -25,21 +25,22 @@ from lightning_moe.adapters import CONFIG, WEIGHTS, export_checkpoint
 from lightning_moe.sharding import is_sharded
 
 STRATEGIES = {
-    "auto": lambda: "auto",
-    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
-    "fsdp": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+    "auto": lambda devices: "auto",
+    "ddp": lambda devices: DDPStrategy(),
+    "fsdp": lambda devices: ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False),
 }
 
 
-def train(folder, kind, ckpt_path=None, **options):
-    """Four steps in this process, as one of two unless `kind` is "auto"; a checkpoint after the second and the last."""
+def train(folder, kind, ckpt_path=None, accelerator="cpu", several=2, **options):
+    """Four steps in this process, alone if `kind` is "auto"; a checkpoint after the second and the last."""
     warnings.simplefilter("ignore")
-    devices = 1 if kind == "auto" else 2
+    devices = 1 if kind == "auto" else several
     network = module(**{"experts": True} | options)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     run = trainer(
         folder, 4, MoEGateGradCallback(check_adapters_after_n_steps=2), saving, enable_checkpointing=True,
-        logger=CSVLogger(folder, "", version=""), log_every_n_steps=1, strategy=STRATEGIES[kind](), devices=devices,
+        logger=CSVLogger(folder, "", version=""), log_every_n_steps=1, strategy=STRATEGIES[kind](devices), devices=devices,
+        accelerator=accelerator,
         use_distributed_sampler=False, gradient_clip_val=0.5, limit_val_batches=2, val_check_interval=2,
         check_val_every_n_epoch=None, plugins=[CarefulCheckpointIO()],
     )  # fmt: skip

@@ -25,10 +25,10 @@ def module(**options):
 
 
 def trainer(folder, steps, *callbacks, **options):
-    options = {"logger": False, "limit_val_batches": 0, "enable_checkpointing": False} | options
+    defaults = {"accelerator": "cpu", "logger": False, "limit_val_batches": 0, "enable_checkpointing": False}
     return Trainer(
-        accelerator="cpu", max_steps=steps, default_root_dir=folder, callbacks=list(callbacks),
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **options,
+        max_steps=steps, default_root_dir=folder, callbacks=list(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **defaults | options,
     )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ class InstructionData(LightningDataModule):
                 continue
             short.append(Document(ids, labels, document.prompt, document.answer))
         num_tokens = sum(len(document.input_ids) for document in short)
-        with_loss = sum(label != IGNORED for document in short for label in document.labels[1:])
+        with_loss = _tokens_with_loss([short])
         self._report = [
             f"{len(short):,} documents of {len(documents):,}, {num_tokens:,} tokens, "
             f"{with_loss / max(num_tokens, 1):.0%} of them with a loss"
@@ -244,10 +244,16 @@ class InstructionData(LightningDataModule):
     def _num_processes(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
-    def _collate_share(self, packs: list[Pack]) -> dict[str, Tensor | int]:
-        """This process's share of a batch for all of them; in turn, where there is too little for each."""
+    def _collate_share(self, packs: list[Pack]) -> dict[str, Any]:
+        """This process's share of a batch for all of them, and what its mean loss weighs among theirs.
+
+        The mean over the processes of `weight` times their losses is that over all tokens with a loss. A process for
+        which nothing is left runs along with the first pack, at weight 0.
+        """
         rank = 0 if self.trainer is None else self.trainer.global_rank
-        return self.collate(packs[rank :: self._num_processes] or [packs[rank % len(packs)]])
+        share = packs[rank :: self._num_processes]
+        weight = self._num_processes * _tokens_with_loss(share) / max(_tokens_with_loss(packs), 1)
+        return {**self.collate(share or packs[:1]), "weight": weight}
 
     def collate(self, packs: list[Pack]) -> dict[str, Tensor | int]:
         """One row of documents end to end.
@@ -289,6 +295,10 @@ class InstructionData(LightningDataModule):
         """The held-out documents in order."""
         step = self.batch_size * self._num_processes
         return StatefulDataLoader(self._validation, batch_size=step, collate_fn=self._collate_share)
+
+
+def _tokens_with_loss(packs: list[Pack]) -> int:
+    return sum(label != IGNORED for each in packs for document in each for label in document.labels[1:])
 
 
 def pack(documents: list[Document], capacity: int) -> list[Pack]:

@@ -211,7 +211,7 @@ class Qwen3LoRA(LightningModule):
         return model_flops(config, num_tokens, sum_squared_lengths, trained_products(self.hparams))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The mean loss over the tokens that have a label, logged, and the router's on top of it if asked for."""
+        """The mean loss over all processes' tokens that have a label, logged, and the router's on top if asked for."""
         loss, balance = self._losses(batch)
         logged = self._mean(loss)
         self.log("train/loss", logged, prog_bar=True)
@@ -222,7 +222,7 @@ class Qwen3LoRA(LightningModule):
         return {"loss": total, "train/loss": logged}
 
     def _mean(self, value: Tensor) -> Tensor:
-        """Over the processes; each counts the same, however many tokens it has, as in the gradients."""
+        """Over the processes, as the strategy does with their gradients."""
         mean = self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
         assert isinstance(mean, Tensor)
         return mean
@@ -234,9 +234,10 @@ class Qwen3LoRA(LightningModule):
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         assert self.network is not None
         causal: Any = self.network.get_base_model()
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "weight")}
         balances = bool(self.hparams["router_aux_loss"]) and self.training
-        return causal.losses(inputs, batch["labels"], self._loss_path, balances=balances)  # type: ignore[no-any-return]
+        loss, balance = causal.losses(inputs, batch["labels"], self._loss_path, balances=balances)
+        return loss * batch["weight"], balance
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains, with a linear warm-up."""

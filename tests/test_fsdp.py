@@ -39,12 +39,12 @@ def train(folder, kind, ckpt_path=None, accelerator="cpu", several=2, **options)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     run = trainer(
         folder, 4, MoEGateGradCallback(check_adapters_after_n_steps=2), saving, enable_checkpointing=True,
-        logger=CSVLogger(folder, "", version=""), log_every_n_steps=1, strategy=STRATEGIES[kind](devices), devices=devices,
-        accelerator=accelerator,
-        use_distributed_sampler=False, gradient_clip_val=0.5, limit_val_batches=2, val_check_interval=2,
-        check_val_every_n_epoch=None, plugins=[CarefulCheckpointIO()],
+        logger=CSVLogger(folder, "", version=""), log_every_n_steps=1, strategy=STRATEGIES[kind](devices),
+        accelerator=accelerator, devices=devices, use_distributed_sampler=False, gradient_clip_val=0.5,
+        limit_val_batches=2, val_check_interval=2, check_val_every_n_epoch=None,
+        plugins=[CarefulCheckpointIO()],
     )  # fmt: skip
-    run.fit(network, data(batch_size=4 // devices, packing="joined", assistant_only_loss=False), ckpt_path=ckpt_path)
+    run.fit(network, data(batch_size=4 // devices), ckpt_path=ckpt_path)
     assert is_sharded(network) == (kind == "fsdp")
     if kind != "ddp":  # there one process alone may write
         export_adapter(network, folder / "adapter")
@@ -52,7 +52,7 @@ def train(folder, kind, ckpt_path=None, accelerator="cpu", several=2, **options)
 
 def values(checkpoint):
     """What a checkpoint has for the model and the optimizer, by name."""
-    content = torch.load(checkpoint, weights_only=True)
+    content = torch.load(checkpoint, "cpu", weights_only=True)
     state = content["optimizer_states"][0]["state"]
     moments = {f"{name}.{what}": value for name, each in state.items() for what, value in each.items()}
     return content["state_dict"] | moments
@@ -79,7 +79,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_does(runs, kind):
-    """With the same sequences in the same order, each of as many tokens: batches of four become two in each process."""
+    """With the same documents in the same order, batches of four become two in each process; each token counts once."""
     assert deviation(values(runs / kind / LAST), values(runs / "auto" / LAST)) < LIMIT
     for name in ("train/loss", "train/grad_norm", "val/loss", "gategrad/load_max_over_mean", "gategrad/idle_experts"):
         assert logged(runs / kind, name) == pytest.approx(logged(runs / "auto", name), rel=LIMIT), name

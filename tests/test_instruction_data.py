@@ -1,6 +1,7 @@
 """Tests of the data module: documents, packs and their boundaries, what is reported, the order a run resumes in."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,24 @@ def test_the_first_token_of_a_document_has_no_loss_even_where_prompts_have(data)
     assert (batch["labels"][0, starts] == IGNORED).all()
     assert (batch["labels"] == IGNORED).sum() == 2
     assert "3 documents of 3, 36 tokens, 92% of them with a loss" in module.report()
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_token_with_a_loss_weighs_the_same_in_any_number_of_processes(data, processes, loader):
+    """In the last batch of the validation, which has one document, too."""
+    module = data(range(10, 24), batch_size=6 // processes, validation_every=2)
+    shares = []
+    for rank in range(processes):
+        module.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        shares.append(list(getattr(module, loader)()))
+    for batch in zip(*shares, strict=True):
+        counts = [(each["labels"][0, 1:] != IGNORED).sum().item() for each in batch]
+        by_token = sum({each["input_ids"].numel(): count for each, count in zip(batch, counts, strict=True)}.values())
+        for each, count in zip(batch, counts, strict=True):
+            assert each["weight"] in (0, pytest.approx(processes * count / by_token))
+        assert sum(each["weight"] for each in batch) == pytest.approx(processes)
+    assert [len(batches) for batches in shares] == [1 if loader == "train_dataloader" else 2] * processes
 
 
 def test_separate_packing_fills_packs_and_keeps_documents_whole(data):

@@ -31,7 +31,8 @@ def put_adapters(base: Qwen3MoeForCausalLM, options: Mapping[str, Any]) -> PeftM
         modules_to_save=modules_to_save or None,
         task_type="CAUSAL_LM",
     )
-    network = get_peft_model(base, adapter, autocast_adapter_dtype=False)
+    with base.device:  # whose random state then draws the adapters, under whatever strategy
+        network = get_peft_model(base, adapter, autocast_adapter_dtype=False)
     assert isinstance(network, PeftModel)
     return network
 

@@ -8,18 +8,24 @@ averaged in float32.
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Whether the checkpoints of a strategy can be resumed from.
+    """Whether the recipe can train under a strategy, and its checkpoints can be resumed from.
 
     Raises:
         ValueError: naming the option to set.
     """
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} steps on parameters of its own making, and the recipe on "
+            "float32 copies that it would not know of: take lightning.pytorch.strategies.ModelParallelStrategy, as "
+            "configs/qwen3_30b_a3b_fsdp.yaml does, or ddp"
+        )
     if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         raise ValueError(
             "trainer.strategy saves a file for each process, which cannot be resumed from without the frozen base: "

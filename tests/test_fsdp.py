@@ -10,7 +10,7 @@ import yaml
 from fsdp import check_strategy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import together
 from qwen3_lora import DEFAULT_CONFIG
 from reference import relative_error
@@ -127,6 +127,12 @@ def test_bfloat16_is_no_further_from_float32_than_in_one_process(runs, tmp_path)
 def test_files_for_each_process_are_refused():
     with pytest.raises(ValueError, match="set save_distributed_checkpoint false"):
         check_strategy(ModelParallelStrategy(2, 1))
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy])
+def test_strategies_with_parameters_of_their_own_are_refused(kind):
+    with pytest.raises(ValueError, match=f"trainer.strategy {kind.__name__} .* take .*ModelParallelStrategy"):
+        check_strategy(kind.__new__(kind))  # neither can be made without a GPU
 
 
 def test_the_configuration_differs_from_that_of_one_gpu_in_the_strategy_alone():

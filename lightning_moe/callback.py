@@ -120,7 +120,7 @@ class MoEGateGradCallback(Callback):
         self._strategy: Strategy | None = None
         self._strategys_own: Any = None
         self._hook: Any = None
-        self._metric = GateGradHealth()
+        self._metric = GateGradHealth(sync_on_compute=False)
         self._micro_batches = 0
         self._step_before_batch = 0
         self._audited_step = -1
@@ -299,7 +299,8 @@ class MoEGateGradCallback(Callback):
         counts = self._drain(trainer, pl_module)
         counts.fallback_layers += (len(self.report.layers) - len(counts.expert_rows)) * self._micro_batches
         self._metric.update(counts, self._micro_batches)
-        figures = self._metric.compute()
+        with self._metric.sync_context(process_group=_that_share_batches(trainer.strategy)):
+            figures = self._metric.compute()
         pl_module.log_dict({f"gategrad/{name}": value.float() for name, value in figures.items()})
         self._metric.reset()
         self._micro_batches = 0
@@ -317,7 +318,8 @@ class MoEGateGradCallback(Callback):
             counts.add(drained, self._metric.device)
         if modules:
             sizes = [rows.numel() for rows in counts.expert_rows]
-            load = trainer.strategy.reduce(torch.cat(counts.expert_rows), reduce_op="sum")
+            group = _that_share_batches(trainer.strategy)
+            load = trainer.strategy.reduce(torch.cat(counts.expert_rows), group, reduce_op="sum")
             for name, rows in zip(modules, load.cpu().split(sizes), strict=True):
                 self.expert_load[name] = self.expert_load.get(name, 0) + rows
         return counts
@@ -346,3 +348,8 @@ class MoEGateGradCallback(Callback):
                 f"{audit_rel_error:.2g} (relative, limit {limit:g}): something non-linear may stand between the down "
                 f"projection and the gate. Train without the callback and report the model."
             )
+
+
+def _that_share_batches(strategy: Strategy) -> Any:
+    """The group of processes that get batches of their own; None for all. Tensor-parallel ones see the same."""
+    return strategy.device_mesh["data_parallel"].get_group() if isinstance(strategy, ModelParallelStrategy) else None

@@ -26,7 +26,14 @@ def check_strategy(strategy: Strategy) -> None:
             "float32 copies that it would not know of: take lightning.pytorch.strategies.ModelParallelStrategy, as "
             "configs/qwen3_30b_a3b_fsdp.yaml does, or ddp"
         )
-    if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if strategy._tensor_parallel_size != 1:
+        raise ValueError(
+            "trainer.strategy would have processes share a batch, and the recipe gives each one of its own: set "
+            "tensor_parallel_size 1, and data_parallel_size to the number of devices"
+        )
+    if strategy._save_distributed_checkpoint:
         raise ValueError(
             "trainer.strategy saves a file for each process, which cannot be resumed from without the frozen base: "
             "set save_distributed_checkpoint false, and one file holds the adapter"

@@ -124,6 +124,11 @@ def test_bfloat16_is_no_further_from_float32_than_in_one_process(runs, tmp_path)
     assert errors["fsdp"] < 1.2 * errors["auto"]
 
 
+def test_processes_without_batches_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="set tensor_parallel_size 1"):
+        check_strategy(ModelParallelStrategy(2, 2, save_distributed_checkpoint=False))
+
+
 def test_files_for_each_process_are_refused():
     with pytest.raises(ValueError, match="set save_distributed_checkpoint false"):
         check_strategy(ModelParallelStrategy(2, 1))

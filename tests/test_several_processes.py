@@ -96,21 +96,27 @@ class Spread(Tiny):
 
     def train_dataloader(self):
         data = TensorDataset(tokens(BATCH * STEPS) if self.data is None else self.data)
-        processes = self.trainer.world_size
-        sampler = DistributedSampler(data, processes, self.trainer.global_rank, shuffle=False)
+        processes, rank = self.trainer.world_size, self.trainer.global_rank
+        if self.device_mesh is not None:
+            processes, rank = (
+                self.device_mesh["data_parallel"].size(),
+                self.device_mesh["data_parallel"].get_local_rank(),
+            )
+        sampler = DistributedSampler(data, processes, rank, shuffle=False)
         return DataLoader(data, BATCH // processes, sampler=sampler)
 
 
 def strategy(kind):
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    if kind == "fsdp":
-        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    if kind in ("fsdp", "fsdp_twice"):
+        return ModelParallelStrategy(2, 1 + (kind == "fsdp_twice"), save_distributed_checkpoint=False)
     return kind
 
 
 def run(folder, kind, *callbacks, **options):
-    defaults = {"max_steps": STEPS, "use_distributed_sampler": False, "devices": 1 if kind == "auto" else 2}
+    devices = {"auto": 1, "fsdp_twice": 4}.get(kind, 2) if isinstance(kind, str) else 2
+    defaults = {"max_steps": STEPS, "use_distributed_sampler": False, "devices": devices}
     return trainer(folder, *callbacks, strategy=strategy(kind), **defaults | options)
 
 
@@ -155,23 +161,27 @@ def deviation(results, alone):
 LIMIT = 1e-5
 
 
+def check_as_one_process(folder, kind, make, num_processes):
+    alone = outcome(folder / "one", "auto", make)
+    results = together(outcome, folder / "all", kind, make, num_processes=num_processes)
+    assert deviation(results, alone) < LIMIT
+    for name in (*COUNTS, "experts_without_update"):
+        assert logged(folder / "all", f"gategrad/{name}") == logged(folder / "one", f"gategrad/{name}"), name
+    assert min(logged(folder / "all", "gategrad/zero_gates")) > 0
+    for each in results:
+        assert each["load"].keys() == alone["load"].keys()
+        assert all(torch.equal(each["load"][name], rows) for name, rows in alone["load"].items())
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_does(tmp_path, kind, adapters, recompute):
-    make = partial(build, adapters, recompute, turned=True)
-    alone = outcome(tmp_path / "one", "auto", make)
-    results = together(outcome, tmp_path / "two", kind, make)
-    assert deviation(results, alone) < LIMIT
-    for name in COUNTS:
-        assert logged(tmp_path / "two", f"gategrad/{name}") == logged(tmp_path / "one", f"gategrad/{name}"), name
-    assert min(logged(tmp_path / "two", "gategrad/zero_gates")) > 0
-    for each in results:
-        assert each["load"].keys() == alone["load"].keys()
-        assert all(torch.equal(each["load"][name], rows) for name, rows in alone["load"].items())
-    if adapters == "experts":
-        moved = "gategrad/experts_without_update"
-        assert logged(tmp_path / "two", moved) == logged(tmp_path / "one", moved)
+    check_as_one_process(tmp_path, kind, partial(build, adapters, recompute, turned=True), 2)
+
+
+def test_tensor_parallel_processes_count_the_batch_that_they_share_once(tmp_path):
+    check_as_one_process(tmp_path, "fsdp_twice", partial(build, "experts", False, turned=True), 4)
 
 
 def test_the_limit_tells_processes_apart_that_do_not_share(tmp_path):

@@ -132,11 +132,9 @@ def export_adapter(
     if found[0].peft_config[name].peft_type != PeftType.LORA:
         raise ValueError(f"adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
     parameters = get_peft_model_state_dict(found[0], found[0].state_dict(keep_vars=True), adapter_name=name)
-    tensors = {_clean(key): tensor.detach() for key, tensor in parameters.items()}
-    if is_sharded(found[0]):
-        tensors = {_clean(key): whole(tensor).detach().cpu() for key, tensor in parameters.items()}
-        if torch.distributed.get_rank() != 0:
-            return
+    tensors = {_clean(key): whole(tensor).detach().cpu() for key, tensor in parameters.items()}
+    if is_sharded(found[0]) and torch.distributed.get_rank() != 0:
+        return
     _write(tensors, _describe(found[0], name, dict.fromkeys(tensors)), Path(folder), layout)
 
 

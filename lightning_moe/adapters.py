@@ -106,8 +106,8 @@ def export_adapter(
 ) -> None:
     """Writes a LoRA adapter as PEFT's two files, `adapter_model.safetensors` and `adapter_config.json`.
 
-    Where several processes train, one of them calls this; where the adapter is sharded over them, each does, and the
-    first of them writes.
+    Where several processes train, one of them calls this; where the adapter is sharded over them, each does (one waits
+    for the others), and the first of them writes.
 
     Args:
         model: a PEFT model, or a module that holds one, patched or not.
@@ -163,7 +163,7 @@ def export_checkpoint(
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, as distributed checkpoints are: make one file of it first, with "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`, or with DeepSpeed's own by "
+            "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or with DeepSpeed's own by "
             "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
         )
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_moe.adapters import CHECKPOINT_KEY, describe
 from lightning_moe.arguments import ChunkTokens
-from lightning_moe.discovery import DownBias
+from lightning_moe.discovery import DownBias, is_expert_parallel
 from lightning_moe.health import HealthCounts
 from lightning_moe.memory import logs_now, stand_first
 from lightning_moe.metrics import GateGradHealth
@@ -50,7 +50,8 @@ class MoEGateGradCallback(Callback):
         report: what became of each MoE layer; None while nothing is patched.
         expert_load: how many (token, slot) rows each expert got since the fit began, (experts,) int64 on the CPU,
             summed over the processes, by the report's layer names. Grows when the counts are logged and at the end of
-            training, stays until the next fit; layers whose calls cannot be patched are not in it.
+            training, stays until the next fit; layers whose calls cannot be patched are not in it, nor are those whose
+            experts are spread over processes.
 
     Args:
         enabled: whether to patch. None reads the environment variable `LIGHTNING_MOE_GATEGRAD`, where `0` means no and
@@ -287,19 +288,21 @@ class MoEGateGradCallback(Callback):
         rank_zero_warn(message)
 
     def _check_spread(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if reason := spread_refusal(pl_module, trainer.world_size):
+        mesh = trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+        ranks = mesh.mesh.flatten().tolist()
+        if reason := spread_refusal(pl_module, trainer.world_size, ranks):
             self._detach(pl_module)
             raise MisconfigurationException(f"MoEGateGradCallback: {reason}")
-        mesh = trainer.strategy.device_mesh  # type: ignore[attr-defined]
-        if mesh["data_parallel"].size() > 1 and (alone := left_alone(pl_module)):
+        if len(ranks) > 1 and (alone := left_alone(pl_module, ranks)):
             rank_zero_warn(f"MoEGateGradCallback: {alone}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None
         counts = self._drain(trainer, pl_module)
-        counts.fallback_layers += (len(self.report.layers) - len(counts.expert_rows)) * self._micro_batches
+        unpatched = len(self.report.layers) - len(set(patched_modules(pl_module)))
+        counts.fallback_layers += unpatched * self._micro_batches
         self._metric.update(counts, self._micro_batches)
-        with self._metric.sync_context(process_group=_that_share_batches(trainer.strategy)):
+        with self._metric.sync_context(process_group=_that_add_up(trainer.strategy, pl_module)):
             figures = self._metric.compute()
         pl_module.log_dict({f"gategrad/{name}": value.float() for name, value in figures.items()})
         self._metric.reset()
@@ -313,14 +316,16 @@ class MoEGateGradCallback(Callback):
         modules = {name: module for name, module in pl_module.named_modules() if module in patched}
         for module in modules.values():
             drained = layer_patch(module).health.drain(self._micro_batches)
-            if not drained.expert_rows:  # no backward came by: every process sums as many layers and experts
+            if is_expert_parallel(module):  # other processes have other experts by the same numbers
+                drained.expert_rows = ()
+            elif not drained.expert_rows:  # no backward came by: every process sums as many layers and experts
                 drained.expert_rows = (torch.zeros(module.num_experts, dtype=torch.int64),)  # type: ignore[arg-type]
             counts.add(drained, self._metric.device)
-        if modules:
-            sizes = [rows.numel() for rows in counts.expert_rows]
-            group = _that_share_batches(trainer.strategy)
-            load = trainer.strategy.reduce(torch.cat(counts.expert_rows), group, reduce_op="sum")
-            for name, rows in zip(modules, load.cpu().split(sizes), strict=True):
+        if counts.expert_rows:
+            names = [name for name, module in modules.items() if not is_expert_parallel(module)]
+            group = _that_add_up(trainer.strategy, pl_module)
+            load = trainer.strategy.reduce(torch.cat(counts.expert_rows), group, reduce_op="sum").cpu()
+            for name, rows in zip(names, load.split([rows.numel() for rows in counts.expert_rows]), strict=True):
                 self.expert_load[name] = self.expert_load.get(name, 0) + rows
         return counts
 
@@ -350,6 +355,11 @@ class MoEGateGradCallback(Callback):
             )
 
 
-def _that_share_batches(strategy: Strategy) -> Any:
-    """The group of processes that get batches of their own; None for all. Tensor-parallel ones see the same."""
-    return strategy.device_mesh["data_parallel"].get_group() if isinstance(strategy, ModelParallelStrategy) else None
+def _that_add_up(strategy: Strategy, pl_module: LightningModule) -> Any:
+    """The group of processes that count what no other one does; None for all.
+
+    Tensor-parallel ones count the same gates, unless each has experts of its own.
+    """
+    if not isinstance(strategy, ModelParallelStrategy) or any(map(is_expert_parallel, patched_modules(pl_module))):
+        return None
+    return strategy.device_mesh["data_parallel"].get_group()

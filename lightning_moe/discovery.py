@@ -97,7 +97,7 @@ def find_moe_layers(model: nn.Module, *, down_bias: DownBias = "exact") -> list[
             reason = elsewhere or refusal(module, down_bias=down_bias) or content_refusal(module)
             wrappers = tuple(wrappers_around(model, name))
             found[name] = MoELayer(name, module, reason, is_dispatched=elsewhere is None, wrappers=wrappers)
-    holders = {ancestor for name in found for ancestor in _ancestors(name)}
+    holders = {ancestor for name in found for ancestor in ("", *_ancestors(name))}
     for name, module in modules.items():
         inside = name in found or any(ancestor in found for ancestor in _ancestors(name))
         if not inside and name not in holders and _looks_like_moe(name, module):

@@ -5,7 +5,6 @@ work on a laptop.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def _measure_first_run(layer: MoELayer, outermost: nn.Module, tapes: list[LayerT
                     stock_num_bytes, _ = _kept_by(module, args, kwargs)
             except Exception as error:  # no reason to end a training that does not run it
                 stock_num_bytes = None
-                warnings.warn(f"{layer.name}: stock code's tape cannot be measured: {error}", stacklevel=2)
+                rank_zero_warn(f"MemoryMonitor: stock code's tape cannot be measured: {error}")
         num_tokens = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         tapes.append(LayerTape(layer.name, num_tokens, num_bytes, stock_num_bytes, shapes))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.lora import peft_refusal, split_a, split_b
-from lightning_moe.sharding import shape_of, whole, whole_gradient
+from lightning_moe.sharding import put_at_rest, shape_of, whole, whole_gradient
 
 # Integers as wide as a factor's elements, to compare bits by.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -114,6 +114,7 @@ class AdapterWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._factors: dict[tuple[str, str, str, int], list[_Factor]] = {}
+        put_at_rest(model)
         for name, wrapper, adapter in _adapters(model):
             factors = [
                 _Factor(linear.weight, split, wrapper.num_experts)

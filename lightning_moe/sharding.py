@@ -7,10 +7,12 @@ DeepSpeed's ZeRO-3 leaves a parameter without elements while no module that hold
 `ds_shape`; at each stage of ZeRO the gradients are the optimizer's, and `.grad` is None.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 SHOWN = 3
@@ -21,16 +23,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def spread_refusal(model: nn.Module, world_size: int) -> str | None:
+def spread_refusal(model: nn.Module, world_size: int, data_parallel: Collection[int]) -> str | None:
     """Why the processes would train models of their own: nothing of the model is spread over them; None if some is.
 
     Args:
         model: as the strategy trains it.
         world_size: how many processes train.
+        data_parallel: the ranks of this process and of those that have other batches.
     """
-    if world_size == 1 or any(_spread(parameter) for parameter in model.parameters()):
+    if world_size == 1 or any(_spread(parameter, data_parallel) for parameter in model.parameters()):
         return None
-    how = "is sharded over a mesh of one process" if is_sharded(model) else "is not sharded"
+    meshes = {tuple(p.device_mesh.mesh.flatten().tolist()) for p in model.parameters() if isinstance(p, DTensor)}
+    how = "is not sharded"
+    if meshes:
+        largest = max(meshes, key=len)
+        how = "is sharded over a mesh of one process" if len(largest) == 1 else "is sharded over the wrong processes"
     return (
         f"{world_size} processes train, and the model {how}: each would train one of its own, without a word. "
         f"Give the strategy ModelParallelStrategy(data_parallel_size={world_size}, tensor_parallel_size=1), whose "
@@ -39,13 +46,18 @@ def spread_refusal(model: nn.Module, world_size: int) -> str | None:
     )
 
 
-def left_alone(model: nn.Module) -> str | None:
+def left_alone(model: nn.Module, data_parallel: Collection[int]) -> str | None:
     """Names the trained parameters that the processes do not share; None if there are none.
 
     Args:
         model: as a strategy trains it that averages nothing by itself.
+        data_parallel: see `spread_refusal`.
     """
-    alone = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not _spread(parameter)]
+    alone = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not _spread(parameter, data_parallel)
+    ]
     if not alone:
         return None
     named = ", ".join(alone[:SHOWN]) + (f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else "")
@@ -53,6 +65,16 @@ def left_alone(model: nn.Module) -> str | None:
         f"no process shares the gradients of {named}: they will differ between the processes, unless you average them "
         "yourself. Call fully_shard on the module that holds them, at last on the whole model"
     )
+
+
+def put_at_rest(model: nn.Module) -> None:
+    """Frees what FSDP2 has left gathered since a forward without a backward, such as a validation's.
+
+    The parameters that the model has then are those that it keeps.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -79,5 +101,7 @@ def shape_of(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _spread(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1
+def _spread(parameter: Tensor, data_parallel: Collection[int]) -> bool:
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
+        return False
+    return set(data_parallel) <= set(parameter.device_mesh.mesh.flatten().tolist())

@@ -326,7 +326,7 @@ def plot_expert_load(load: dict[str, Tensor], curves: Curves) -> Figure | None:
     axes.set_facecolor("lightgrey")  # where a layer has fewer experts
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, over_mean.nan_to_num().max().item()))
     picture = axes.imshow(over_mean.numpy(), norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-    figure.colorbar(picture, ax=axes, label="rows over the layer's mean, whole run, process 0")
+    figure.colorbar(picture, ax=axes, label="rows over the layer's mean, whole run")
     axes.set(xlabel="expert", ylabel="MoE layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -87,6 +87,8 @@ class SaveBeforeLeaving(Callback):
 
     def _asked(self, trainer: Trainer) -> int:
         """The signal that any process got, 0 for none."""
+        if trainer.world_size == 1:
+            return self._asked_by or 0
         number = torch.tensor(self._asked_by or 0, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max"))
 

@@ -73,6 +73,15 @@ def test_undecorated_layers_are_reported_once(module):
     assert [layer.status for layer in patch_moe(module if layers[0].name == "mlp" else module).layers] == ["fallback"]
 
 
+def test_what_holds_the_layers_is_none_whatever_its_class_is_called():
+    class TunedMoE(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = qwen3()
+
+    assert len(find_moe_layers(TunedMoE())) == 2
+
+
 def test_a_registry_of_ones_own_is_recognised(monkeypatch):
     monkeypatch.setattr("lightning_moe.discovery.ALL_EXPERTS_FUNCTIONS", object())
     (layer, _) = find_moe_layers(qwen3())

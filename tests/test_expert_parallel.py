@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import qwen3, tokens
+from lightning.pytorch.strategies import ModelParallelStrategy
+from models import Tiny, qwen3, tokens
+from processes import together
 from reference import (
     FACTORS,
     LAYOUTS,
@@ -20,10 +22,12 @@ from reference import (
     relative_error,
     run,
 )
+from test_callback import logged, trainer
+from test_several_processes import turn_gates
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from lightning_moe import gategrad
+from lightning_moe import MoEGateGradCallback, gategrad
 
 RANKS = {"plain": {}, "low_rank": {"gate_up_ranks": (4,), "down_ranks": (4,)}}
 PER_EXPERT = (*WEIGHTS, *FACTORS)
@@ -125,8 +129,8 @@ def test_without_the_option_a_foreign_id_is_an_error():
         run(shard(make_problem(num_experts=6), 2, 2))
 
 
-def spread_experts(model, how):
-    """Transformers' own expert parallelism over both processes; each has half of every layer's experts."""
+def spread_experts(model, how, experts, alone):
+    """Transformers' own expert parallelism over a mesh; each process has a part of every layer's experts."""
     from transformers.distributed.expert_parallel import apply_expert_parallelism  # not in 5.17
 
     plan = {}
@@ -134,8 +138,7 @@ def spread_experts(model, how):
         if name.endswith("mlp.experts"):
             plan |= {f"{name}.gate_up_proj": "grouped_gemm", f"{name}.down_proj": "grouped_gemm"}
             plan[name] = "ep_dispatch_experts"
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("experts", "alone"))
-    apply_expert_parallelism(model, mesh["experts"], mesh["experts" if how == "all_reduce" else "alone"], plan, how)
+    apply_expert_parallelism(model, experts, experts if how == "all_reduce" else alone, plan, how)
 
 
 def one_of_two_processes(rank, folder, how):
@@ -143,7 +146,8 @@ def one_of_two_processes(rank, folder, how):
     model = qwen3()
     with torch.no_grad():
         alone = model(input_ids=tokens(), labels=tokens()).loss
-    spread_experts(model, how)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("experts", "alone"))
+    spread_experts(model, how, mesh["experts"], mesh["alone"])
 
     def run():
         model.zero_grad()
@@ -162,10 +166,51 @@ def one_of_two_processes(rank, folder, how):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(
+needs_expert_parallelism = pytest.mark.skipif(
     importlib.util.find_spec("transformers.distributed.expert_parallel") is None,
     reason="this Transformers has no transformers.distributed.expert_parallel",
 )
+
+
+@needs_expert_parallelism
 @pytest.mark.parametrize("how", ["all_reduce", "all_to_all"])
 def test_transformers_own_expert_parallelism(how, tmp_path):
     torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path, how), nprocs=2)
+
+
+class OfParts(Tiny):
+    def configure_model(self):
+        if self.network is not None:
+            return
+        super().configure_model()
+        for name, module in self.network.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(turn_gates)
+        if self.device_mesh is not None:
+            experts, alone = (self.device_mesh[name] for name in ("tensor_parallel", "data_parallel"))
+            spread_experts(self.network, "all_reduce", experts, alone)
+
+
+def trained(folder, strategy, devices):
+    module, callback = OfParts(qwen3, "configure_model", learning_rate=0.0), MoEGateGradCallback()
+    run = trainer(folder, callback, strategy=strategy, devices=devices, use_distributed_sampler=False)
+    run.fit(module)
+    assert all(module.was_patched)
+    return module.losses, callback.expert_load
+
+
+@needs_expert_parallelism
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
+def test_each_gate_is_counted_where_its_expert_is(tmp_path):
+    strategy = ModelParallelStrategy(1, 2, save_distributed_checkpoint=False)
+    alone = trained(tmp_path / "one", "auto", 1)
+    ours = together(trained, tmp_path / "two", strategy, 2)
+    for losses, load in ours:
+        assert losses == pytest.approx(alone[0], rel=1e-5)
+        assert not load  # the processes' experts have the same numbers
+    assert alone[1]
+    for name in ("active_layers", "fallback_layers", "nonpositive_gates", "nonpositive_fraction", "zero_gates"):
+        assert logged(tmp_path / "two", f"gategrad/{name}") == logged(tmp_path / "one", f"gategrad/{name}"), name
+    assert min(logged(tmp_path / "two", "gategrad/zero_gates")) > 0
+    assert not logged(tmp_path / "two", "gategrad/idle_experts")

@@ -1,6 +1,9 @@
 """DDP and FSDP2 over two gloo processes: the same losses, gradients and figures as one process with the whole batch."""
 
 import os
+import re
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -8,12 +11,14 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora, with_expert_lora
 from processes import together
 from reference import relative_error
+from safetensors.torch import load_file
 from test_callback import is_stock, logged, trainer
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -25,7 +30,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, gategrad, memory
+from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter, gategrad, memory
+from lightning_moe.adapters import WEIGHTS, export_checkpoint
 from lightning_moe.movement import AdapterWatch
 from lightning_moe.patching import layer_patch, patched_modules
 from lightning_moe.sharding import whole, whole_gradient
@@ -227,22 +233,33 @@ class Calls(TorchDispatchMode):
         return operation(*arguments, **options or {})
 
 
-def collectives(folder, kind, every, with_callbacks):
-    callbacks = [MoEGateGradCallback(check_adapters_after_n_steps=0), MemoryMonitor()] if with_callbacks else []
+def collectives(folder, kind, every, check):
+    """How many each step takes, and what comes after the last one."""
+    callbacks = [] if check is None else [MoEGateGradCallback(check_adapters_after_n_steps=check), MemoryMonitor()]
+    after = []
+
+    class Noting(Callback):
+        def on_train_batch_end(self, *_):
+            after.append(calls.number)
+
     with Calls() as calls:
-        fit(folder, kind, partial(build, "experts", False), *callbacks, options={"log_every_n_steps": every})
-    return calls.number
+        fit(folder, kind, partial(build, "experts", False), *callbacks, Noting(), options={"log_every_n_steps": every})
+    return [end - begin for begin, end in zip([0, *after], [*after, calls.number], strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_nothing_is_communicated_between_log_steps(tmp_path, kind):
-    ours, stock, logging = (
-        together(collectives, tmp_path / str(every), kind, every, with_callbacks)[0]
-        for every, with_callbacks in ((STEPS + 1, True), (STEPS + 1, False), (1, True))
+    ours, watching, stock, logging = (
+        together(collectives, tmp_path / f"{every}-{check}", kind, every, check)[0]
+        for every, check in ((STEPS + 1, 0), (STEPS + 1, 2), (STEPS + 1, None), (1, 0))
     )
-    assert stock > 0
-    assert ours == stock + 2  # the experts' rows when training ends: Lightning's barrier, and the sum
-    assert logging > ours
+    *steps, end = stock
+    assert all(steps)
+    assert ours == [*steps, end + 2]  # the experts' rows when training ends: Lightning's barrier, and the sum
+    assert watching[2:] == ours[2:]
+    gathers = [more - own for more, own in zip(watching[:2], ours[:2], strict=True)]
+    assert gathers == [0, 0] if kind == "ddp" else all(number > 0 for number in gathers)
+    assert all(more > own for more, own in zip(logging[:-1], steps, strict=True))
 
 
 def kept_shapes(folder, kind, enabled):
@@ -334,6 +351,64 @@ def test_processes_that_would_train_apart_are_refused(tmp_path, arguments, what)
         assert "data_parallel_size=2, tensor_parallel_size=1" in said
 
 
+class OverTheWrongProcesses(Spread):
+    """Those that get the same batches."""
+
+    def configure_model(self):
+        Tiny.configure_model(self)
+        fully_shard(self.network, mesh=self.device_mesh["tensor_parallel"])
+
+
+def wrongly_sharded(folder):
+    module = OverTheWrongProcesses(partial(build, "attention", False))
+    with pytest.raises(MisconfigurationException, match="sharded over the wrong processes"):
+        run(folder, "fsdp_twice", MoEGateGradCallback()).fit(module)
+    return is_stock(module)
+
+
+def test_a_model_over_the_wrong_mesh_is_refused(tmp_path):
+    assert all(together(wrongly_sharded, tmp_path, num_processes=4))
+
+
+class Kept(Spread):
+    """Weights stay gathered after a forward without a backward."""
+
+    def configure_model(self):
+        if self.network is not None:
+            return
+        Tiny.configure_model(self)
+        shard = partial(fully_shard, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+        if "layers" in self.shards:
+            for layer in self.network.get_base_model().model.layers:
+                shard(layer)
+        shard(self.network)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(tokens(2)), batch_size=1)
+
+    def validation_step(self, batch, batch_idx):
+        self.network(input_ids=batch[0])
+
+
+def validated(folder, shards, before):
+    module = Kept(partial(build, "experts", False))
+    module.shards = shards
+    callback = MoEGateGradCallback(check_adapters_after_n_steps=2)
+    fitting = run(folder, "fsdp", callback, num_sanity_val_steps=1 - before, limit_val_batches=1)
+    if before:
+        fitting.validate(module, verbose=False)
+    fitting.fit(module)
+    return module.losses, fitting.logged_metrics["gategrad/experts_without_update"].item()
+
+
+@pytest.mark.parametrize(("shards", "before"), [(("layers",), False), ((), False), ((), True)])
+def test_adapters_are_watched_after_a_validation_that_left_weights_gathered(tmp_path, shards, before):
+    ours = together(validated, tmp_path, shards, before)
+    alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False))
+    assert relative_error(torch.tensor([each[0] for each in ours]).mean(0), alone["losses"]) < LIMIT
+    assert {each[1] for each in ours} == {0.0}
+
+
 def test_what_trains_unshared_is_named(tmp_path):
     parts = partial(build, "none", False)
     for shards, alone in ((("layers",), True), (("layers", "model"), False)):
@@ -353,8 +428,10 @@ def side_by_side(folder):
 def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
     """PEFT cannot merge where the experts are sharded by themselves: its factors are gathered, the weights are not."""
     alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False))["trained"]
-    for trained, said in together(side_by_side, tmp_path / "two"):
-        assert any("stock code's tape cannot be measured" in message for message in said)
+    results = together(side_by_side, tmp_path / "two")
+    unmeasured = [sum("stock code's tape cannot be measured" in message for message in said) for _, said in results]
+    assert unmeasured == [2, 0]  # once for each layer, in one process
+    for trained, _ in results:
         assert max(relative_error(trained[name], value) for name, value in alone.items()) < LIMIT
     assert len(logged(tmp_path / "two", "memory/moe_tape_mib")) == STEPS
 
@@ -454,6 +531,27 @@ def test_parameters_that_are_taken_apart_are_judged_when_they_are_there(adapters
     ours = torch.tensor(together(flattened, adapters, recompute, True)).mean(0)
     assert relative_error(ours, torch.tensor(losses)) < LIMIT
     assert losses[0] != losses[-1]
+
+
+def save_in_parts(folder):
+    warnings.simplefilter("ignore")
+    saving = ModelCheckpoint(folder, "parts", every_n_train_steps=STEPS)
+    how, module = ModelParallelStrategy(2, 1), Spread(partial(build, "experts", False))
+    run(folder, how, MoEGateGradCallback(), saving, enable_checkpointing=True).fit(module)
+    export_adapter(module.network, folder / "adapter")
+
+
+def test_a_checkpoint_in_parts_is_exported_as_the_refusal_says(tmp_path):
+    together(save_in_parts, tmp_path)
+    parts = tmp_path / "parts.ckpt"
+    with pytest.raises(ValueError, match="consolidate_checkpoint") as refusal:
+        export_checkpoint(parts, tmp_path / "again")
+    command = re.search("`python (.*?)`", str(refusal.value))[1]
+    subprocess.run([sys.executable, *command.split(), str(parts)], check=True)
+    export_checkpoint(f"{parts}.consolidated", tmp_path / "again")
+    ours, wanted = (load_file(tmp_path / folder / WEIGHTS) for folder in ("again", "adapter"))
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], value) for name, value in wanted.items())
 
 
 def what_is_said(folder, kind):

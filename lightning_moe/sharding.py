@@ -33,11 +33,10 @@ def spread_refusal(model: nn.Module, world_size: int, data_parallel: Collection[
     """
     if world_size == 1 or any(_spread(parameter, data_parallel) for parameter in model.parameters()):
         return None
-    meshes = {tuple(p.device_mesh.mesh.flatten().tolist()) for p in model.parameters() if isinstance(p, DTensor)}
-    how = "is not sharded"
-    if meshes:
-        largest = max(meshes, key=len)
-        how = "is sharded over a mesh of one process" if len(largest) == 1 else "is sharded over the wrong processes"
+    num_sharing = max((len(_ranks(parameter)) for parameter in model.parameters()), default=0)
+    how = {0: "is not sharded", 1: "is sharded over a mesh of one process"}.get(
+        num_sharing, "is sharded over the wrong processes"
+    )
     return (
         f"{world_size} processes train, and the model {how}: each would train one of its own, without a word. "
         f"Give the strategy ModelParallelStrategy(data_parallel_size={world_size}, tensor_parallel_size=1), whose "
@@ -102,6 +101,10 @@ def shape_of(parameter: Any) -> torch.Size:
 
 
 def _spread(parameter: Tensor, data_parallel: Collection[int]) -> bool:
-    if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
-        return False
-    return set(data_parallel) <= set(parameter.device_mesh.mesh.flatten().tolist())
+    ranks = _ranks(parameter)
+    return len(ranks) > 1 and set(data_parallel) <= ranks
+
+
+def _ranks(parameter: Tensor) -> set[int]:
+    """Of the processes that a parameter is spread over; empty where it is not."""
+    return set(parameter.device_mesh.mesh.flatten().tolist()) if isinstance(parameter, DTensor) else set()

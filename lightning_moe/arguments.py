@@ -39,6 +39,8 @@ def shape_problem(
             "top_k_index and top_k_weights must both be (tokens, top_k), got "
             f"{tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}"
         )
+    if top_k_index.shape[1] == 0:
+        return "top_k_index must name at least one expert for each token, its top_k is 0"
     if top_k_index.shape[0] != hidden_states.shape[0]:
         return f"top_k_index has {top_k_index.shape[0]} tokens, hidden_states {hidden_states.shape[0]}"
     if not (hidden_states.is_floating_point() and top_k_weights.is_floating_point()):
@@ -51,6 +53,8 @@ def shape_problem(
             f"{tuple(gate_up_proj.shape)} and {tuple(down_proj.shape)}"
         )
     num_experts, *up_shape = gate_up_proj.shape
+    if num_experts == 0:
+        return "gate_up_proj and down_proj hold no expert: leave the layer out where none is local"
     down_shape = list(down_proj.shape[1:])
     hidden_in, width = up_shape if is_transposed else reversed(up_shape)
     hidden_out = down_shape[1] if is_transposed else down_shape[0]

@@ -6,7 +6,7 @@ The only reader of what Transformers' experts classes look like; its refusals ar
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,10 +189,8 @@ def content_refusal(module: Any) -> str | None:
     biases = [f"{stem}_bias" for stem in stems if getattr(module, f"{stem}_bias", None) is not None]
     if biases and not contract.has_bias:
         return f"the module has {', '.join(biases)}, and its class says that it has no bias"
-    names = {*stems, *biases}
-    extra = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in names]
-    if extra:
-        return f"the module trains parameters that the operation does not know: {', '.join(extra)}"
+    if trained := [name for name in other_parameters(module) if module.get_parameter(name).requires_grad]:
+        return unknown_parameters(trained)
     if any(isinstance(child, DROPOUTS) for child in module.modules()):
         return "dropout inside the experts would differ when the activation is recomputed"
     if not isinstance(getattr(module, contract.up_name, None), Tensor) or not isinstance(
@@ -201,6 +199,18 @@ def content_refusal(module: Any) -> str | None:
         return f"{contract.up_name} or down_proj is not a tensor"
     weights = contract.weights(module)
     return unsupported(weights.gate_up_proj, weights.down_proj) if weights.are_whole else None
+
+
+def other_parameters(module: Any) -> list[str]:
+    """The names of an experts module's parameters beside the experts' own weights: those of its activation, say."""
+    contract = read_contract(module)
+    own = {f"{stem}{end}" for stem in (contract.up_name, "down_proj") for end in ("", "_bias")}
+    return [name for name, _ in module.named_parameters() if name not in own]
+
+
+def unknown_parameters(trained: Sequence[str]) -> str:
+    """Why the operation may not run where these parameters of an experts module are trained."""
+    return f"the module trains parameters that the operation does not know: {', '.join(trained)}"
 
 
 def _outside(module: nn.Module) -> str:

@@ -48,13 +48,15 @@ from lightning_moe.routing import Routing, sort_by_expert
 AUTO_CHUNK_BYTES = 512 * 2**20
 CHUNK_GRANULE = 256
 
+_OWNER = "_lightning_moe_owner"
+
 # PyTorch's private answer to whether a backward may run again.
 GRAPH_QUESTION = "torch._C._autograd._get_current_graph_task_keep_graph"
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What of a call is not a tensor.
+    """What of a call is neither an input nor saved.
 
     Attributes:
         activation: (R, N) to (R, I), row by row.
@@ -63,7 +65,7 @@ class _Plan:
         chunk_columns: hidden features of the projected rows in flight at once.
         recomputes_h: whether backward projects x again instead of keeping h.
         is_expert_parallel: whether ids of E and above name other processes' experts.
-        records: whether autograd will want a backward.
+        anchor: what second derivatives are refused by, see `_anchor`; None where no backward will come.
         up_scalings: of the updates of W1; their factors come as a, b, a, b, ... after the other tensors,
         down_scalings: and those of W2's after them.
     """
@@ -74,7 +76,7 @@ class _Plan:
     chunk_columns: int
     recomputes_h: bool
     is_expert_parallel: bool
-    records: bool
+    anchor: Tensor | None
     up_scalings: tuple[float, ...]
     down_scalings: tuple[float, ...]
 
@@ -93,7 +95,7 @@ class _FirstOrderOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, anchor: Tensor, incoming: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -105,7 +107,37 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 def _anchor(inputs: Sequence[Tensor]) -> Tensor:
     """An empty tensor that depends on every one of the inputs, without holding on to any of them."""
-    return torch.cat([tensor[:0].reshape(-1) for tensor in inputs])
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return torch.cat([tensor[:0].reshape(-1) for tensor in inputs])
+
+
+class _Owner:
+    """Says which call of forward made a tensor, by a mark on its memory that survives what hooks do, but for a copy."""
+
+    def __init__(self, *, has_hooks: bool) -> None:
+        self.has_hooks = has_hooks
+
+    def mark(self, tensor: Tensor) -> None:
+        """Marks a tensor that this call made."""
+        setattr(tensor.untyped_storage(), _OWNER, self)
+
+    def may_overwrite(self, tensor: Tensor) -> bool:
+        """Whether nobody else can see a saved tensor, once backward has it.
+
+        Saved-tensor hooks may keep what they packed, or a copy of it. Activation checkpointing, a hook as well, has the
+        tensor made again by another call, for this backward alone.
+        """
+        owner = getattr(tensor.untyped_storage(), _OWNER, None)
+        return not self.has_hooks or (owner is not None and owner is not self)
+
+
+def _has_saved_tensors_hooks() -> bool:
+    """Whether saved tensors go through hooks here."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("moe_experts only asks whether there are any"):
+            return False
+    except RuntimeError:
+        return True
 
 
 @dataclass(frozen=True)
@@ -155,7 +187,6 @@ class _Up(torch.autograd.Function):
         down_weight: Tensor,
         down_bias: Tensor | None,
         top_k_index: Tensor,
-        anchor: Tensor | None,
         plan: _Plan,
         *factors: Tensor,
     ) -> tuple[Tensor, _Work]:
@@ -172,7 +203,7 @@ class _Up(torch.autograd.Function):
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
             del x, up
             down = _Projection.of(down_weight, down_updates, in_first)
-            saved_h = h if plan.records and not plan.recomputes_h else None
+            saved_h = h if plan.anchor is not None and not plan.recomputes_h else None
             if saved_h is None or needs_down_b:
                 a = _activated(plan, h)
             if needs_down_b:
@@ -185,9 +216,11 @@ class _Up(torch.autograd.Function):
 
         needs_x, _, needs_up, needs_up_bias, _, _ = ctx.needs_input_grad[:6]
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
+        ctx.owner, ctx.is_interrupted = _Owner(has_hooks=_has_saved_tensors_hooks()), False
+        if saved_h is not None:
+            ctx.owner.mark(saved_h)
         uses_x = needs_up or plan.recomputes_h or needs_up_a
         ctx.save_for_backward(
-            anchor,
             hidden_states if uses_x else None,
             gates,
             up_weight if needs_x or uses_x else None,
@@ -207,13 +240,20 @@ class _Up(torch.autograd.Function):
         return ticket, work
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        anchor, *saved = ctx.saved_tensors
+        if ctx.is_interrupted:
+            raise RuntimeError(
+                "moe_experts: an earlier backward of this graph failed after it had overwritten what forward saved: "
+                "run forward again"
+            )
         with torch.no_grad():
-            gradients = _gradients(ctx, grad_output, saved)
+            gradients = _gradients(ctx, grad_output, list(ctx.saved_tensors))
+        ctx.is_interrupted = False
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = [g if g is None else _FirstOrderOnly.apply(anchor, g) for g in gradients]
-        return *gradients[:6], None, None, None, *gradients[6:]
+            anchor = ctx.plan.anchor
+            gradients = [g if g is None else _FirstOrderOnly.apply(anchor, grad_output, g) for g in gradients]
+        return *gradients[:6], None, None, *gradients[6:]
 
 
 class _Down(torch.autograd.Function):
@@ -291,20 +331,23 @@ class _Projection:
         *,
         gather: bool = False,
         columns: slice = slice(None),
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """(S, out), or some columns of it; `small` is what `reduce` made of the rows."""
+        """(S, out), or some columns of it; `small` is what `reduce` made of the rows, `bias` (E, out) is added."""
         low_rank = None if self.b is None or small is None else (small, self.b[..., columns])
         tokens = routing.tokens if gather else None
+        row_bias = None if bias is None else (bias, routing.expert_of_row())
         out = grouped_linear(
-            rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank
-        )
+            rows, self.weight[..., columns], routing.offsets,
+            tokens=tokens, tiles=tiles, low_rank=low_rank, bias=row_bias,
+        )  # fmt: skip
         routing.clear_foreign(out)
         return out
 
 
 def _needs_factors(ctx: Any, num_up_updates: int) -> tuple[bool, bool, bool, bool]:
     """Whether any A1, B1, A2, B2 wants a gradient."""
-    up, down = ctx.needs_input_grad[9 : 9 + 2 * num_up_updates], ctx.needs_input_grad[9 + 2 * num_up_updates :]
+    up, down = ctx.needs_input_grad[8 : 8 + 2 * num_up_updates], ctx.needs_input_grad[8 + 2 * num_up_updates :]
     return any(up[::2]), any(up[1::2]), any(down[::2]), any(down[1::2])
 
 
@@ -313,10 +356,7 @@ def _pre_activation(
 ) -> tuple[Tensor, Tensor | None]:
     """The pre-activation h (S, N), and x A1ᵀ (S, R) where W1 has updates."""
     small = up.reduce(x, routing, tiles, gather=True)
-    h = up.project(x, small, routing, tiles, gather=True)
-    if bias is not None:
-        h += bias[routing.expert_of_row()]
-        routing.clear_foreign(h)
+    h = up.project(x, small, routing, tiles, gather=True, bias=bias)
     return h, small
 
 
@@ -330,7 +370,8 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
     plan, dtype, in_first = ctx.plan, down_weight.dtype, ctx.plan.in_first
     up_updates, down_updates = plan.updates(factors)
     needs_up_a, needs_up_b, needs_down_a, needs_down_b = _needs_factors(ctx, len(up_updates))
-    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
+    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them. And
+    # G W2 leaves it sooner than (g·G) W2: each token's G goes in divided by a power of two, which then goes with g.
     gates_the_gradient = dtype == torch.float16
 
     up: Any
@@ -343,20 +384,28 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
         if plan.recomputes_h:
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
 
-        grad = grad_output.to(dtype).contiguous()
+        grad, row_gates, row_scales = grad_output, gates.flatten().index_select(0, permutation), None
+        if dtype == torch.float16:
+            scales = _powers_of_two(grad_output)
+            grad, row_scales = grad_output / scales, scales[tokens, 0]
+            row_gates = row_gates * row_scales
+        grad = grad.to(dtype).contiguous()
         back = _Projection.of(down_weight, down_updates, in_first).mT
         down_grad_small: Any = back.reduce(grad, routing, tiles, gather=True)
         grad_a = back.project(grad, down_grad_small, routing, tiles, gather=True)
-        row_gates = gates.flatten().index_select(0, permutation)
+        overwrites_saved = not (plan.recomputes_h or _graph_is_kept()) and ctx.owner.may_overwrite(h)
+        ctx.is_interrupted = overwrites_saved
         grad_h, inner, a = activation_backward(
             plan.activation,
             h,
             grad_a,
             row_gates,
             needs=("a" if gates_the_gradient else "gated a") if needs_down or needs_down_a else None,
-            overwrite=plan.recomputes_h or not _graph_is_kept(),
+            overwrite=plan.recomputes_h or overwrites_saved,
         )
         del grad_a, h, saved, back
+        if row_scales is not None:
+            inner *= row_scales
         if needs_gates:
             grad_gates = inner.index_select(0, inverse).view_as(gates)
 
@@ -424,9 +473,17 @@ def _project_and_combine(
     for start in range(0, hidden, chunk_columns):
         columns = slice(start, min(start + chunk_columns, hidden))
         part = projection.project(rows, small, routing, tiles, columns=columns)
-        combine(part, inverse, gates, output[:, columns])
+        combine(part, inverse, gates, output, start)
         del part
     return output
+
+
+def _powers_of_two(values: Tensor) -> Tensor:
+    """Of each row the power of two above its largest value, (T, 1) float32; 1 where that is zero or not finite."""
+    largest = values.to(torch.float32).abs().amax(1, keepdim=True)
+    _, exponent = torch.frexp(largest)
+    power = torch.ldexp(torch.ones_like(largest), exponent)
+    return power.where(largest.isfinite() & (largest > 0), 1.0)
 
 
 def graph_question() -> Callable[[], bool] | None:
@@ -531,6 +588,8 @@ def moe_experts(
         raise TypeError(f"moe_experts: {problem}")
     num_tokens, hidden_size = hidden_states.shape
     top_k = top_k_index.shape[1]
+    if is_expert_parallel:  # whatever stands in such a slot adds nothing, be it NaN
+        top_k_weights = top_k_weights.masked_fill(top_k_index >= down_proj.shape[0], 0)
 
     inputs = (hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias)
     factors = [factor for update in (*gate_up_updates, *down_updates) for factor in (update.a, update.b)]
@@ -544,12 +603,11 @@ def moe_experts(
         chunk_columns=chunk_columns,
         recomputes_h=recompute_up,
         is_expert_parallel=is_expert_parallel,
-        records=records,
+        anchor=_anchor(wanting) if records else None,
         up_scalings=tuple(update.scaling for update in gate_up_updates),
         down_scalings=tuple(update.scaling for update in down_updates),
     )
-    anchor = _anchor(wanting) if records else None
-    return _Down.apply(*_Up.apply(*inputs, top_k_index.long(), anchor, plan, *factors), plan)
+    return _Down.apply(*_Up.apply(*inputs, top_k_index.long(), plan, *factors), plan)
 
 
 def _chunk_columns(chunk_tokens: ChunkTokens, num_tokens: int, top_k: int, hidden_size: int, element_size: int) -> int:

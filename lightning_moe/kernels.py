@@ -60,8 +60,11 @@ def grouped_linear(
     tokens: Tensor | None = None,
     tiles: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    bias: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Each row times its expert's weight: (R, out).
+
+    The plain path writes to no tensor that exists already: selective activation checkpointing may have saved it.
 
     Args:
         rows: (R, in), sorted by expert; or (T, in) where `tokens` says which of them each row is.
@@ -70,20 +73,20 @@ def grouped_linear(
         tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
         tiles: what `product_tiles` gave.
         low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
+        bias: (E, out), and (R,) the expert of each row: its bias is added.
     """
     if tiles is not None and (kernels := _kernels(rows)):
-        return kernels.grouped_linear(rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
-    if tokens is None:
-        out = F.grouped_mm(rows, weight, offs=offsets)
-    else:
-        out = rows.new_empty(tokens.shape[0], weight.shape[-1])
-        for part, ends in _row_chunks(tokens.shape[0], offsets):
-            out[part] = F.grouped_mm(rows[tokens[part]], weight, offs=ends)
-    if low_rank is not None:
-        small, factor = low_rank
-        for part, ends in _row_chunks(out.shape[0], offsets):
-            out[part] += F.grouped_mm(small[part], factor, offs=ends)
-    return out
+        out = kernels.grouped_linear(rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
+        return out if bias is None else out.add_(bias[0][bias[1]])
+    parts = []
+    for part, ends in _row_chunks((rows if tokens is None else tokens).shape[0], offsets):
+        product = F.grouped_mm(rows[part] if tokens is None else rows[tokens[part]], weight, offs=ends)
+        if low_rank is not None:
+            product = product + F.grouped_mm(low_rank[0][part], low_rank[1], offs=ends)
+        if bias is not None:
+            product = (product + bias[0][bias[1][part]]).to(product.dtype)
+        parts.append(product)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def grouped_outer(
@@ -194,23 +197,29 @@ def activation_backward(
     return grad, inner, grad_unscaled if needs is not None else None
 
 
-def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor) -> None:
+def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, start: int = 0) -> None:
     """Writes each token's sum over its slots, in float32 and a fixed order, without atomics.
 
     Args:
         rows: (S, C), sorted by expert.
         inverse: (T, K), the sorted row of each (token, slot) pair.
         gates: (T, K), multiplied in; None for a plain sum.
-        out: (T, C), written; a slice of a wider tensor will do.
+        out: (T, C) or wider, written.
+        start: the first column that is written. Not a slice of `out`, in whose place selective activation checkpointing
+            may put one that it saved.
     """
     if kernels := _kernels(rows):
-        kernels.combine(rows, inverse, gates, out)
+        kernels.combine(rows, inverse, gates, out, start)
         return
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    total = torch.zeros(out.shape[0], rows.shape[1], dtype=torch.float32, device=out.device)
     for slot, row in enumerate(inverse.unbind(1)):
         picked = rows[row].to(torch.float32)
         total += picked if gates is None else picked * gates[:, slot, None]
-    out.copy_(total)
+    if total.shape == out.shape:
+        out.copy_(total)
+    else:
+        columns = torch.arange(start, start + total.shape[1], device=out.device)
+        out.index_copy_(1, columns, total.to(out.dtype))
 
 
 @cache

@@ -26,11 +26,18 @@ class LowRank:
         a: A, (E, r, in), any floating dtype and strides.
         b: B, (E, out, r), any floating dtype and strides.
         scaling: of the product; LoRA's alpha / r, say.
+
+    Raises:
+        TypeError: if the scaling is a tensor: it would get no gradient.
     """
 
     a: Tensor
     b: Tensor
     scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scaling, Tensor):
+            raise TypeError("LowRank: scaling must be a number; a tensor would get no gradient: multiply it into b")
 
     @property
     def rank(self) -> int:
@@ -48,19 +55,19 @@ class Factors(NamedTuple):
 def join(updates: Sequence[LowRank], dtype: torch.dtype) -> Factors:
     """Joins updates along the rank, in `dtype`, padded with zeros to rows of whole multiples of 16 bytes."""
     step, used = 16 // dtype.itemsize, sum(update.rank for update in updates)
-    rank = -(-used // step) * step
+    missing = -used % step
     (experts, _, width_in), width_out = updates[0].a.shape, updates[0].b.shape[1]
-    a = updates[0].a.new_empty(experts, rank, width_in, dtype=dtype)
-    b = a.new_empty(experts, width_out, rank)
-    if rank > used:
-        a[:, used:].zero_()
-        b[..., used:].zero_()
-    start = 0
-    for update in updates:
-        a[:, start : start + update.rank] = update.a
-        torch.mul(update.b, update.scaling, out=b[..., start : start + update.rank])
-        start += update.rank
-    return Factors(a, b)
+    a = [update.a.to(dtype) for update in updates]
+    b = [_scaled(update, dtype) for update in updates]
+    if missing:
+        a.append(a[0].new_zeros(experts, missing, width_in))
+        b.append(b[0].new_zeros(experts, width_out, missing))
+    return Factors(torch.cat(a, 1), torch.cat(b, 2))
+
+
+def _scaled(update: LowRank, dtype: torch.dtype) -> Tensor:
+    """B times its scaling, multiplied where neither dtype rounds or overflows, and rounded to `dtype` once."""
+    return (update.b.to(torch.promote_types(update.b.dtype, dtype)) * update.scaling).to(dtype)
 
 
 def split_gradients(
@@ -148,6 +155,8 @@ def _own_merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str 
     for adapter in active_adapters(wrapper):
         if adapter in wrapper.lora_variant or wrapper.lora_bias.get(adapter):
             return f"PEFT merges the adapter on {name}: {adapter!r} is a variant of LoRA, or has a bias"
+        if isinstance(wrapper.scaling[adapter], Tensor):
+            return f"PEFT merges the adapter on {name}: the scaling of {adapter!r} is a tensor, which may be trained"
         if not (type(wrapper.lora_A[adapter]) is type(wrapper.lora_B[adapter]) is nn.Linear):
             return f"PEFT merges the adapter on {name}: the factors of {adapter!r} are not plain linear layers"
     return None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 APART = "apart"
 
@@ -90,7 +91,8 @@ class PatchReport:
             if merged:
                 adapters += f"; merged, they would keep {merged / 2**20:.1f} MiB more"
             optional = [adapters] * has_adapters + [reason] * bool(self.fallback)
-            table.add_row(name, class_name, status, _kib(before), _kib(after), *optional)
+            cells = (name, class_name, status, _kib(before), _kib(after), *optional)
+            table.add_row(*map(Text, cells))  # brackets in a reason are no markup
         return table
 
 

@@ -35,8 +35,10 @@ from lightning_moe.discovery import (
     estimate_tape,
     find_moe_layers,
     is_expert_parallel,
+    other_parameters,
     reaches_class_forward,
     refusal,
+    unknown_parameters,
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
@@ -65,6 +67,8 @@ class LayerPatch:
         ranks: of the adapters that are kept apart, by the name of the parameter that they adapt.
         health: the layer's counters.
         merge_reasons: why PEFT merges some of the layer's adapters, as far as has been said.
+        other_parameters: names of the module's parameters beside the experts' weights, which may be unfrozen at any
+            time.
     """
 
     config: Any
@@ -78,6 +82,7 @@ class LayerPatch:
     ranks: dict[str, int] = field(default_factory=dict)
     health: LayerHealth = field(default_factory=LayerHealth)
     merge_reasons: set[str] = field(default_factory=set)
+    other_parameters: list[str] = field(default_factory=list)
 
 
 def patch_moe(
@@ -114,6 +119,7 @@ def patch_moe(
             class_name = type(layer.module).__name__
             if layer.reason is None:
                 patch = LayerPatch(_own_config(layer.module), None, down_bias, chunk_tokens, recompute_up)
+                patch.other_parameters = other_parameters(layer.module)
                 _attach(layer.module, patch)
                 patch.ranks = _attach_wrappers(layer, patch)
                 adapters = "; ".join(sorted(patch.merge_reasons)) or (APART if layer.wrappers else "")
@@ -380,6 +386,8 @@ def gategrad_experts(
         found = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
         updates.setdefault(wrapper.parameter_name, []).extend(found)
     reason = patch.reason or refusal(module, down_bias=patch.down_bias)
+    if trained := [name for name in patch.other_parameters if module.get_parameter(name).requires_grad]:
+        reason = reason or unknown_parameters(trained)
     if not is_patched:
         reason = reason or content_refusal(module)
     if reason is None:

@@ -282,7 +282,7 @@ def gated_backward(
 
 @triton.jit
 def _combine_kernel(
-    rows, inverse, gates, out, num_tokens, columns, row_stride, out_stride,
+    rows, inverse, gates, out, num_tokens, start, columns, row_stride, out_stride,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -297,16 +297,17 @@ def _combine_kernel(
         if WEIGHTED:
             value *= tl.load(gates + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
         total += value
-    tl.store(out + token.to(tl.int64)[:, None] * out_stride + column, total.to(out.dtype.element_ty), mask=mask)
+    target = out + token.to(tl.int64)[:, None] * out_stride + start + column
+    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
-def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor) -> None:
-    (num_tokens, columns), top_k = out.shape, inverse.shape[1]
+def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, start: int = 0) -> None:
+    (num_tokens, top_k), columns = inverse.shape, rows.shape[1]
     if num_tokens == 0:
         return
     block = min(512, triton.next_power_of_2(columns))
     grid = (triton.cdiv(num_tokens, 4), triton.cdiv(columns, block))
     _combine_kernel[grid](
-        rows, inverse, rows if gates is None else gates, out, num_tokens, columns, rows.stride(0), out.stride(0),
-        top_k, gates is not None, 4, block,
+        rows, inverse, rows if gates is None else gates, out, num_tokens, start, columns, rows.stride(0),
+        out.stride(0), top_k, gates is not None, 4, block,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -429,9 +430,9 @@ def main(
     results = [result for size in tokens for result in bench(config, mode, size, repeats)]
     source, rows = provenance(rate), rows_of(results, floors)
 
-    table = Table(*HEADERS, title=f"{model}, {mode}", caption=source)
+    table = Table(*HEADERS, title=f"{model}, {mode}", caption=Text(source))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=max(Console().width, 150)).print(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

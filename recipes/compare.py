@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 RECIPE = Path(__file__).with_name("qwen3_lora.py")
 TINY = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -296,9 +297,9 @@ def main(
             progress.advance(task)
 
     source, rows = provenance(), rows_of(runs, warmup)
-    table = Table(*HEADERS, title="Stock code and the callback", caption=source)
+    table = Table(*HEADERS, title="Stock code and the callback", caption=Text(source))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=max(console.width, 130)).print(table)
     out.mkdir(parents=True, exist_ok=True)
     lines = [source, "", f"| {' | '.join(HEADERS)} |", "|---" * len(HEADERS) + "|"]
@@ -307,7 +308,7 @@ def main(
     limit = torch.cuda.mem_get_info()[1] / 2**30 if on_gpu else None
     plot(runs, f"Peak memory, {torch.cuda.get_device_name() if on_gpu else 'CPU'}", limit, out / "compare.png")
     if failures := [f"{run.side}, {run.tokens:,} tokens: {run.failure}" for run in runs if run.failure]:
-        console.print("\n".join(failures))
+        console.print(Text("\n".join(failures)))
 
 
 if __name__ == "__main__":

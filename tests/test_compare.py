@@ -108,6 +108,16 @@ def test_a_side_out_of_memory_is_not_asked_again(tmp_path, monkeypatch):
     assert asked == [("stock", 256), ("lightning_moe", 256), ("lightning_moe", 512)]
 
 
+def test_brackets_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
+    failed = Run("stock", 256, failure="no option [model.rank] (see output.txt)")
+    monkeypatch.setattr(compare, "run", lambda *_: failed)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--sides", "[stock, lightning_moe]"])
+    compare.main(lengths=(256,), sides=("stock",), out=tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--sides [stock, lightning_moe]" in printed
+    assert printed.count("no option [model.rank]") == 2
+
+
 BAD = (
     {"devices": ()}, {"devices": (0,)}, {"steps": 0}, {"lengths": ()}, {"warmup": 8}, {"repeats": 0},
     {"recipe": Path("nowhere.yaml")},

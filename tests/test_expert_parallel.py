@@ -90,11 +90,12 @@ def test_a_shard_equals_stock_code(layout, dtype):
     assert actual["top_k_weights"][foreign].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("gate", [3.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("layout", ["default", "gpt_oss", "biased"])
-def test_a_foreign_gate_that_is_not_zero_counts_for_nothing(layout):
+def test_a_non_local_gate_that_is_not_zero_counts_for_nothing(layout, gate):
     problem = shard(make_problem(layout, num_experts=6), 2, 2)
     gates = problem.tensors["top_k_weights"]
-    loud = problem.with_tensors(top_k_weights=gates.masked_fill(problem.top_k_index == 2, 3.0))
+    loud = problem.with_tensors(top_k_weights=gates.masked_fill(problem.top_k_index == 2, gate))
     assert_agrees(run(loud, is_expert_parallel=True), run(problem, is_expert_parallel=True))
 
 

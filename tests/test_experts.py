@@ -146,6 +146,22 @@ def scaled(problem, size, gate_dtype):
     return problem.with_tensors(top_k_weights=gates.to(gate_dtype))
 
 
+@pytest.mark.parametrize("ranks", [{}, {"down_ranks": (8,), "update_size": 0.1}], ids=["plain", "low rank"])
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+def test_a_large_incoming_gradient_leaves_float16_no_sooner_than_in_stock_code(size, ranks):
+    """G W2 without the gate is up to 300,000, and (g·G) W2 3,000."""
+    problems = [
+        replace(scaled(problem, 1e-2, torch.float32), grad_output=problem.grad_output * 5000 * size).with_tensors(
+            down_proj=problem.tensors["down_proj"] * 16 / size
+        )
+        for problem in low_precision_problems(dtype=torch.float16, gate_dtype=torch.float32, **ranks)
+    ]
+    results, stock, truths = [*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)]
+    assert all(tensor.isfinite().all() for result in stock for tensor in result.values())
+    assert all(tensor.isfinite().all() for result in results for tensor in result.values())
+    assert_no_worse(results, stock, truths)
+
+
 def test_small_gates_and_a_small_incoming_gradient_underflow_no_more_than_in_stock_code():
     problems = [
         replace(scaled(problem, 1e-6, torch.float16), grad_output=problem.grad_output / 16)
@@ -374,6 +390,13 @@ def test_autocast_changes_nothing(layout, dtype, around_backward):
         results = gradients(problem, leaves, output) if around_backward else None
     results = results or gradients(problem, leaves, output)
     assert all(torch.equal(results[name], plain[name]) for name in plain)
+
+
+def test_autocast_takes_inputs_of_any_floating_dtype():
+    problem = make_problem(gate_dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(problem)
+    assert_agrees(results, run(problem))
 
 
 def test_autocast_does_not_reach_into_the_activation():
@@ -761,6 +784,11 @@ SHAPE_ERRORS = [
     ({"hidden_states": zeros(2, 7, 16)}, r"hidden_states must be \(tokens, hidden\), got \(2, 7, 16\)"),
     ({"top_k_weights": zeros(7, 2)}, r"top_k_index and top_k_weights must both .* \(7, 3\) and \(7, 2\)"),
     ({"top_k_index": zeros(7, dtype=torch.int64), "top_k_weights": zeros(7)}, "top_k_index and top_k_weights must"),
+    (
+        {"top_k_index": zeros(7, 0, dtype=torch.int64), "top_k_weights": zeros(7, 0)},
+        "top_k_index must name at least one expert for each token",
+    ),
+    ({"gate_up_proj": zeros(0, 48, 16), "down_proj": zeros(0, 16, 24)}, "gate_up_proj and down_proj hold no expert"),
     ({"hidden_states": zeros(6, 16)}, "top_k_index has 7 tokens, hidden_states 6"),
     ({"top_k_index": zeros(7, 3)}, "top_k_index must be integer, got torch.float32"),
     ({"top_k_index": zeros(7, 3, dtype=torch.bool)}, "top_k_index must be integer, got torch.bool"),

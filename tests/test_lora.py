@@ -87,6 +87,23 @@ def test_factors_are_joined_along_the_rank_scaled_and_padded():
     assert join(updates[:1], torch.float32).a.shape == (5, 4, 8)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor_dtype", "b", "scaling", "expected"),
+    [
+        (torch.float32, torch.bfloat16, 1.0078125, 1.5, 1.51171875),  # bfloat16 has 1.515625
+        (torch.bfloat16, torch.float16, 1500.0, 64.0, 96_256.0),  # float16 has infinity; bfloat16 rounds 96,000
+    ],
+)
+def test_a_scaling_is_multiplied_in_a_dtype_that_holds_the_product(dtype, factor_dtype, b, scaling, expected):
+    update = LowRank(torch.ones(1, 4, 8, dtype=factor_dtype), torch.full((1, 8, 4), b, dtype=factor_dtype), scaling)
+    assert (join([update], dtype).b[..., :4] == expected).all()
+
+
+def test_a_scaling_that_is_a_tensor_is_refused():
+    with pytest.raises(TypeError, match="scaling must be a number"):
+        LowRank(torch.ones(1, 4, 8), torch.ones(1, 8, 4), torch.tensor(2.0))
+
+
 def test_gradients_are_split_as_the_factors_were_joined():
     updates = [
         LowRank(torch.randn(5, r, 8).double().requires_grad_(), torch.randn(5, 12, r).double().requires_grad_(), s)
@@ -395,7 +412,12 @@ def other_linear(wrapper):
     return "not plain linear layers"
 
 
-@pytest.mark.parametrize("change", [replaced_forward, other_class, lora_with_a_bias, other_linear])
+def scaling_is_a_tensor(wrapper):
+    wrapper.scaling["default"] = torch.tensor(wrapper.scaling["default"], requires_grad=True)
+    return "the scaling of 'default' is a tensor"
+
+
+@pytest.mark.parametrize("change", [replaced_forward, other_class, lora_with_a_bias, other_linear, scaling_is_a_tensor])
 @pytest.mark.parametrize("position", [0, 1], ids=["outer", "inner"])
 def test_what_cannot_be_kept_apart_is_left_to_peft_with_its_reason(change, position):
     model = with_expert_lora(qwen3(), attention=True)

@@ -279,6 +279,20 @@ def test_a_reason_that_turns_up_later_is_named():
     assert all(torch.equal(g, ours[name]) for name, g in gradients(model).items())
 
 
+def test_parameters_of_the_activation_unfrozen_after_patching_are_trained():
+    model = qwen3(num_hidden_layers=1, hidden_act="xielu")
+    (experts,) = experts_modules(model)
+    stock = gradients(model)
+    assert sum(".act_fn." in name for name in stock) == 2
+    experts.act_fn.requires_grad_(False)
+    with gategrad(model) as report:
+        assert report.active
+        gradients(model)
+        experts.act_fn.requires_grad_(True)
+        with pytest.warns(UserWarning, match="runs stock code after all: the module trains parameters .*act_fn"):
+            assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+
+
 def test_a_replaced_forward_is_reported_and_kept():
     model = qwen3(num_hidden_layers=1)
     (experts,) = experts_modules(model)

@@ -6,10 +6,12 @@ anything on the autograd tape.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,9 @@ Activation = Callable[[Tensor], Tensor]
 CHUNK_ROWS = 2**16
 # The narrower side up to which a sum of outer products is a kernel's work: a low rank's.
 NARROW = 256
+
+# Kernels that a launch has found too large for this process's GPU, by the launcher's name.
+_too_large: set[str] = set()
 
 
 def silu_gated(gate_up: Tensor) -> Tensor:
@@ -47,8 +52,9 @@ FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gel
 
 def product_tiles(rows: Tensor, offsets: Tensor, num_rows: int) -> Tensor | None:
     """Where the tiles of `grouped_linear`'s kernel lie, to be made once for many products; None where none runs."""
-    if (kernels := _kernels(rows)) and _has_tensor_memory_accelerator(rows.device):
-        return kernels.tiles(offsets, num_rows)
+    with _kernel("tiles", rows) as launch:
+        if launch and _has_tensor_memory_accelerator(rows.device):
+            return launch(offsets, num_rows)
     return None
 
 
@@ -75,9 +81,10 @@ def grouped_linear(
         low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
         bias: (E, out), and (R,) the expert of each row: its bias is added.
     """
-    if tiles is not None and (kernels := _kernels(rows)):
-        out = kernels.grouped_linear(rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
-        return out if bias is None else out.add_(bias[0][bias[1]])
+    with _kernel("grouped_linear", rows) as launch:
+        if launch and tiles is not None:
+            out = launch(rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
+            return out if bias is None else out.add_(bias[0][bias[1]])
     parts = []
     for part, ends in _row_chunks((rows if tokens is None else tokens).shape[0], offsets):
         product = F.grouped_mm(rows[part] if tokens is None else rows[tokens[part]], weight, offs=ends)
@@ -109,10 +116,9 @@ def grouped_outer(
         out_dtype: of the result; that of the rows where it is None.
     """
     out_dtype = out_dtype or left.dtype
-    if min(left.shape[1], right.shape[1]) <= NARROW and (kernels := _kernels(left)):
-        return kernels.grouped_outer(
-            left, right, offsets, left_tokens=left_tokens, right_tokens=right_tokens, out_dtype=out_dtype
-        )
+    with _kernel("grouped_outer", left) as launch:
+        if launch and min(left.shape[1], right.shape[1]) <= NARROW:
+            return launch(left, right, offsets, left_tokens=left_tokens, right_tokens=right_tokens, out_dtype=out_dtype)
     if left_tokens is None and right_tokens is None:
         return F.grouped_mm(left.t(), right, offs=offsets).to(out_dtype)
     total: Tensor | None = None
@@ -149,8 +155,9 @@ def grouped_sum(rows: Tensor, factors: Tensor, offsets: Tensor, *, tokens: Tenso
 def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
     """The activation of h, row by row: (R, N) to (R, I)."""
     kind = FUSED_ACTIVATIONS.get(activation)
-    if kind and (kernels := _kernels(pre_activation)):
-        return kernels.gated(pre_activation, kind)
+    with _kernel("gated", pre_activation) as launch:
+        if launch and kind:
+            return launch(pre_activation, kind)
     return activation(pre_activation)
 
 
@@ -177,8 +184,9 @@ def activation_backward(
         dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; what `needs` asks for (R, I), or None.
     """
     kind = FUSED_ACTIVATIONS.get(activation)
-    if kind and (kernels := _kernels(pre_activation)):
-        return kernels.gated_backward(pre_activation, grad_unscaled, gates, kind, needs=needs, overwrite=overwrite)
+    with _kernel("gated_backward", pre_activation) as launch:
+        if launch and kind:
+            return launch(pre_activation, grad_unscaled, gates, kind, needs=needs, overwrite=overwrite)
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = gates.new_empty(gates.shape[0], dtype=torch.float32)
     for start in range(0, gates.shape[0], CHUNK_ROWS):
@@ -208,9 +216,10 @@ def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, st
         start: the first column that is written. Not a slice of `out`, in whose place selective activation checkpointing
             may put one that it saved.
     """
-    if kernels := _kernels(rows):
-        kernels.combine(rows, inverse, gates, out, start)
-        return
+    with _kernel("combine", rows) as launch:
+        if launch:
+            launch(rows, inverse, gates, out, start)
+            return
     total = torch.zeros(out.shape[0], rows.shape[1], dtype=torch.float32, device=out.device)
     for slot, row in enumerate(inverse.unbind(1)):
         picked = rows[row].to(torch.float32)
@@ -233,6 +242,26 @@ def _kernels(tensor: Tensor) -> ModuleType | None:
     """The Triton kernels if they take this tensor: 16-bit floats on CUDA."""
     runs = tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
     return _triton_kernels() if runs else None
+
+
+@contextmanager
+def _kernel(name: str, tensor: Tensor) -> Iterator[Callable[..., Any] | None]:
+    """The launcher of that name, None where the kernels do not take the tensor or the device was too small for it.
+
+    Where the device turns out to be, the plain code after the `with` runs: a launch that fails so has written nothing.
+    """
+    kernels = None if name in _too_large else _kernels(tensor)
+    if kernels is None:
+        yield None
+        return
+    try:
+        yield getattr(kernels, name)
+    except kernels.TOO_LARGE as error:
+        _too_large.add(name)
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"The Triton kernel {name} does not fit this GPU; plain PyTorch runs instead. {reason}", stacklevel=4
+        )
 
 
 @cache

@@ -4,15 +4,22 @@ Imported only where a kernel runs. Each launcher takes and returns what its refe
 E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit throughout.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The tile of the grouped product: the fastest of those measured on an H100 at Qwen3-30B-A3B's shapes.
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 4
+
+# What a launcher raises, before it has written anything, where the device is too small for its kernel.
+TOO_LARGE = (OutOfResources, PTXASError)
 
 
 @triton.jit
@@ -96,6 +103,22 @@ def _block(width: int, most: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), most)
 
 
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on the device."""
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _num_stages(block_columns: int, shared_memory: int) -> int:
+    """How many stages the grouped product's pipeline has, where a block may have so many bytes of shared memory.
+
+    A stage is the 16-bit tiles of both operands. GPUs with less shared memory than Hopper and its successor for data
+    centers multiply from registers, where one stage's tiles are: there is one stage more than fits.
+    """
+    stage = 2 * BLOCK_INNER * (BLOCK_ROWS + block_columns)
+    return min(NUM_STAGES, shared_memory // stage + 1)
+
+
 def _weight_descriptor(weight: Tensor, inner: int, columns: int) -> tuple[TensorDescriptor, bool]:
     """Of an (E, in, out) view, in blocks of that many of either side; and whether `out` is the contiguous one."""
     in_first = weight.stride(2) == 1
@@ -136,7 +159,8 @@ def grouped_linear(
         rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
         num_tiles, offsets, rows.stride(0), out.stride(0), inner, columns, rank, tokens is not None, in_first,
         factor_in_first, BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank,
-        num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2, num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2,
+        num_stages=_num_stages(block_columns, _shared_memory(rows.device)),
     )  # fmt: skip
     return out
 

@@ -10,6 +10,7 @@ from reference import make_problem, relative_error, run, run_loop, run_stock
 from lightning_moe import kernels
 from lightning_moe.kernels import FUSED_ACTIVATIONS
 
+errors = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("lightning_moe.triton_kernels", reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +25,17 @@ ROUTINGS = {
     "one": [0, 0, 0, 1, 1, 1],
     "none": [0] * 6,
 }
+
+
+# Bytes of shared memory that a block may have.
+HOPPER, CONSUMER = 232_448, 101_376
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(monkeypatch):
+    """The interpreter has no device to ask."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device: HOPPER)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -99,6 +111,32 @@ def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
         assert relative_error(part, expected[:, 128:]) <= 2 * TOLERANCE[dtype]
         assert relative_error(plain("grouped_linear")(rows, weight, offsets), expected) > 0.1
         assert relative_error(reduced, plain("grouped_linear")(small, factor[..., :16], offsets)) <= TOLERANCE[dtype]
+
+
+def test_stages_by_shared_memory():
+    stages = {limit: [triton_kernels._num_stages(2**n, limit) for n in range(4, 9)] for limit in (HOPPER, CONSUMER)}
+    assert stages == {HOPPER: [4] * 5, CONSUMER: [4, 4, 4, 4, 3]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_first", [True, False])
+@pytest.mark.parametrize("columns", [128, 264])
+def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, monkeypatch):
+    offsets, num_rows, inner = ends("odd"), ROUTINGS["odd"][-1], 328  # more steps than there are stages
+    tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
+    weight = weight if in_first else weight.mT.contiguous().mT
+    low_rank = normal(num_rows, 72, dtype=dtype, seed=2), normal(6, 72, columns, dtype=dtype, seed=3)
+    tiles = triton_kernels.tiles(offsets, num_rows)
+    given = []
+    for limit in (HOPPER, CONSUMER):
+        monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device, limit=limit: limit)
+        for rows, picked in [(source, tokens), (source[tokens], None)]:
+            given.append(triton_kernels.grouped_linear(rows, weight, offsets, tiles, tokens=picked, low_rank=low_rank))
+    expected = plain("grouped_linear")(source[tokens], weight, offsets, low_rank=low_rank)
+    assert all(torch.equal(result, given[0]) for result in given)
+    assert relative_error(given[0], expected) <= 2 * TOLERANCE[dtype]
+    assert relative_error(given[0].roll(1, 0), expected) > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,3 +275,38 @@ def test_a_nan_goes_where_stock_code_has_it(name, whole_operation):
     assert any(not want.isfinite().all() for want in expected.values())
     for result, want in expected.items():
         assert torch.equal(actual[result].isfinite(), want.isfinite()), result
+
+
+OUT_OF_SHARED_MEMORY = errors.OutOfResources(147_480, 101_376, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "error"),
+    [(kernel, OUT_OF_SHARED_MEMORY) for kernel in
+     ["tiles", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine"]]
+    + [("gated_backward", errors.PTXASError("`ptxas` failed\nRepro command"))],
+)  # fmt: skip
+def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operation, monkeypatch):
+    problem = make_problem("default", **SIZES, gate_up_ranks=(4,), down_ranks=(4,))
+    expected = run_fused(problem)
+    launches = []
+
+    class TooLarge:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launches.append(grid)
+                raise error
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_too_large", set())
+    monkeypatch.setattr(triton_kernels, f"_{kernel}_kernel", TooLarge())
+    with pytest.warns(UserWarning, match=f"kernel {kernel} does not fit .*{str(error).splitlines()[0]}$"):
+        first = run_fused(problem)
+    second = run_fused(problem)  # a second warning would be an error
+    assert len(launches) == 1
+    for name, want in expected.items():
+        # One more rounding to float16, of each product and of the low-rank part added to it.
+        assert relative_error(first[name], want) <= 4 * TOLERANCE[torch.float16], name
+        assert relative_error(first[name].roll(1, 0), want) > 0.1, name
+        assert torch.equal(first[name], second[name]), name

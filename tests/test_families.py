@@ -25,8 +25,8 @@ SEEDS = range(int(os.environ.get("FAMILY_SEEDS", "1")))  # of the weights and of
 # A tensor may be twice as far from float64 as stock code's: both round, in other places. Where stock code was lucky,
 # rounding decides: each number may move by some last digits, as a float32 sum of the 64 terms that these models have.
 SLACK, ROUNDINGS = 2.0, 4.0
-# The mean of some 65 logarithms of ratios, each of which scatters by about 0.2, scatters by 0.025.
-POOLED_SLACK = 1.1
+# The middle one of some 65 ratios of errors, most of which lie within 0.1 of 1, scatters by 0.02.
+MEDIAN_SLACK = 1.1
 TOP_K = {"zaya": 1}
 CANNOT = {"muse_spark"}  # a norm stands between the down projection and the gate
 
@@ -94,8 +94,8 @@ def test_loss_and_every_gradient(family, experts_class, how, seed, monkeypatch):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("how", WAYS)
 def test_together_the_families_are_as_near_to_the_truth_as_stock_code(how, seed):
-    """One model's errors are one draw; over so many, twice as near and twice as far cancel."""
-    logarithms = []
+    """One model's errors are one draw; over so many, nearer and further cancel."""
+    ratios = []
     for family, experts_class in all_families():
         if family in CANNOT:
             continue
@@ -107,8 +107,8 @@ def test_together_the_families_are_as_near_to_the_truth_as_stock_code(how, seed)
             sum((side[name].double() - tensor).norm() ** 2 / tensor.norm() ** 2 for name, tensor in exact.items())
             for side in (ours, stock)
         )
-        logarithms.append((error / stock_error).log() / 2)
-    assert torch.stack(logarithms).mean().exp() <= POOLED_SLACK
+        ratios.append((error / stock_error).sqrt())
+    assert torch.stack(ratios).median() <= MEDIAN_SLACK
 
 
 def lose_gate_gradient(x, index, gates, **options):

@@ -1,6 +1,7 @@
 """Every family that Transformers' registry dispatches, patched, against its own stock code; and the table of them.
 
-`python tests/test_families.py` writes the table anew.
+`python tests/test_families.py` writes the table anew. `FAMILY_SEEDS=50` in the environment has the comparisons drawn 50
+times.
 """
 
 import importlib
@@ -92,14 +93,13 @@ def test_loss_and_every_gradient(family, experts_class, how, seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("how", WAYS)
-def test_together_the_families_are_as_near_to_the_truth_as_stock_code(how, seed):
+def test_together_the_families_are_as_near_to_the_truth_as_stock_code(seed):
     """One model's errors are one draw; over so many, nearer and further cancel."""
     ratios = []
     for family, experts_class in all_families():
         if family in CANNOT:
             continue
-        model = adapted(build(family, experts_class, seed), how)
+        model = build(family, experts_class, seed)
         stock, exact = results(model, seed), truth(model, seed)
         with gategrad(model):
             ours = results(model, seed)

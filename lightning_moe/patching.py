@@ -112,6 +112,7 @@ def patch_moe(
     check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
     for said in conveniences_gone():
         rank_zero_warn(said, stacklevel=3)
+    peft_refusal()  # tried here, and kept: it builds small wrappers and reads them, so that no training step has to
     unpatch_moe(model)
     reports = []
     try:

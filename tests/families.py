@@ -14,6 +14,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -69,6 +71,7 @@ OWN = {
     "step3p7": {"sliding_window": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+LARGEST = torch.finfo(torch.float64).max  # what masks are filled with
 # A text model where there is one: its inputs are token ids.
 PREFERRED = ("ForCausalLM", "TextModel", "ForTokenClassification", "DecoderModel", "Model")
 
@@ -128,36 +131,39 @@ def model_classes(module, experts_class):
     return [models[name] for name in sorted(ordered, key=lambda name: not name.startswith(stem))]
 
 
-def build(family, experts_class):
+def build(family, experts_class, seed=0):
     """The smallest model of the family that holds the class; no parameter is left at a constant."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     for model_class in model_classes(module, experts_class):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config_class = model_class.config_class
         model = model_class(config_class(**small(config_class(), OWN.get(family, {}))))
         if any(isinstance(part, experts_class) for part in model.modules()):
-            return vary(model).train()
+            vary(model).train()
+            for module in model.modules():
+                if type(module).__name__ == "PhimoeTopKRouter":  # draws, and other numbers in float64
+                    module.eval()
+            return model
     raise LookupError(f"no model of {family} holds a {experts_class.__name__}")
 
 
 @torch.no_grad()
 def vary(model):
     """Moves what starts at a constant, so that biases, norms, scales and routing tables matter; fills the experts."""
-    generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() == 3:  # some families leave their experts' memory as they found it
-            parameter.normal_(std=0.2, generator=generator)
+            parameter.normal_(std=0.2)
         elif parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.2 * torch.randn(parameter.shape)
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):
-            buffer.copy_(torch.randint(8, buffer.shape, generator=generator))
+            buffer.copy_(torch.randint(8, buffer.shape))
         elif name.endswith(("correction_bias", "expert_bias")):
-            buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
+            buffer += 0.1 * torch.randn(buffer.shape)
     return model
 
 
-def adapted(model, how):
+def adapted(model, how, seed=0):
     """The model as it trains: "full", or with PEFT's LoRA on "attention" or "experts"."""
     modules, parameters = [], []
     if how == "attention":
@@ -168,15 +174,15 @@ def adapted(model, how):
         parameters = [name for name in names if re.search(r"experts[.](gate_up_proj|up_proj|down_proj)$", name)]
     if not (modules or parameters):
         return model
-    torch.manual_seed(2)
+    torch.manual_seed(1000 + seed)
     config = LoraConfig(r=4, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
     return get_peft_model(model, config)
 
 
-def results(model):
+def results(model, seed=0):
     """The output and every gradient of one batch, by name."""
     dtype = next(model.parameters()).dtype
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(2000 + seed)
     ids = torch.randint(2, 60, (2, 12), generator=generator)
     inside = getattr(model, "base_model", model)
     if "Talker" in type(getattr(inside, "model", inside)).__name__ + type(inside).__name__:  # embeds nothing itself
@@ -184,7 +190,7 @@ def results(model):
     else:
         inputs = {"input_ids": ids}
     model.zero_grad()
-    torch.manual_seed(4)  # some routers draw
+    torch.manual_seed(3000 + seed)  # some routers draw
     outputs = model(**inputs, use_cache=False)
     output = outputs.logits if "logits" in outputs else outputs[0]
     (output * torch.randn(output.shape, generator=generator).to(output.dtype)).sum().backward()
@@ -192,12 +198,60 @@ def results(model):
     return {"output": output.detach(), **{name: gradient.clone() for name, gradient in gradients.items()}}
 
 
-def truth(model):
+def truth(model, seed=0):
     """The same in float64, by the family's own loop over experts."""
+    return results(in_float64(model), seed)
+
+
+def in_float64(model):
+    """A copy in float64 that runs the family's own loop over experts."""
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
             module.config._experts_implementation_internal = "eager"
         if type(module).__name__ == "Inkling2TopKRouter":  # makes its input float32, whatever its weight is
             module.float()
-    return results(exact)
+    return exact
+
+
+class Rounding(TorchDispatchMode):
+    """Moves every number that an operation makes, forward and backward, by about its last digit of float32."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(2**17, generator=generator, dtype=torch.float64)  # in turn: a draw a call takes long
+        self.factors, self.used = 1 + torch.finfo(torch.float32).eps * noise, 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        made = operation(*arguments, **options or {})
+        is_new = not operation.is_view and not operation._schema.is_mutable
+        return tree_map_only(torch.Tensor, self.moved, made) if is_new else made
+
+    def moved(self, tensor):
+        if tensor.dtype != torch.float64:
+            return tensor
+        size = tensor.numel()
+        if self.used + size > self.factors.numel():
+            self.used = 1009  # no multiple of a size that comes again
+        factors = self.factors[self.used : self.used + size].view(tensor.shape)
+        self.used += size
+        return (tensor * factors).clamp(-LARGEST, LARGEST)
+
+
+def rounding(model, exact, seed=0, num_draws=8):
+    """How far rounding to float32 moves each result of `exact`, the model's truth: root mean square over draws.
+
+    Every weight, and every number that is computed, moves by about its last digit. So a sum counts by the size of its
+    terms, however small it is itself, and no code's luck with a tensor of eight numbers comes in.
+    """
+    squares = dict.fromkeys(exact, 0.0)
+    for draw in range(num_draws):
+        other, moving = in_float64(model), Rounding(draw)
+        for parameter in other.parameters():
+            parameter.data = moving.moved(parameter.data)
+        with moving:
+            moved = results(other, seed)
+        for name, tensor in exact.items():
+            squares[name] += (moved[name] - tensor).norm() ** 2 / num_draws
+    return {name: square.sqrt() for name, square in squares.items()}

@@ -23,7 +23,8 @@ DIFFERENTIABLE = ("hidden_states", "top_k_weights", *WEIGHTS)
 SCALINGS = (2.0, 0.75)
 FACTORS = tuple(f"{side}_{factor}{i}" for side in ("gate_up", "down") for i in range(2) for factor in "ab")
 
-# Norm-wise; several times what two orders of summation of some tens of float32 terms differ by.
+# Norm-wise, 16 last digits: a float32 sum of 64 terms is off by about 4 at most (half of one each, as a random walk),
+# and four such sums follow each other between the input and its gradient.
 FLOAT32_TOLERANCE = 2e-6
 
 GATE_KINDS = ("positive", "negative", "zero", "subnormal", "mixed")
@@ -316,9 +317,8 @@ def assert_agrees(actual, expected, tolerance=FLOAT32_TOLERANCE):
         assert error <= tolerance, f"{name} is off by {error:.3g}, allowed {tolerance:.3g}"
 
 
-# In 16 bits, both codes round as often, but in different places, so which of them lies nearer to the truth is chance:
-# over the draws of `low_precision_problems` the ratio of the pooled errors scatters by up to 0.04 around 1, wherever
-# the operation is not plainly better.
+# In 16 bits, both codes round as often, but in different places: on the average over many draws the ratio of their
+# errors is 0.9 to 1.03, by the tensor.
 LOW_PRECISION_SLACK = 1.05
 
 
@@ -327,16 +327,26 @@ def pooled_error(results, truths, name):
     return (sum(error**2 for error in errors) / len(errors)) ** 0.5
 
 
+def with_scatter(slack, num_numbers):
+    """What a ratio of two errors over so many numbers may be, where it is `slack` on the average.
+
+    The ratio of two root mean squares of n rounding errors scatters by 1/√n, and by twice that where the numbers of a
+    row share some. Three times that, as a thousand are compared.
+    """
+    return slack + 6 / num_numbers**0.5
+
+
 def assert_no_worse(actual, stock, truths, slack=LOW_PRECISION_SLACK):
-    """Over several problems, every result is as close to the truth as stock code's is, up to `slack`."""
+    """Over several problems, every result is as close to the truth as stock code's is, up to `slack` and scatter."""
     for name in truths[0]:
         assert actual[0][name].dtype == stock[0][name].dtype, name
-        error, allowed = pooled_error(actual, truths, name), slack * pooled_error(stock, truths, name)
+        allowed = with_scatter(slack, sum(truth[name].numel() for truth in truths)) * pooled_error(stock, truths, name)
+        error = pooled_error(actual, truths, name)
         assert error <= allowed, f"{name} is off by {error:.4g}, stock code with slack by {allowed:.4g}"
 
 
 def low_precision_problems(layout="default", **options):
-    """Draws large enough that rounding errors average out."""
+    """Draws of some thousands of numbers, over which rounding errors average out."""
     sizes = {"num_tokens": 160, "top_k": 2, "num_experts": 3, "hidden_size": 64, "intermediate_size": 64}
     return [make_problem(layout, seed=seed, **(sizes | options)) for seed in range(4)]
 

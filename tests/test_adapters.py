@@ -21,6 +21,7 @@ from models import (
     with_expert_lora,
 )
 from peft import PeftModel, get_peft_model
+from reference import relative_error
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,25 +53,39 @@ def reload(build, folder):
     return PeftModel.from_pretrained(build(), str(folder))
 
 
+def assert_same(actual, wanted, layout):
+    """Bit by bit if PEFT multiplies the same matrices, as it does with the fused layout.
+
+    Of the other it makes matrices of another width, with zeros: a processor may sum such a product in another order.
+    Then each output is off by the rounding of one such sum, which the layers behind it hand on.
+    """
+    if layout == "fused":
+        assert torch.equal(actual, wanted)
+    else:
+        assert actual.dtype == wanted.dtype
+        assert relative_error(actual, wanted) <= 16 * torch.finfo(wanted.dtype).eps
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", SUBSETS)
 @pytest.mark.parametrize("build", [qwen3, mixtral])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "r": 3, "lora_alpha": 5}], ids=["lora", "rslora"])
-def test_a_round_trip_through_peft_gives_bit_equal_outputs(tmp_path, build, targets, options, layout):
+def test_a_round_trip_through_peft_gives_the_same_outputs(tmp_path, build, targets, options, layout):
     model = with_expert_lora(build(), SUBSETS[targets], attention=True, **options)
     with gategrad(model):
         export_adapter(model, tmp_path / "adapter", layout)
     again = reload(build, tmp_path / "adapter")
     wanted = logits(model)
-    assert torch.equal(logits(again), wanted)
-    assert not torch.equal(logits(build()), wanted)
+    assert_same(logits(again), wanted, layout)
+    assert relative_error(logits(build()), wanted) > 0.01
 
 
 def test_a_bfloat16_adapter_too(tmp_path):
     model = with_expert_lora(qwen3().bfloat16())
     for layout in LAYOUTS:
         export_adapter(model, tmp_path / layout, layout)
-        assert torch.equal(logits(reload(lambda: qwen3().bfloat16(), tmp_path / layout)), logits(model))
+        assert_same(logits(reload(lambda: qwen3().bfloat16(), tmp_path / layout)), logits(model), layout)
+    assert relative_error(logits(qwen3().bfloat16()), logits(model)) > 0.2
 
 
 def test_fused_is_what_peft_writes(tmp_path):
@@ -114,7 +129,7 @@ def test_modules_trained_in_full_and_attention_alone(tmp_path, layout):
     model = get_peft_model(qwen3(), config)
     nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
     export_adapter(model, tmp_path / "both", layout)
-    assert torch.equal(logits(reload(qwen3, tmp_path / "both")), logits(model))
+    assert_same(logits(reload(qwen3, tmp_path / "both")), logits(model), layout)
     model = with_attention_lora(qwen3())
     export_adapter(model, tmp_path / "attention", layout)
     assert torch.equal(logits(reload(qwen3, tmp_path / "attention")), logits(model))
@@ -160,7 +175,7 @@ def test_load_train_export_reload_and_generate(tmp_path):
     for layout in LAYOUTS:
         main([str(checkpoint), str(tmp_path / layout), "--layout", layout])
         model = reload(qwen3, tmp_path / layout)
-        assert torch.equal(logits(model), trained)
+        assert_same(logits(model), trained, layout)
         assert torch.equal(model.generate(input_ids=prompt, **generation), expected)
         with gategrad(model) as report:
             assert {layer.adapters for layer in report.active} == {"apart"}
@@ -244,7 +259,7 @@ def test_compiled_layers_leave_no_trace_in_the_keys(tmp_path, layout):
     export_adapter(module, tmp_path / "model", layout)
     export_checkpoint(tmp_path / "last.ckpt", tmp_path / "checkpoint", layout)
     for name in ("model", "checkpoint"):
-        assert torch.equal(logits(reload(qwen3, tmp_path / name)), want)
+        assert_same(logits(reload(qwen3, tmp_path / name)), want, layout)
 
 
 def test_a_family_that_peft_would_misread_is_warned_about(tmp_path):
@@ -422,7 +437,7 @@ def test_one_of_several_adapters_has_to_be_named(tmp_path):
         export_adapter(model, tmp_path, adapter="third")
     export_adapter(model, tmp_path / "other", "per_expert", adapter="other")
     model.set_adapter("other")
-    assert torch.equal(logits(reload(qwen3, tmp_path / "other")), logits(model))
+    assert_same(logits(reload(qwen3, tmp_path / "other")), logits(model), "per_expert")
     assert describe(model, model.state_dict()).keys() == {"default", "other"}
 
 

@@ -365,7 +365,7 @@ def test_gates_computed_from_the_hidden_states_add_to_their_gradient():
 def test_float32_hidden_states_into_bfloat16_weights(layout, gate_dtype):
     problems = low_precision_problems(layout, dtype=torch.bfloat16, hidden_dtype=torch.float32, gate_dtype=gate_dtype)
     # The incoming float32 gradient meets the gates in float32 in stock code, and is rounded once before that here.
-    slack = 1.15 if gate_dtype == torch.float32 else LOW_PRECISION_SLACK
+    slack = 1.1 if gate_dtype == torch.float32 else LOW_PRECISION_SLACK
     assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)], slack)
 
 

@@ -1,26 +1,33 @@
 """Every family that Transformers' registry dispatches, patched, against its own stock code; and the table of them.
 
-`python tests/test_families.py` writes the table anew.
+`python tests/test_families.py` writes the table anew. `FAMILY_SEEDS=50` in the environment has the comparisons drawn 50
+times.
 """
 
 import importlib
 import importlib.util
+import os
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import adapted, build, experts_classes, family_names, results, truth
+from families import adapted, build, experts_classes, family_names, results, rounding, truth
 from torch import nn
 
-from lightning_moe import gategrad, measure_moe_tape, patching
+from lightning_moe import gategrad, measure_moe_tape, moe_experts, patching
 from lightning_moe.discovery import estimate_tape
 
 TABLE = Path(__file__).parents[1] / "recipes" / "families.md"
 TABLE_VERSION = "5.23.0"  # of Transformers; others know other families
 WAYS = ("full", "attention", "experts")
-# How much further from float64 than stock code a tensor may be: both round, in other places. Seen: 1.5.
-SLACK = 2.0
+SEEDS = range(int(os.environ.get("FAMILY_SEEDS", "1")))  # of the weights and of the batch
+# A tensor may be twice as far from float64 as stock code's: both round, in other places. Where stock code was lucky,
+# rounding decides: each number may move by some last digits, as a float32 sum of the 64 terms that these models have.
+SLACK, ROUNDINGS = 2.0, 4.0
+# The middle one of some 65 ratios of errors, most of which lie within 0.1 of 1, scatters by 0.02.
+MEDIAN_SLACK = 1.1
 TOP_K = {"zaya": 1}
 CANNOT = {"muse_spark"}  # a norm stands between the down projection and the gate
 
@@ -45,29 +52,32 @@ if importlib.util.find_spec("transformers.models.step3p7"):
     )
 
 
-def problems(actual, stock, exact):
-    """The names of what is missing, or further from the truth than stock code's by more than rounding."""
-    size = max(tensor.double().norm() for tensor in exact.values())
+def problems(model, actual, stock, seed=0):
+    """The names of what is missing, or further from the truth than stock code is and than rounding explains."""
+    exact = truth(model, seed)
     found = sorted(actual.keys() ^ stock.keys()) + sorted(stock.keys() ^ exact.keys())
-    for name in actual.keys() & stock.keys() & exact.keys():
-        error, stock_error = ((side[name].double() - exact[name]).norm() for side in (actual, stock))
-        if not error <= SLACK * (stock_error + 1e-7 * exact[name].norm() + 1e-10 * size):
-            found.append(name)
-    return found
+    names = actual.keys() & stock.keys() & exact.keys()
+    errors, stock_errors = ({n: (side[n].double() - exact[n]).norm() for n in names} for side in (actual, stock))
+    beyond = [name for name in names if not errors[name] <= SLACK * stock_errors[name]]
+    if beyond:
+        allowed = rounding(model, exact, seed)
+        beyond = [name for name in beyond if not errors[name] <= ROUNDINGS * allowed[name]]
+    return found + beyond
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize(("family", "experts_class"), FAMILIES)
-def test_loss_and_every_gradient(family, experts_class, how, monkeypatch):
-    model = adapted(build(family, experts_class), how)
-    stock = results(model)
+def test_loss_and_every_gradient(family, experts_class, how, seed, monkeypatch):
+    model = adapted(build(family, experts_class, seed), how)
+    stock = results(model, seed)
     calls = []
     operation = patching.moe_experts
     monkeypatch.setattr(
         patching, "moe_experts", lambda *args, **options: calls.append(1) or operation(*args, **options)
     )
     with gategrad(model) as report:
-        ours = results(model)
+        ours = results(model, seed)
     layers = [
         layer for layer in report.layers if layer.class_name.removeprefix("Parametrized") == experts_class.__name__
     ]
@@ -75,25 +85,76 @@ def test_loss_and_every_gradient(family, experts_class, how, monkeypatch):
     assert report.active if calls else report.fallback == report.layers
     if not report.active:
         assert all(torch.equal(ours[name], stock[name]) for name in stock)
-    assert problems(ours, stock, truth(model)) == []
+    assert problems(model, ours, stock, seed) == []
     if how == "experts":
         assert {layer.adapters for layer in report.active} <= {"apart"}
-    after = results(model)
+    after = results(model, seed)
     assert all(torch.equal(after[name], stock[name]) for name in stock)
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v4"])
-def test_the_comparison_sees_a_lost_gate_gradient(family, how, monkeypatch):
-    experts_class = dict(all_families())[family]
-    model = adapted(build(family, experts_class), how)
-    stock, exact = results(model), truth(model)
-    operation = patching.moe_experts
-    monkeypatch.setattr(
-        patching, "moe_experts", lambda x, index, gates, **options: operation(x, index, gates.detach(), **options)
-    )
-    with gategrad(model):
-        assert problems(results(model), stock, exact)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_together_the_families_are_as_near_to_the_truth_as_stock_code(seed):
+    """One model's errors are one draw; over so many, nearer and further cancel."""
+    ratios = []
+    for family, experts_class in all_families():
+        if family in CANNOT:
+            continue
+        model = build(family, experts_class, seed)
+        stock, exact = results(model, seed), truth(model, seed)
+        with gategrad(model):
+            ours = results(model, seed)
+        error, stock_error = (
+            sum((side[name].double() - tensor).norm() ** 2 / tensor.norm() ** 2 for name, tensor in exact.items())
+            for side in (ours, stock)
+        )
+        ratios.append((error / stock_error).sqrt())
+    assert torch.stack(ratios).median() <= MEDIAN_SLACK
+
+
+def lose_gate_gradient(x, index, gates, **options):
+    return moe_experts(x, index, gates.detach(), **options)
+
+
+def drop_a_gate(x, index, gates, **options):
+    kept = torch.ones_like(gates)
+    kept[1, 0] = 0
+    return moe_experts(x, index, gates * kept, **options)
+
+
+def permute_rows(*args, **options):
+    return moe_experts(*args, **options).roll(1, 0)
+
+
+def give_zeros(*args, **options):
+    return moe_experts(*args, **options) * 0
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "broken"),
+    [
+        *product(["mixtral", "gpt_oss"], WAYS, [lose_gate_gradient]),
+        *product(["mixtral", "gpt_oss"], WAYS[:1], [drop_a_gate, permute_rows, give_zeros]),
+        ("deepseek_v4", "full", lose_gate_gradient),
+    ],
+)
+def test_the_comparison_sees_a_broken_operation(family, how, broken, monkeypatch):
+    model = adapted(build(family, dict(all_families())[family]), how)
+    stock = results(model)
+    with monkeypatch.context() as patch, gategrad(model):
+        patch.setattr(patching, "moe_experts", broken)
+        ours = results(model)
+    assert problems(model, ours, stock)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "openai_privacy_filter"])
+def test_the_comparison_sees_each_wrong_tensor(family):
+    model = build(family, dict(all_families())[family])
+    stock = results(model)
+    assert problems(model, stock, stock) == []
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in stock.items()}
+    rolled = {name: tensor.flatten().roll(tensor[0].numel()).view_as(tensor) for name, tensor in stock.items()}
+    for wrong in (zeros, rolled):
+        assert set(problems(model, wrong, stock)) == set(stock)
 
 
 OUTSIDE = [

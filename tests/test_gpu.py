@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import (
     FACTORS,
+    LOW_PRECISION_SLACK,
     assert_no_worse,
     call,
     gradients,
@@ -15,6 +16,7 @@ from reference import (
     run,
     run_loop,
     run_stock,
+    with_scatter,
 )
 
 from lightning_moe import kernels, moe_experts
@@ -65,7 +67,8 @@ def test_kernels_are_no_further_from_the_truth_than_plain_code(dtype, activation
     fused = execute(*problem, activation=activation, chunk_tokens=chunk_tokens)
     plain = plainly(monkeypatch, *problem, activation=activation)
     for ours, reference, want in zip(fused, plain, truth, strict=True):
-        assert relative_error(ours.cpu(), want) <= 1.05 * relative_error(reference.cpu(), want)
+        allowed = with_scatter(LOW_PRECISION_SLACK, want.numel()) * relative_error(reference.cpu(), want)
+        assert relative_error(ours.cpu(), want) <= allowed
         assert relative_error(torch.zeros_like(want), want) > 0.5
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora, with_expert_lora
 from processes import together
-from reference import relative_error
+from reference import LOW_PRECISION_SLACK, relative_error, with_scatter
 from safetensors.torch import load_file
 from test_callback import is_stock, logged, trainer
 from torch.autograd.graph import saved_tensors_hooks
@@ -311,7 +311,9 @@ def test_weights_cast_for_the_call(tmp_path, shards):
     ours, stock = (together(cast, tmp_path / str(on), make, on, shards)[0] for on in (True, False))
     assert relative_error(ours[0], stock[0]) < 1e-3
     for name, gradient in exact.items():
-        assert relative_error(ours[1][name], gradient) < 1.5 * relative_error(stock[1][name], gradient) + 1e-3
+        error, stock_error = (relative_error(side[1][name], gradient) for side in (ours, stock))
+        # 64 to 128 numbers, few enough for stock code to be lucky: then bfloat16's digit counts.
+        assert error < with_scatter(LOW_PRECISION_SLACK, gradient.numel()) * stock_error + 2**-8
     assert max(logged(tmp_path / "True", "gategrad/audit_rel_error")) > 1e-3
     assert not [message for message in ours[2] if "audit" in message]
     rows = BATCH // 2 * 12 * 2

@@ -200,6 +200,7 @@ def truth(model):
     for module in exact.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
             module.config._experts_implementation_internal = "eager"
-        if type(module).__name__ in ("Inkling2TopKRouter", "Inkling2LoopTopKRouter"):  # makes its input float32, whatever its weight is
+        # These make their input float32, whatever their weight is.
+        if type(module).__name__ in ("Inkling2TopKRouter", "Inkling2LoopTopKRouter"):
             module.float()
     return results(exact)

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SIZES = {
-    r"vocab_size(_per_layer_input)?": 64,
+    r"(unpadded_)?vocab_size(_per_layer_input)?": 64,
     r"hidden_size": 32,
     r"(.*_)?intermediate_size|.*_ffn_dim|expert_dim": 16,
     r"num_hidden_layers": 2,
@@ -58,6 +58,7 @@ OWN = {
     "glm4v_moe": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "glm5_next": {"qk_rope_head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "hy_v4_vl": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "jamba": {"num_hidden_layers": 4, "attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "mimo_v2_flash": {"num_key_value_heads": 1, "swa_num_key_value_heads": 1},
@@ -168,12 +169,13 @@ def adapted(model, how, seed=0):
     modules, parameters = [], []
     if how == "attention":
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        modules = [name for name in linear if re.search(r"[.]([qkv]+_(a_|b_)?proj|in_proj)$", name)]
+        modules = [name for name in linear if re.search(r"[.]([qkv]+_(a_|b_)?proj|in_proj)([.]linear)?$", name)]
     elif how == "experts":
         names = (name for name, _ in model.named_parameters())
         parameters = [name for name in names if re.search(r"experts[.](gate_up_proj|up_proj|down_proj)$", name)]
-    if not (modules or parameters):
+    if how == "full":
         return model
+    assert modules or parameters, f"nothing of {type(model).__name__} to adapt"
     torch.manual_seed(1000 + seed)
     config = LoraConfig(r=4, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
     return get_peft_model(model, config)
@@ -209,7 +211,8 @@ def in_float64(model):
     for module in exact.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
             module.config._experts_implementation_internal = "eager"
-        if type(module).__name__ == "Inkling2TopKRouter":  # makes its input float32, whatever its weight is
+        # These make their input float32, whatever their weight is.
+        if type(module).__name__ in ("Inkling2TopKRouter", "Inkling2LoopTopKRouter"):
             module.float()
     return exact
 

@@ -223,7 +223,7 @@ def parametrization_refusal(module: Any, contract: ExpertsContract) -> str | Non
 
 
 def weights_refusal(weights: ExpertWeights) -> str | None:
-    """Why the operation cannot compute with these tensors; of those that a strategy took apart, by their class alone."""
+    """Why the operation cannot compute with these tensors; those that a strategy took apart, by their class alone."""
     for name, weight in zip(weights._fields[:2], weights[:2], strict=True):
         is_plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__  # as Parameter and FSDP1's are
         if not (is_plain or isinstance(weight, (DTensor, FakeTensor))):

@@ -209,11 +209,15 @@ def _check_adapters(layers: list[MoELayer]) -> None:
             if fault := adapter_fault(wrapper, layer.module):
                 faults.setdefault(fault, []).append(layer.name.replace(".base_layer", ""))
     if faults:
-        found = "".join(f"\n- {fault}: {', '.join(names)}" for fault, names in faults.items())
+        found = "".join(f"\n- {_shortened(names)}: {fault}" for fault, names in faults.items())
         raise ValueError(
             f"PEFT's adapters on these experts cannot train:{found}\nLeave the experts out of target_parameters, or "
             "load their weights in bfloat16, without quantization or another parametrization."
         )
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _attach(module: Any, patch: LayerPatch) -> None:

@@ -71,8 +71,9 @@ class MoEGateGradCallback(Callback):
 
     Raises:
         MisconfigurationException: on an argument out of range, here; on a fit without a logger, in `setup`; on a model
-            in which no layer can be patched, when it starts and `on_missing="error"`; on a fit whose strategy has not
-            spread the model over its processes, each of which would train one of its own, when it starts.
+            in which no layer can be patched, when it starts and `on_missing="error"`; on adapters of PEFT over
+            quantized experts, which would train wrongly, when it starts; on a fit whose strategy has not spread the
+            model over its processes, each of which would train one of its own, when it starts.
     """
 
     def __init__(
@@ -234,9 +235,13 @@ class MoEGateGradCallback(Callback):
         self._strategys_own = vars(self._strategy).get("on_exception")
         self._hook = partial(self._on_strategy_exception, pl_module)
         self._strategy.on_exception = self._hook  # type: ignore[method-assign]
-        self.report = patch_moe(
-            pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens, recompute_up=self.recompute_up
-        )
+        try:
+            self.report = patch_moe(
+                pl_module, down_bias=self.down_bias, chunk_tokens=self.chunk_tokens, recompute_up=self.recompute_up
+            )
+        except ValueError as error:
+            self._detach(pl_module)
+            raise MisconfigurationException(f"MoEGateGradCallback: {error}") from error
         self._touched = touched_modules(pl_module)
 
     def _on_strategy_exception(self, pl_module: LightningModule, exception: BaseException) -> None:

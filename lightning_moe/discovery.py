@@ -13,13 +13,17 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import unsupported
 from lightning_moe.contracts import (
     FLAGS,
+    ExpertsContract,
+    ExpertWeights,
     is_decorated,
     is_registered,
     read_contract,
@@ -27,7 +31,7 @@ from lightning_moe.contracts import (
     stock_forward,
 )
 from lightning_moe.experts import GRAPH_QUESTION, graph_question
-from lightning_moe.lora import merge_reason, wrappers_around
+from lightning_moe.lora import foreign_parametrization, merge_reason, wrappers_around
 
 DownBias = Literal["exact", "fallback"]
 
@@ -178,6 +182,8 @@ def content_refusal(module: Any) -> str | None:
     """
     try:
         contract = read_contract(module)
+        if reason := parametrization_refusal(module, contract):
+            return reason
         contract.weights(module)
     except AttributeError as error:
         return str(error)
@@ -197,7 +203,29 @@ def content_refusal(module: Any) -> str | None:
         getattr(module, "down_proj", None), Tensor
     ):
         return f"{contract.up_name} or down_proj is not a tensor"
-    weights = contract.weights(module)
+    return weights_refusal(contract.weights(module))
+
+
+def parametrization_refusal(module: Any, contract: ExpertsContract) -> str | None:
+    """Why weights are not plain parameters: each reading computes one, which backward would keep beside the packed one.
+
+    What PEFT puts on for a call, to merge its adapters, is none of these.
+    """
+    for name in (contract.up_name, "down_proj"):
+        if parametrization := foreign_parametrization(module, name):
+            return (
+                f"{name} is parametrized by {parametrization}, such as a quantized weight: backward would keep a dense "
+                "copy of it"
+            )
+    return None
+
+
+def weights_refusal(weights: ExpertWeights) -> str | None:
+    """Why the operation cannot compute with these tensors; those that a strategy took apart, by their class alone."""
+    for name, weight in zip(weights._fields[:2], weights[:2], strict=True):
+        is_plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__  # as Parameter and FSDP1's are
+        if not (is_plain or isinstance(weight, (DTensor, FakeTensor))):
+            return f"{name} is a {type(weight).__name__}, such as a quantized weight, and not a plain tensor"
     return unsupported(weights.gate_up_proj, weights.down_proj) if weights.are_whole else None
 
 

@@ -131,6 +131,39 @@ def split_b(weight: Tensor, num_experts: int) -> Tensor:
     return weight.reshape(weight.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
+def foreign_parametrization(module: Any, name: str) -> str | None:
+    """The class of a parametrization of a parameter that PEFT did not put there; None where there is none."""
+    if not is_parametrized(module, name):
+        return None
+    classes = (type(parametrization) for parametrization in module.parametrizations[name])
+    return next((found.__name__ for found in classes if not found.__module__.startswith("peft.")), None)
+
+
+def adapter_fault(wrapper: ParamWrapper, module: Any) -> str | None:
+    """Why this wrapper's adapters would train wrongly or not at all, whichever implementation runs; None if they train.
+
+    Args:
+        wrapper: PEFT's.
+        module: the experts module inside.
+    """
+    name = wrapper.parameter_name
+    if not wrapper.lora_A:
+        return None
+    if parametrization := foreign_parametrization(module, name):
+        return (
+            f"{name} is parametrized by {parametrization}, and over a parametrized weight LoRA of PEFT "
+            f"{peft.__version__} is broken: its second forward in training raises, without gradients each forward adds "
+            "the update once more, and merging changes nothing"
+        )
+    weight = module._parameters.get(name)
+    if weight is not None and weight.dtype.itemsize < 2:
+        return (
+            f"{name} holds quantized values ({weight.dtype}), and PEFT {peft.__version__} adds the update to them "
+            "before they are scaled: the adapter would train next to nothing"
+        )
+    return None
+
+
 def merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | None:
     """Why PEFT has to merge this wrapper's adapters into the weight; None if the factors can be kept apart.
 

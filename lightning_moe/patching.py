@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lightning_moe.arguments import ChunkTokens, check_chunk_tokens, unsupported
+from lightning_moe.arguments import ChunkTokens, check_chunk_tokens
 from lightning_moe.contracts import is_registered, read_contract, read_flags, stock_forward
 from lightning_moe.discovery import (
     DOWN_BIAS,
@@ -36,17 +36,21 @@ from lightning_moe.discovery import (
     find_moe_layers,
     is_expert_parallel,
     other_parameters,
+    parametrization_refusal,
     reaches_class_forward,
     refusal,
     unknown_parameters,
+    weights_refusal,
 )
 from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
-from lightning_moe.lora import LowRank, active_adapters, low_rank, merge, peft_refusal
+from lightning_moe.lora import LowRank, active_adapters, adapter_fault, low_rank, merge, peft_refusal
 from lightning_moe.patch_report import APART, LayerReport, PatchReport
 
 IMPLEMENTATION = "gategrad"
 _PATCH = "_gategrad_patch"
+# What Transformers' `generate` sets on a GPU for as long as it decodes.
+DECODING = "batched_mm"
 
 
 @dataclass
@@ -61,6 +65,7 @@ class LayerPatch:
         chunk_tokens: see `moe_experts`.
         recompute_up: see `moe_experts`.
         named: the copy of `config` that the module has while it is patched.
+        implementation: what `config` named when this was last looked at.
         tape: what stock code and the operation keep for backward, with weights of `dtype`.
         dtype: of the weights that the layer computed with last; a strategy may cast them for the call. None before the
             first call where a strategy has taken them apart.
@@ -77,6 +82,7 @@ class LayerPatch:
     chunk_tokens: ChunkTokens = "auto"
     recompute_up: bool = False
     named: Any = None
+    implementation: str | None = None
     tape: TapeEstimate = TapeEstimate(0, 0)
     dtype: torch.dtype | None = None
     ranks: dict[str, int] = field(default_factory=dict)
@@ -107,16 +113,18 @@ def patch_moe(
         Every MoE layer, what became of it and why.
 
     Raises:
-        ValueError: on an option out of range.
+        ValueError: on an option out of range; on an adapter of PEFT that would train wrongly, patched or not.
     """
     check_options(down_bias=down_bias, chunk_tokens=chunk_tokens)
     for said in conveniences_gone():
         rank_zero_warn(said, stacklevel=3)
     peft_refusal()  # tried here, and kept: it builds small wrappers and reads them, so that no training step has to
     unpatch_moe(model)
+    layers = find_moe_layers(model, down_bias=down_bias)
+    _check_adapters(layers)
     reports = []
     try:
-        for layer in find_moe_layers(model, down_bias=down_bias):
+        for layer in layers:
             class_name = type(layer.module).__name__
             if layer.reason is None:
                 patch = LayerPatch(_own_config(layer.module), None, down_bias, chunk_tokens, recompute_up)
@@ -200,7 +208,27 @@ def layer_patch(module: nn.Module) -> LayerPatch:
     return vars(module)[_PATCH]
 
 
+def _check_adapters(layers: list[MoELayer]) -> None:
+    """Raises ValueError if PEFT's adapters on an experts module would train wrongly, patched or not."""
+    faults: dict[str, list[str]] = {}
+    for layer in layers:
+        for wrapper in layer.wrappers:
+            if fault := adapter_fault(wrapper, layer.module):
+                faults.setdefault(fault, []).append(layer.name.replace(".base_layer", ""))
+    if faults:
+        found = "".join(f"\n- {_shortened(names)}: {fault}" for fault, names in faults.items())
+        raise ValueError(
+            f"PEFT's adapters on these experts cannot train:{found}\nLeave the experts out of target_parameters, or "
+            "load their weights in bfloat16, without quantization or another parametrization."
+        )
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _attach(module: Any, patch: LayerPatch) -> None:
+    patch.implementation = getattr(patch.config, "_experts_implementation", None)
     setattr(module, _PATCH, patch)
     _switch_on(module, patch)
 
@@ -298,10 +326,18 @@ class _KeepApart:
     def __init__(self, wrapper: ParamWrapper) -> None:
         self.wrapper = wrapper
 
-    @torch.compiler.disable  # one code object for all wrappers: each would be compiled anew, up to a limit
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        idles = torch.compiler.is_compiling() and not active_adapters(self.wrapper)
+        if idles or torch.compiler.is_exporting():  # where PEFT's can be traced
+            return ParamWrapper.forward(self.wrapper, x, *args, **kwargs)
+        return self._run(x, *args, **kwargs)
+
+    @torch.compiler.disable  # one code object for all wrappers: each would be compiled anew, up to a limit
+    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wrapper = self.wrapper
         module: Any = wrapper.get_base_layer()
+        if fault := adapter_fault(wrapper, module):  # parametrized since it was patched
+            raise ValueError(fault)
         patch = vars(module).get(_PATCH)
         is_active = patch is not None and patch.reason is None and _is_on(module, patch)
         if is_active and active_adapters(wrapper) and "adapter_names" not in kwargs:
@@ -349,7 +385,24 @@ def _merged(module: Any, updates: Mapping[str, list[LowRank]]) -> Iterator[None]
         module._parameters.update(kept)
 
 
-@torch.compiler.disable
+def _needs_gradient(module: nn.Module, *inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
+
+
+def _notice_choice(patch: LayerPatch) -> None:
+    """Says so if the model's experts implementation was set since patching: that has no effect on a patched layer."""
+    chosen = getattr(patch.config, "_experts_implementation", None)
+    if chosen == patch.implementation or (chosen == DECODING and not torch.is_grad_enabled()):
+        return
+    patch.implementation = chosen
+    if chosen != IMPLEMENTATION:
+        rank_zero_warn(
+            f"the model's experts implementation was set to {chosen!r} while it is patched: active layers go on with "
+            f"the operation, and run {chosen!r} after unpatch_moe",
+            stacklevel=5,
+        )
+
+
 def gategrad_experts(
     module: Any,
     hidden_states: Tensor,
@@ -361,7 +414,8 @@ def gategrad_experts(
     """The experts function in Transformers' signature, registered as `gategrad`.
 
     Runs the operation where it may, and otherwise what the layer had before; either is counted in backward. Compiled
-    models break their graph here.
+    models break their graph here where a gradient is needed. Where none is, and in an export, the graph has what the
+    layer had before.
 
     Args:
         module: a decorated experts module, patched or only named `gategrad` in its config; or a patched one of a
@@ -374,6 +428,23 @@ def gategrad_experts(
     Returns:
         (T, H).
     """
+    inputs = hidden_states, top_k_index, top_k_weights
+    is_compiled = torch.compiler.is_compiling() and not _needs_gradient(module, hidden_states, top_k_weights)
+    if (is_compiled or torch.compiler.is_exporting()) and not adapted_by:
+        config = layer_patch(module).config if _PATCH in vars(module) else module.config
+        return _stock_experts(module, config, *inputs)
+    return _run_experts(module, *inputs, adapted_by)
+
+
+@torch.compiler.disable
+def _run_experts(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapted_by: tuple[_KeepApart, ...],
+) -> Tensor:
+    """What `gategrad_experts` does outside of a graph."""
     is_patched = _PATCH in vars(module)
     patch = layer_patch(module) if is_patched else LayerPatch(module.config)
     gates = top_k_weights.view_as(top_k_weights)  # a tensor of our own, whose gradient is this layer's alone
@@ -393,12 +464,16 @@ def gategrad_experts(
         reason = reason or content_refusal(module)
     if reason is None:
         contract = read_contract(module)
+        reason = parametrization_refusal(module, contract)
+    if reason is None:
+        if is_patched:
+            _notice_choice(patch)
         for name in (contract.up_name, "down_proj"):
             unsaid = not any(f" on {name}" in said for said in patch.merge_reasons)
             if unsaid and is_parametrized(module, name) and peft_refusal() is None:
                 _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
-        reason = unsupported(weights.gate_up_proj, weights.down_proj)
+        reason = weights_refusal(weights)
     if reason is not None:
         if patch.reason is None:
             patch.reason = reason

@@ -3,6 +3,8 @@
 import torch
 from lightning.pytorch import LightningModule
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     GptOssConfig,
@@ -101,6 +103,26 @@ def experts_modules(model):
 
 def tokens(batch=2, length=12, seed=0):
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Dequantize(nn.Module):
+    """A weight of one byte a value, computed anew at each reading, as bitsandbytes' parametrization is."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, packed):
+        return packed * self.scale
+
+
+def pack(experts, *names):
+    """Quantizes expert weights by a parametrization."""
+    for name in names or ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name).detach()
+        scale = weight.abs().max() / 127
+        setattr(experts, name, nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False))
+        register_parametrization(experts, name, Dequantize(scale), unsafe=True)
 
 
 class Tiny(LightningModule):

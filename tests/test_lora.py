@@ -8,11 +8,16 @@ from contextlib import suppress
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import (
     EXPERT_TARGETS,
+    Tiny,
     expert_lora_config,
     gpt_oss,
     llama4,
+    pack,
     qwen3,
     tokens,
     with_expert_lora,
@@ -21,10 +26,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import ParamWrapper
 from reference import LOW_PRECISION_SLACK, largest_allocation, relative_error, with_scatter
 from torch import nn
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+from transformers.integrations.moe import use_experts_implementation
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from lightning_moe import gategrad, measure_moe_tape, moe_experts, patch_moe, unpatch_moe
+from lightning_moe import MoEGateGradCallback, gategrad, measure_moe_tape, moe_experts, patch_moe, unpatch_moe
 from lightning_moe.lora import LowRank, join, split_gradients
 from lightning_moe.patching import layer_patch, patched_modules, stock_code, touched_modules
 
@@ -651,3 +658,95 @@ def test_the_estimated_tape_is_the_measured_one():
             stock = layer.bytes_before * ids.numel() + layer.bytes_merged
             assert stock <= tape.stock_num_bytes <= 1.2 * (stock + token_level)
         unpatch_moe(model)
+
+
+# Weights over which PEFT's adapters do not train
+
+
+def over_packed():
+    model = qwen3(num_hidden_layers=1)
+    pack(model.model.layers[0].mlp.experts)
+    return with_expert_lora(model, [f"model.layers.0.{target}" for target in EXPERT_TARGETS])
+
+
+def over_fp8():
+    model = qwen3(num_hidden_layers=1)
+    own = type("OwnFP8Experts", (FP8Experts,), {"forward": FP8Experts.forward})
+    own = use_experts_implementation(own, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    model.model.layers[0].mlp.experts = own(model.config, block_size=(16, 16)).requires_grad_(False)
+    return with_expert_lora(model)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find any LoRA parametrization")
+def test_pefts_adapters_over_a_parametrized_weight_are_still_broken():
+    """If this fails they are not any more, and need no error."""
+    model = over_packed()
+    with torch.no_grad():
+        first, second = (model(input_ids=tokens()).logits for _ in range(2))
+    assert relative_error(second, first) > 1e-3
+    model = over_packed()
+    gradients(model)
+    with pytest.raises(RuntimeError, match="floating point"):
+        gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (over_packed, "gate_up_proj is parametrized by Dequantize, and over a parametrized weight LoRA of PEFT"),
+        (over_fp8, r"gate_up_proj holds quantized values \(torch.float8_e4m3fn\), and PEFT"),
+    ],
+)
+def test_adapters_that_cannot_train_are_an_error(build, words, tmp_path):
+    model = build()
+    forwards = {module: vars(module).get("forward") for module in model.modules()}
+    with pytest.raises(ValueError, match=words) as raised:
+        patch_moe(model)
+    assert "model.layers.0.mlp.experts: gate_up_proj" in str(raised.value)
+    assert "target_parameters" in str(raised.value)
+    assert touched_modules(model) == []
+    assert all(vars(module).get("forward") is forward for module, forward in forwards.items())
+    module, callback = Tiny(lambda: model), MoEGateGradCallback(on_missing="warn")
+    trainer = Trainer(
+        callbacks=[callback], logger=DummyLogger(), max_steps=1, accelerator="cpu", default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer.fit(module)
+    assert callback.report is None
+    assert module.losses == []
+    assert "on_exception" not in vars(trainer.strategy)
+
+
+def test_a_deleted_adapter_is_no_error():
+    model = over_packed()
+    model.base_model.delete_adapter("default")
+    (layer,) = patch_moe(model).layers
+    assert "gate_up_proj is parametrized by Dequantize" in layer.reason
+
+
+def test_a_weight_quantized_under_an_adapter_after_patching_is_an_error():
+    model = with_expert_lora(qwen3(num_hidden_layers=1))
+    patch_moe(model)
+    pack(wrappers(model)[0].get_base_layer(), "gate_up_proj")
+    with pytest.raises(ValueError, match="gate_up_proj is parametrized by Dequantize"):
+        gradients(model)
+
+
+def test_bitsandbytes_experts_are_named_and_adapters_over_them_are_an_error():
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize", reason="bitsandbytes is not installed")
+
+    def build():
+        model = qwen3(num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64)
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.replace_parameter_4bit(model.model.layers[0].mlp.experts, name, quant_type="nf4")
+        return model
+
+    model = build()
+    stock = gradients(model)
+    with gategrad(model) as report:
+        assert "gate_up_proj is parametrized by Bnb4bitParametrization" in report.fallback[0].reason
+        assert all(torch.equal(grad, stock[name]) for name, grad in gradients(model).items())
+    adapted = with_expert_lora(build(), [f"model.layers.0.{target}" for target in EXPERT_TARGETS])
+    with pytest.raises(ValueError, match="gate_up_proj is parametrized by Bnb4bitParametrization, and over"):
+        patch_moe(adapted)

@@ -13,6 +13,7 @@ from models import (
     is_patched,
     llama4,
     mixtral,
+    pack,
     qwen3,
     qwen3_config,
     qwen3_vl,
@@ -293,6 +294,31 @@ def test_parameters_of_the_activation_unfrozen_after_patching_are_trained():
             assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
 
 
+@pytest.mark.parametrize("chosen", ["eager", "batched_mm"])
+def test_an_implementation_that_is_set_on_a_patched_model_is_said_to_wait(chosen):
+    model = qwen3(num_hidden_layers=1)
+    patch_moe(model)
+    ours = gradients(model)
+    model.set_experts_implementation(chosen)
+    with pytest.warns(UserWarning, match=f"set to '{chosen}' while it is patched.*after unpatch_moe"):
+        assert agree(gradients(model), ours, tolerance=1e-12)
+    gradients(model)  # said once
+    assert num_active_executions(model) == [3]
+    unpatch_moe(model)
+    assert model.config._experts_implementation == chosen
+    assert experts_modules(model)[0].config is model.config
+
+
+def test_what_generate_sets_while_it_decodes_is_no_choice():
+    model = qwen3(num_hidden_layers=1).eval()
+    patch_moe(model)
+    with torch.no_grad():
+        model.set_experts_implementation("batched_mm")
+        model(input_ids=tokens())
+    model.set_experts_implementation("grouped_mm")
+    gradients(model)
+
+
 def test_a_replaced_forward_is_reported_and_kept():
     model = qwen3(num_hidden_layers=1)
     (experts,) = experts_modules(model)
@@ -462,6 +488,26 @@ def of_odd_sizes(experts):
     experts.down_proj = nn.Parameter(torch.randn(8, 32, 10) / 4)
 
 
+class Packed(torch.Tensor):
+    """A tensor of a class that computes in a way of its own, as those that hold quantized weights."""
+
+    @staticmethod
+    def __new__(cls, dense):
+        return torch.Tensor._make_wrapper_subclass(cls, dense.shape, strides=dense.stride(), dtype=dense.dtype)
+
+    def __init__(self, dense):
+        self.dense = dense
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        result = func(*(getattr(arg, "dense", arg) for arg in args), **(kwargs or {}))
+        return cls(result) if func is torch.ops.aten.detach.default else result
+
+
+def of_a_tensor_class_of_its_own(experts):
+    experts.down_proj = nn.Parameter(Packed(experts.down_proj.detach()), requires_grad=False)
+
+
 def in_a_registry_of_its_own(experts):
     undecorated = Qwen3MoeExperts.forward.__wrapped__
     own = type("OwnExperts", (Qwen3MoeExperts,), {"forward": undecorated})
@@ -478,6 +524,9 @@ def in_a_registry_of_its_own(experts):
         (in_double, "float64"),
         (of_odd_sizes, "multiples of 16 bytes"),
         (in_a_registry_of_its_own, "a registry of its own"),
+        (pack, "gate_up_proj is parametrized by Dequantize"),
+        (lambda experts: pack(experts, "down_proj"), "down_proj is parametrized by Dequantize"),
+        (of_a_tensor_class_of_its_own, "down_proj is a Packed"),
     ],
 )
 def test_fallback_is_stock_code_bit_for_bit(change, reason):
@@ -497,6 +546,23 @@ def test_fallback_is_stock_code_bit_for_bit(change, reason):
     assert found.keys() == stock.keys()
     assert all(torch.equal(g, stock[name]) for name, g in found.items())
     assert all(torch.equal(g, stock[name]) for name, g in run().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(pack, "gate_up_proj is parametrized by Dequantize"), (of_a_tensor_class_of_its_own, "down_proj is a Packed")],
+)
+def test_weights_that_are_quantized_after_patching_are_named(change, reason):
+    model = qwen3(num_hidden_layers=1)
+    patch_moe(model)
+    change(experts_modules(model)[0])
+    with pytest.warns(UserWarning, match=f"runs stock code after all: {reason}"):
+        ours = gradients(model)
+    assert num_active_executions(model) == [0]
+    unpatch_moe(model)
+    stock = gradients(model)
+    assert ours.keys() == stock.keys()
+    assert all(torch.equal(g, ours[name]) for name, g in stock.items())
 
 
 def test_a_family_outside_the_registry_is_reported_and_kept():

@@ -1,4 +1,4 @@
-"""What stands around a patched model: loss scaling, threads, other models, averaged copies."""
+"""What stands around a patched model: loss scaling, threads, other models, averaged copies, compilers and exports."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +8,23 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from models import Tiny, experts_modules, gpt_oss, is_patched, mixtral, qwen3, tokens, with_attention_lora
+from models import (
+    Tiny,
+    experts_modules,
+    gpt_oss,
+    is_patched,
+    mixtral,
+    qwen3,
+    tokens,
+    with_attention_lora,
+    with_expert_lora,
+)
+from reference import relative_error
 from torch.optim.swa_utils import AveragedModel
+from transformers import CompileConfig
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, unpatch_moe
-from lightning_moe.patching import patched_modules
+from lightning_moe.patching import layer_patch, patched_modules
 
 
 def gradients(model, seed=0):
@@ -146,3 +158,116 @@ def test_an_averaged_copy_of_a_patched_model_runs_its_own_weights():
         assert not torch.allclose(model(input_ids=tokens()).logits, expected, atol=1e-3)
     unpatch_moe(averaged)
     assert not is_patched(averaged)
+
+
+def one_layer():
+    return qwen3(num_hidden_layers=1).eval()
+
+
+def with_disabled_adapters():
+    model = with_expert_lora(one_layer()).eval()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def with_merged_adapters():
+    model = with_expert_lora(one_layer()).eval()
+    model.merge_adapter()
+    return model
+
+
+@pytest.fixture
+def fresh_compiler():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("build", "implementation"),
+    [
+        (one_layer, "grouped_mm"),
+        (one_layer, "batched_mm"),
+        (gpt_oss, "grouped_mm"),
+        (with_disabled_adapters, "grouped_mm"),
+        (with_merged_adapters, "grouped_mm"),
+    ],
+)
+def test_a_patched_model_compiles_in_one_graph_where_nothing_needs_a_gradient(build, implementation):
+    model = build()
+    for experts in experts_modules(model):
+        experts.config._experts_implementation_internal = implementation
+    patch_moe(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens()).logits
+        unpatch_moe(model)
+        assert torch.equal(compiled, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_frozen_model_compiles_in_one_graph_outside_of_no_grad():
+    model = one_layer().requires_grad_(False)
+    stock = model(input_ids=tokens()).logits
+    patch_moe(model)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens()).logits, stock)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+def test_a_model_compiled_for_inference_runs_the_operation_once_it_trains():
+    model = one_layer()
+    stock = gradients(model)
+    patch_moe(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(input_ids=tokens())
+    ours = gradients(compiled)
+    assert layer_patch(experts_modules(model)[0]).health.drain(1).active_layers == 1
+    assert max(relative_error(a, b) for a, b in zip(ours, stock, strict=True)) < 2e-5
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_adapters_stay_apart_in_a_compiled_model_without_gradients():
+    """PEFT's own forward breaks the graph there too, so nothing is lost by computing without a merged weight."""
+    model = with_expert_lora(one_layer()).eval()
+    with torch.no_grad():
+        stock = model(input_ids=tokens()).logits
+        patch_moe(model)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("peft.tuners.lora.ParamWrapper._activate_lora", None)
+            compiled = torch.compile(model, backend="eager")(input_ids=tokens()).logits
+    assert relative_error(compiled, stock) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of Transformers' own
+@pytest.mark.parametrize(
+    ("build", "mode", "strict"),
+    [
+        (one_layer, torch.no_grad, False),
+        (one_layer, torch.no_grad, True),
+        (one_layer, torch.enable_grad, False),
+        (lambda: with_expert_lora(one_layer()).eval(), torch.no_grad, False),
+    ],
+)
+def test_a_patched_model_is_exported_as_it_would_be_unpatched(build, mode, strict):
+    model = build()
+    options = {"input_ids": tokens(), "use_cache": False}
+    with mode():
+        stock = model(**options).logits
+        patch_moe(model)
+        exported = torch.export.export(model, (), options, strict=strict)
+        assert torch.equal(exported.module()(**options).logits, stock)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_generation_with_a_static_cache_and_a_compiled_forward():
+    model = one_layer()
+    options = {
+        "max_new_tokens": 4, "do_sample": False, "cache_implementation": "static",
+        "compile_config": CompileConfig(fullgraph=True, backend="eager", mode=None),
+    }  # fmt: skip
+    options["compile_config"]._compile_all_devices = True
+    want = model.generate(tokens(), **options)
+    torch._dynamo.reset()
+    with gategrad(model):
+        assert torch.equal(model.generate(tokens(), **options), want)

@@ -224,7 +224,7 @@ def table():
 
 @pytest.mark.skipif(transformers.__version__ != TABLE_VERSION, reason=f"the table is Transformers {TABLE_VERSION}'s")
 def test_the_table_says_what_is():
-    assert TABLE.read_text() == table(), "python tests/test_families.py writes it anew"
+    assert TABLE.read_text("utf-8") == table(), "python tests/test_families.py writes it anew"
 
 
 @pytest.mark.parametrize(("family", "experts_class"), FAMILIES)
@@ -245,4 +245,4 @@ def test_the_estimated_tape_is_the_measured_one(family, experts_class):
 
 
 if __name__ == "__main__":
-    TABLE.write_text(table())
+    TABLE.write_text(table(), "utf-8")

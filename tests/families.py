@@ -80,7 +80,7 @@ PREFERRED = ("ForCausalLM", "TextModel", "ForTokenClassification", "DecoderModel
 def family_names():
     """Every family in which the registry dispatches a class."""
     files = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
-    return sorted({file.parent.name for file in files if "@use_experts_implementation" in file.read_text()})
+    return sorted({file.parent.name for file in files if "@use_experts_implementation" in file.read_text("utf-8")})
 
 
 def experts_classes(module):

@@ -14,7 +14,7 @@ BLOCK = "import sys; sys.modules['{}'] = None; import lightning_moe"
 
 
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,8 +57,8 @@ def test_no_room_imports_one_to_its_left():
 
 def test_the_readmes_commands_are_those_of_ci():
     command = 'python -m pip install -c .ci/constraints.txt -e ".[dev]" && python -m pytest'
-    assert command in (ROOT / "README.md").read_text()
-    assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text()
+    assert command in (ROOT / "README.md").read_text("utf-8")
+    assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
 def test_the_designs_names_are_public():

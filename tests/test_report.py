@@ -97,7 +97,7 @@ def run(tmp_path, module=None, *, without=(), **options):
 def summary(folder):
     """The rows of summary.md, by name; of those with one name, all."""
     rows = {}
-    for line in (folder / "report" / "summary.md").read_text().splitlines():
+    for line in (folder / "report" / "summary.md").read_text("utf-8").splitlines():
         if line.startswith("| ") and line != "| | |":
             name, value = line.removeprefix("| ").removesuffix(" |").split(" | ", 1)
             rows[name] = f"{rows[name]}; {value}" if name in rows else value
@@ -132,7 +132,7 @@ def test_the_report_of_a_run(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     for words in ("2 active, 0 fallback", "3 documents [of] them", "[/answer] 1 | <b>", *rows):
         assert words in printed
-    text = (tmp_path / "report" / "summary.md").read_text()
+    text = (tmp_path / "report" / "summary.md").read_text("utf-8")
     for name in PICTURES:
         assert f"]({name})" in text
     words = shlex.split(text.partition("```bash\n")[2].partition("\n```")[0])
@@ -161,7 +161,7 @@ def test_a_run_that_stops_has_a_report_of_what_there_is(tmp_path, error, capsys)
     assert files(tmp_path) == PICTURES | {"summary.md"}
     assert rows["run"].startswith(f"stopped after 2 steps: {type(error).__name__}(")
     assert "more" not in rows["run"]
-    assert "--ckpt_path" in (tmp_path / "report" / "summary.md").read_text()
+    assert "--ckpt_path" in (tmp_path / "report" / "summary.md").read_text("utf-8")
     assert "answer before" in rows
     assert "answer after" not in rows
     assert not (tmp_path / "adapter").exists()

@@ -160,7 +160,7 @@ def test_a_signal_from_another_process(tmp_path):
     )
     assert process.stdout.readline().strip() == "READY"
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
     assert len(list((tmp_path / "kept").glob("interrupted-step=*.ckpt"))) == 1
     assert "--ckpt_path" in errors
@@ -356,7 +356,7 @@ run.fit(Line(), DataLoader(range(24), batch_size=1))
 
 def is_gone(process):
     try:
-        psutil.Process(process).wait(timeout=20)
+        psutil.Process(process).wait(timeout=60)
     except psutil.NoSuchProcess:
         return True
     except psutil.TimeoutExpired:
@@ -372,7 +372,7 @@ def test_a_process_that_fails_takes_the_others_down_with_its_error(failing, tmp_
     folders = [Path(__file__).parent, Path(surviving.__file__).parent, Path(__file__).parents[1]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path), failing]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode
     assert "RuntimeError: the pump is broken" in done.stderr
     for rank in (0, 1):

@@ -203,7 +203,8 @@ def content_refusal(module: Any) -> str | None:
         getattr(module, "down_proj", None), Tensor
     ):
         return f"{contract.up_name} or down_proj is not a tensor"
-    return weights_refusal(contract.weights(module))
+    weights = contract.weights(module)
+    return weights_refusal(weights) if weights.are_whole else None
 
 
 def parametrization_refusal(module: Any, contract: ExpertsContract) -> str | None:
@@ -221,12 +222,12 @@ def parametrization_refusal(module: Any, contract: ExpertsContract) -> str | Non
 
 
 def weights_refusal(weights: ExpertWeights) -> str | None:
-    """Why the operation cannot compute with these tensors; those that a strategy took apart, by their class alone."""
+    """Why the operation cannot compute with these tensors, which are whole."""
     for name, weight in zip(weights._fields[:2], weights[:2], strict=True):
         is_plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__  # as Parameter and FSDP1's are
         if not (is_plain or isinstance(weight, (DTensor, FakeTensor))):
             return f"{name} is a {type(weight).__name__}, such as a quantized weight, and not a plain tensor"
-    return unsupported(weights.gate_up_proj, weights.down_proj) if weights.are_whole else None
+    return unsupported(weights.gate_up_proj, weights.down_proj)
 
 
 def other_parameters(module: Any) -> list[str]:

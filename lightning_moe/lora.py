@@ -146,9 +146,9 @@ def adapter_fault(wrapper: ParamWrapper, module: Any) -> str | None:
         wrapper: PEFT's.
         module: the experts module inside.
     """
-    name = wrapper.parameter_name
-    if not wrapper.lora_A:
+    if peft_refusal() is not None or not wrapper.lora_A:  # nothing can be read out of it, or nothing is in it
         return None
+    name = wrapper.parameter_name
     if parametrization := foreign_parametrization(module, name):
         return (
             f"{name} is parametrized by {parametrization}, and over a parametrized weight LoRA of PEFT "

@@ -8,7 +8,6 @@ anything on the autograd tape.
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -24,6 +23,8 @@ CHUNK_ROWS = 2**16
 # The narrower side up to which a sum of outer products is a kernel's work: a low rank's.
 NARROW = 256
 
+# Stands for the result of a kernel that did not run.
+NO_KERNEL = object()
 # Kernels that a launch has found too large for this process's GPU, by the launcher's name.
 _too_large: set[str] = set()
 
@@ -52,10 +53,10 @@ FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gel
 
 def product_tiles(rows: Tensor, offsets: Tensor, num_rows: int) -> Tensor | None:
     """Where the tiles of `grouped_linear`'s kernel lie, to be made once for many products; None where none runs."""
-    with _kernel("tiles", rows) as launch:
-        if launch and _has_tensor_memory_accelerator(rows.device):
-            return launch(offsets, num_rows)
-    return None
+    if _kernels(rows) is None or not _has_tensor_memory_accelerator(rows.device):
+        return None
+    tiles = _launch("tiles", rows, offsets, num_rows)
+    return None if tiles is NO_KERNEL else tiles
 
 
 def grouped_linear(
@@ -81,9 +82,9 @@ def grouped_linear(
         low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
         bias: (E, out), and (R,) the expert of each row: its bias is added.
     """
-    with _kernel("grouped_linear", rows) as launch:
-        if launch and tiles is not None:
-            out = launch(rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
+    if tiles is not None:
+        out = _launch("grouped_linear", rows, rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
+        if out is not NO_KERNEL:
             return out if bias is None else out.add_(bias[0][bias[1]])
     parts = []
     for part, ends in _row_chunks((rows if tokens is None else tokens).shape[0], offsets):
@@ -116,9 +117,11 @@ def grouped_outer(
         out_dtype: of the result; that of the rows where it is None.
     """
     out_dtype = out_dtype or left.dtype
-    with _kernel("grouped_outer", left) as launch:
-        if launch and min(left.shape[1], right.shape[1]) <= NARROW:
-            return launch(left, right, offsets, left_tokens=left_tokens, right_tokens=right_tokens, out_dtype=out_dtype)
+    if min(left.shape[1], right.shape[1]) <= NARROW:
+        options = {"left_tokens": left_tokens, "right_tokens": right_tokens, "out_dtype": out_dtype}
+        out = _launch("grouped_outer", left, left, right, offsets, **options)
+        if out is not NO_KERNEL:
+            return out
     if left_tokens is None and right_tokens is None:
         return F.grouped_mm(left.t(), right, offs=offsets).to(out_dtype)
     total: Tensor | None = None
@@ -155,10 +158,8 @@ def grouped_sum(rows: Tensor, factors: Tensor, offsets: Tensor, *, tokens: Tenso
 def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
     """The activation of h, row by row: (R, N) to (R, I)."""
     kind = FUSED_ACTIVATIONS.get(activation)
-    with _kernel("gated", pre_activation) as launch:
-        if launch and kind:
-            return launch(pre_activation, kind)
-    return activation(pre_activation)
+    out = _launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
+    return activation(pre_activation) if out is NO_KERNEL else out
 
 
 def activation_backward(
@@ -184,9 +185,11 @@ def activation_backward(
         dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; what `needs` asks for (R, I), or None.
     """
     kind = FUSED_ACTIVATIONS.get(activation)
-    with _kernel("gated_backward", pre_activation) as launch:
-        if launch and kind:
-            return launch(pre_activation, grad_unscaled, gates, kind, needs=needs, overwrite=overwrite)
+    if kind:
+        tensors, options = (pre_activation, grad_unscaled, gates), {"needs": needs, "overwrite": overwrite}
+        out = _launch("gated_backward", pre_activation, *tensors, kind, **options)
+        if out is not NO_KERNEL:
+            return out
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = gates.new_empty(gates.shape[0], dtype=torch.float32)
     for start in range(0, gates.shape[0], CHUNK_ROWS):
@@ -216,10 +219,8 @@ def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, st
         start: the first column that is written. Not a slice of `out`, in whose place selective activation checkpointing
             may put one that it saved.
     """
-    with _kernel("combine", rows) as launch:
-        if launch:
-            launch(rows, inverse, gates, out, start)
-            return
+    if _launch("combine", rows, rows, inverse, gates, out, start) is not NO_KERNEL:
+        return
     total = torch.zeros(out.shape[0], rows.shape[1], dtype=torch.float32, device=out.device)
     for slot, row in enumerate(inverse.unbind(1)):
         picked = rows[row].to(torch.float32)
@@ -244,24 +245,24 @@ def _kernels(tensor: Tensor) -> ModuleType | None:
     return _triton_kernels() if runs else None
 
 
-@contextmanager
-def _kernel(name: str, tensor: Tensor) -> Iterator[Callable[..., Any] | None]:
-    """The launcher of that name, None where the kernels do not take the tensor or the device was too small for it.
+def _launch(name: str, judged: Tensor, *args: Any, **options: Any) -> Any:
+    """What the launcher of that name returns; `NO_KERNEL` where plain code has to run.
 
-    Where the device turns out to be, the plain code after the `with` runs: a launch that fails so has written nothing.
+    That is where the kernels do not take the tensor `judged`, or the device is too small for this one: a launch that
+    fails so has written nothing, and is not tried again.
     """
-    kernels = None if name in _too_large else _kernels(tensor)
+    kernels = None if name in _too_large else _kernels(judged)
     if kernels is None:
-        yield None
-        return
+        return NO_KERNEL
     try:
-        yield getattr(kernels, name)
+        return getattr(kernels, name)(*args, **options)
     except kernels.TOO_LARGE as error:
         _too_large.add(name)
         reason = str(error).splitlines()[0]
         warnings.warn(
-            f"The Triton kernel {name} does not fit this GPU; plain PyTorch runs instead. {reason}", stacklevel=4
+            f"The Triton kernel {name} does not fit this GPU; plain PyTorch runs instead. {reason}", stacklevel=3
         )
+        return NO_KERNEL
 
 
 @cache

@@ -62,7 +62,11 @@ def join(updates: Sequence[LowRank], dtype: torch.dtype) -> Factors:
     if missing:
         a.append(a[0].new_zeros(experts, missing, width_in))
         b.append(b[0].new_zeros(experts, width_out, missing))
-    return Factors(torch.cat(a, 1), torch.cat(b, 2))
+    return Factors(_joined(a, 1), _joined(b, 2))
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _scaled(update: LowRank, dtype: torch.dtype) -> Tensor:

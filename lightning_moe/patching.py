@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.arguments import ChunkTokens, check_chunk_tokens
-from lightning_moe.contracts import is_registered, read_contract, read_flags, stock_forward
+from lightning_moe.contracts import ExpertsContract, is_registered, read_contract, read_flags, stock_forward
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
@@ -336,7 +336,7 @@ class _KeepApart:
     def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wrapper = self.wrapper
         module: Any = wrapper.get_base_layer()
-        if fault := adapter_fault(wrapper, module):  # parametrized since it was patched
+        if is_parametrized(module) and (fault := adapter_fault(wrapper, module)):  # since it was patched
             raise ValueError(fault)
         patch = vars(module).get(_PATCH)
         is_active = patch is not None and patch.reason is None and _is_on(module, patch)
@@ -383,6 +383,14 @@ def _merged(module: Any, updates: Mapping[str, list[LowRank]]) -> Iterator[None]
         yield
     finally:
         module._parameters.update(kept)
+
+
+def _name_merged(patch: LayerPatch, module: Any, contract: ExpertsContract) -> None:
+    """Says which adapters PEFT merges in this call because they were put on after patching."""
+    for name in (contract.up_name, "down_proj"):
+        unsaid = not any(f" on {name}" in said for said in patch.merge_reasons)
+        if unsaid and is_parametrized(module, name) and peft_refusal() is None:
+            _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
 
 
 def _needs_gradient(module: nn.Module, *inputs: Tensor) -> bool:
@@ -464,14 +472,13 @@ def _run_experts(
         reason = reason or content_refusal(module)
     if reason is None:
         contract = read_contract(module)
-        reason = parametrization_refusal(module, contract)
+        if is_parametrized(module):
+            reason = parametrization_refusal(module, contract)
+            if reason is None:
+                _name_merged(patch, module, contract)
     if reason is None:
         if is_patched:
             _notice_choice(patch)
-        for name in (contract.up_name, "down_proj"):
-            unsaid = not any(f" on {name}" in said for said in patch.merge_reasons)
-            if unsaid and is_parametrized(module, name) and peft_refusal() is None:
-                _say_once(patch, f"PEFT merges the adapter on {name}: it was put on after patch_moe; patch again")
         weights = contract.weights(module)
         reason = weights_refusal(weights)
     if reason is not None:

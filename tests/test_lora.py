@@ -421,7 +421,7 @@ def other_linear(wrapper):
 
 
 def scaling_is_a_tensor(wrapper):
-    wrapper.scaling["default"] = torch.tensor(wrapper.scaling["default"], requires_grad=True)
+    wrapper.scaling["default"] = torch.tensor(wrapper.scaling["default"])
     return "the scaling of 'default' is a tensor"
 
 

@@ -336,13 +336,10 @@ class _Projection:
         """(S, out), or some columns of it; `small` is what `reduce` made of the rows, `bias` (E, out) is added."""
         low_rank = None if self.b is None or small is None else (small, self.b[..., columns])
         tokens = routing.tokens if gather else None
-        row_bias = None if bias is None else (bias, routing.expert_of_row())
-        out = grouped_linear(
-            rows, self.weight[..., columns], routing.offsets,
-            tokens=tokens, tiles=tiles, low_rank=low_rank, bias=row_bias,
+        return grouped_linear(
+            rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank,
+            bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(),
         )  # fmt: skip
-        routing.clear_foreign(out)
-        return out
 
 
 def _needs_factors(ctx: Any, num_up_updates: int) -> tuple[bool, bool, bool, bool]:
@@ -370,8 +367,7 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
     plan, dtype, in_first = ctx.plan, down_weight.dtype, ctx.plan.in_first
     up_updates, down_updates = plan.updates(factors)
     needs_up_a, needs_up_b, needs_down_a, needs_down_b = _needs_factors(ctx, len(up_updates))
-    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them. And
-    # G W2 leaves it sooner than (g·G) W2: each token's G goes in divided by a power of two, which then goes with g.
+    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
     gates_the_gradient = dtype == torch.float16
 
     up: Any
@@ -384,22 +380,23 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
         if plan.recomputes_h:
             h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
 
-        grad, row_gates, row_scales = grad_output, gates.flatten().index_select(0, permutation), None
-        if dtype == torch.float16:
-            scales = _powers_of_two(grad_output)
+        row_gates = gates.flatten().index_select(0, permutation)
+        grad, row_scales, scaled_gates = grad_output, None, row_gates
+        if dtype == torch.float16:  # G W2 leaves its range sooner than (g·G) W2: what divides G goes with g
+            scales = _excess(grad_output)
             grad, row_scales = grad_output / scales, scales[tokens, 0]
-            row_gates = row_gates * row_scales
+            scaled_gates = row_gates * row_scales
         grad = grad.to(dtype).contiguous()
         back = _Projection.of(down_weight, down_updates, in_first).mT
         down_grad_small: Any = back.reduce(grad, routing, tiles, gather=True)
         grad_a = back.project(grad, down_grad_small, routing, tiles, gather=True)
         overwrites_saved = not (plan.recomputes_h or _graph_is_kept()) and ctx.owner.may_overwrite(h)
-        ctx.is_interrupted = overwrites_saved
+        ctx.is_interrupted = overwrites_saved and not ctx.owner.has_hooks  # which would have h made again
         grad_h, inner, a = activation_backward(
             plan.activation,
             h,
             grad_a,
-            row_gates,
+            scaled_gates,
             needs=("a" if gates_the_gradient else "gated a") if needs_down or needs_down_a else None,
             overwrite=plan.recomputes_h or overwrites_saved,
         )
@@ -412,13 +409,13 @@ def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor |
         gate_column = row_gates.unsqueeze(-1)
         rows_grad, rows_tokens = grad, tokens
         if gates_the_gradient and (needs_down or needs_down_b or needs_down_bias):
-            rows_grad, rows_tokens = (grad[tokens] * gate_column).to(dtype), None
+            rows_grad, rows_tokens = (grad_output[tokens] * gate_column).to(dtype), None
         if needs_down:
             rows = rows_grad if rows_tokens is None else rows_grad[tokens]
             grad_down = _grad_weight(a, rows, offsets, in_first=in_first)
             del rows
         if needs_down_a:
-            gated = (down_grad_small * gate_column).to(dtype) if gates_the_gradient else down_grad_small
+            gated = (down_grad_small * scaled_gates[:, None]).to(dtype) if gates_the_gradient else down_grad_small
             grad_down_a = grouped_outer(gated, a, offsets, out_dtype=torch.float32)
         if needs_down_b:
             gated = down_small if gates_the_gradient else (down_small * gate_column).to(dtype)
@@ -478,12 +475,16 @@ def _project_and_combine(
     return output
 
 
-def _powers_of_two(values: Tensor) -> Tensor:
-    """Of each row the power of two above its largest value, (T, 1) float32; 1 where that is zero or not finite."""
-    largest = values.to(torch.float32).abs().amax(1, keepdim=True)
+def _excess(gradient: Tensor) -> Tensor:
+    """The power of two that brings each row below 2^6, (T, 1) float32; 1 where it is below, or not finite.
+
+    Products with a column of W2 whose sizes add up to less than 2^10 then stay in float16's range, below 2^16. Digits
+    are lost 2^20 below the row's largest value, far below the last digit of the products.
+    """
+    largest = gradient.to(torch.float32).abs().amax(1, keepdim=True)
     _, exponent = torch.frexp(largest)
-    power = torch.ldexp(torch.ones_like(largest), exponent)
-    return power.where(largest.isfinite() & (largest > 0), 1.0)
+    power = torch.ldexp(torch.ones_like(largest), exponent - 6).clamp_min(1.0)
+    return power.where(largest.isfinite(), 1.0)
 
 
 def graph_question() -> Callable[[], bool] | None:

@@ -68,10 +68,12 @@ def grouped_linear(
     tiles: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
+    absent: Tensor | None = None,
 ) -> Tensor:
     """Each row times its expert's weight: (R, out).
 
-    The plain path writes to no tensor that exists already: selective activation checkpointing may have saved it.
+    No product is written to, nor any view: selective activation checkpointing may have saved the one, and puts what it
+    saved in place of the other.
 
     Args:
         rows: (R, in), sorted by expert; or (T, in) where `tokens` says which of them each row is.
@@ -81,20 +83,31 @@ def grouped_linear(
         tiles: what `product_tiles` gave.
         low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
         bias: (E, out), and (R,) the expert of each row: its bias is added.
+        absent: (R,) bool, rows past the last offset, which the products leave unwritten: zeros are put there.
     """
     if tiles is not None:
         out = _launch("grouped_linear", rows, rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
         if out is not NO_KERNEL:
-            return out if bias is None else out.add_(bias[0][bias[1]])
-    parts = []
-    for part, ends in _row_chunks((rows if tokens is None else tokens).shape[0], offsets):
+            if bias is not None:
+                out += bias[0][bias[1]]
+            return out if absent is None else out.masked_fill_(absent[:, None], 0)
+    num_rows = (rows if tokens is None else tokens).shape[0]
+    chunk_rows = CHUNK_ROWS if tokens is not None or low_rank is not None or bias is not None else num_rows
+    out = None
+    for part, ends in _row_chunks(num_rows, offsets, chunk_rows):
         product = F.grouped_mm(rows[part] if tokens is None else rows[tokens[part]], weight, offs=ends)
         if low_rank is not None:
             product = product + F.grouped_mm(low_rank[0][part], low_rank[1], offs=ends)
         if bias is not None:
             product = (product + bias[0][bias[1][part]]).to(product.dtype)
-        parts.append(product)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if absent is not None:
+            product = product.masked_fill(absent[part, None], 0)
+        if product.shape[0] == num_rows:
+            return product
+        out = rows.new_empty(num_rows, product.shape[1]) if out is None else out
+        out.index_copy_(0, torch.arange(part.start, part.stop, device=out.device), product)
+    assert out is not None
+    return out
 
 
 def grouped_outer(
@@ -125,7 +138,7 @@ def grouped_outer(
     if left_tokens is None and right_tokens is None:
         return F.grouped_mm(left.t(), right, offs=offsets).to(out_dtype)
     total: Tensor | None = None
-    for part, ends in _row_chunks((left if left_tokens is None else left_tokens).shape[0], offsets):
+    for part, ends in _row_chunks((left if left_tokens is None else left_tokens).shape[0], offsets, CHUNK_ROWS):
         lefts = left[part] if left_tokens is None else left[left_tokens[part]]
         rights = right[part] if right_tokens is None else right[right_tokens[part]]
         product = F.grouped_mm(lefts.t(), rights, offs=ends).to(out_dtype)
@@ -134,10 +147,10 @@ def grouped_outer(
     return total
 
 
-def _row_chunks(num_rows: int, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of at most CHUNK_ROWS rows, at least one, with the ends of the experts' rows inside each."""
-    for start in range(0, max(num_rows, 1), CHUNK_ROWS):
-        size = min(CHUNK_ROWS, num_rows - start)
+def _row_chunks(num_rows: int, offsets: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of at most that many rows, at least one, with the ends of the experts' rows inside each."""
+    for start in range(0, max(num_rows, 1), max(chunk_rows, 1)):
+        size = min(chunk_rows, num_rows - start)
         yield slice(start, start + size), (offsets - start).clamp(0, size).to(torch.int32)
 
 
@@ -221,10 +234,12 @@ def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, st
     """
     if _launch("combine", rows, rows, inverse, gates, out, start) is not NO_KERNEL:
         return
-    total = torch.zeros(out.shape[0], rows.shape[1], dtype=torch.float32, device=out.device)
+    total: Any = None
     for slot, row in enumerate(inverse.unbind(1)):
         picked = rows[row].to(torch.float32)
-        total += picked if gates is None else picked * gates[:, slot, None]
+        if gates is not None:
+            picked = picked * gates[:, slot, None].to(torch.float32)
+        total = picked if total is None else total + picked
     if total.shape == out.shape:
         out.copy_(total)
     else:

@@ -25,7 +25,8 @@ class LowRank:
     Attributes:
         a: A, (E, r, in), any floating dtype and strides.
         b: B, (E, out, r), any floating dtype and strides.
-        scaling: of the product; LoRA's alpha / r, say.
+        scaling: of the product; LoRA's alpha / r, say. Times B it must be in the range of the weights' dtype, which for
+            float16 ends at 65,504.
 
     Raises:
         TypeError: if the scaling is a tensor: it would get no gradient.

@@ -40,10 +40,9 @@ class Routing:
         expert = torch.searchsorted(self.offsets, self._rows(), right=True)
         return expert.clamp_(max=self.offsets.shape[0] - 1) if self.is_expert_parallel else expert
 
-    def clear_foreign(self, values: Tensor) -> None:
-        """Zeroes the rows of other processes' experts in (S, N): grouped products leave them unwritten."""
-        if self.is_expert_parallel:
-            values.masked_fill_((self._rows() >= self.offsets[-1]).unsqueeze(-1), 0)
+    def absent(self) -> Tensor | None:
+        """Which sorted rows are other processes' experts', (S,) bool; None where there can be none."""
+        return self._rows() >= self.offsets[-1] if self.is_expert_parallel else None
 
     def _rows(self) -> Tensor:
         return torch.arange(self.num_rows, dtype=self.offsets.dtype, device=self.offsets.device)

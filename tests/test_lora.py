@@ -375,7 +375,8 @@ def test_adapters_over_a_bfloat16_base_lie_no_further_from_the_truth_than_pefts(
                 sizes[i] = 4 * want.numel()
     for i, ours in errors[True].items():
         stock = errors[False][i]
-        assert 0 < sum(ours) ** 0.5 <= with_scatter(LOW_PRECISION_SLACK, sizes[i]) * sum(stock) ** 0.5
+        allowed = with_scatter(LOW_PRECISION_SLACK, sizes[i]) * sum(stock) ** 0.5
+        assert 0 < sum(ours) ** 0.5 <= allowed < 0.5  # zeros, or the rows of others, are off by 1 and more in each draw
 
 
 # What PEFT has to merge

@@ -171,7 +171,7 @@ def grouped_sum(rows: Tensor, factors: Tensor, offsets: Tensor, *, tokens: Tenso
 def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
     """The activation of h, row by row: (R, N) to (R, I)."""
     kind = FUSED_ACTIVATIONS.get(activation)
-    out = _launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
+    out: Any = _launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
     return activation(pre_activation) if out is NO_KERNEL else out
 
 

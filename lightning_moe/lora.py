@@ -66,7 +66,7 @@ def join(updates: Sequence[LowRank], dtype: torch.dtype) -> Factors:
     return Factors(_joined(a, 1), _joined(b, 2))
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
 
 

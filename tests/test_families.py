@@ -7,6 +7,7 @@ times.
 import importlib
 import importlib.util
 import os
+import re
 from itertools import product
 from pathlib import Path
 
@@ -235,6 +236,13 @@ def table():
 @pytest.mark.skipif(transformers.__version__ != TABLE_VERSION, reason=f"the table is Transformers {TABLE_VERSION}'s")
 def test_the_table_says_what_is():
     assert TABLE.read_text("utf-8") == table(), "python tests/test_families.py writes it anew"
+
+
+def test_the_readme_counts_the_tables_families():
+    rows = re.findall(r"^[|] (\w+) [|] \w+ [|] (active|fallback) [|]", TABLE.read_text("utf-8"), re.MULTILINE)
+    families, active = {family for family, _ in rows}, {family for family, status in rows if status == "active"}
+    count = f"[{len(active)} of {len(families)} families](recipes/families.md)"
+    assert count in (TABLE.parents[1] / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("family", "experts_class"), FAMILIES)

@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,13 @@ def table():
 @pytest.mark.skipif(transformers.__version__ != TABLE_VERSION, reason=f"the table is Transformers {TABLE_VERSION}'s")
 def test_the_table_says_what_is():
     assert TABLE.read_text() == table(), "python tests/test_families.py writes it anew"
+
+
+def test_the_readme_counts_the_tables_families():
+    rows = re.findall(r"^[|] (\w+) [|] \w+ [|] (active|fallback) [|]", TABLE.read_text(), re.MULTILINE)
+    families, active = {family for family, _ in rows}, {family for family, status in rows if status == "active"}
+    count = f"[{len(active)} of {len(families)} families](recipes/families.md)"
+    assert count in (TABLE.parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("family", "experts_class"), FAMILIES)

@@ -312,9 +312,12 @@ def test_activation_checkpointing(use_reentrant, recompute_up):
 
 @pytest.mark.parametrize("autocast_adapters", [True, False])
 def test_adapters_over_a_bfloat16_base_lie_no_further_from_the_truth_than_pefts(autocast_adapters):
-    """The truth: the same rounded base and adapters in float64, the experts one by one."""
+    """The truth: the same rounded base and adapters in float64, the experts one by one.
+
+    Pooled over so many draws that the ratio of errors scatters by 0.01; over four it does by more than the slack.
+    """
     errors = {True: {}, False: {}}
-    for seed in range(4):
+    for seed in range(16):
         model = qwen3(hidden_size=64, moe_intermediate_size=64, num_experts=4, num_hidden_layers=1).bfloat16()
         torch.manual_seed(seed)
         options = expert_lora_config(r=16, lora_alpha=16)

@@ -1,6 +1,7 @@
 """The package as a whole: what it exports, what it imports, and that it needs neither Triton nor a GPU."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,12 @@ def test_the_readmes_commands_are_those_of_ci():
     command = 'python -m pip install -c .ci/constraints.txt -e ".[dev]" && python -m pytest'
     assert command in (ROOT / "README.md").read_text()
     assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_versions_are_those_of_ci():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for name, (lowest, highest) in runpy.run_path(str(ROOT / ".ci" / "bounds.py"))["KNOWN"].items():
+        assert f"{name} {lowest} to {highest}" in readme
 
 
 def test_the_designs_names_are_public():

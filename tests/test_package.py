@@ -68,12 +68,6 @@ def test_the_readmes_versions_are_those_of_ci():
         assert f"{name} {lowest} to {highest}" in readme
 
 
-def test_the_readmes_versions_are_those_of_ci():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for name, (lowest, highest) in runpy.run_path(str(ROOT / ".ci" / "bounds.py"))["KNOWN"].items():
-        assert f"{name} {lowest} to {highest}" in readme
-
-
 def test_the_designs_names_are_public():
     asked = {"MoEGateGradCallback", "MemoryMonitor", "PatchReport", "patch_moe", "unpatch_moe", "gategrad"}
     assert asked | {"moe_experts"} <= set(lightning_moe.__all__)

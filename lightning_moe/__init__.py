@@ -6,13 +6,13 @@ Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
 from importlib.metadata import PackageNotFoundError, requires, version
 
 try:
-    from lightning_moe.adapters import export_adapter
-    from lightning_moe.callback import MoEGateGradCallback
-    from lightning_moe.contracts import register_experts
-    from lightning_moe.experts import moe_experts
-    from lightning_moe.lora import LowRank
-    from lightning_moe.memory import LayerTape, MemoryMonitor, measure_moe_tape
+    from lightning_moe.adapters.export import export_adapter
+    from lightning_moe.callbacks.gate_grad import MoEGateGradCallback
+    from lightning_moe.callbacks.memory import LayerTape, MemoryMonitor, measure_moe_tape
+    from lightning_moe.integrations.transformers_experts import register_experts
     from lightning_moe.metrics import GateGradHealth
+    from lightning_moe.ops.experts import moe_experts
+    from lightning_moe.ops.low_rank import LowRank
     from lightning_moe.patch_report import LayerReport, PatchReport
     from lightning_moe.patching import gategrad, patch_moe, unpatch_moe
 except (ImportError, AttributeError) as error:

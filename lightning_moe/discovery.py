@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import moe as transformers_moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lightning_moe.arguments import unsupported
-from lightning_moe.contracts import (
+from lightning_moe.integrations.peft_experts import foreign_parametrization, merge_reason, wrappers_around
+from lightning_moe.integrations.transformers_experts import (
     FLAGS,
     ExpertsContract,
     ExpertWeights,
@@ -30,8 +30,8 @@ from lightning_moe.contracts import (
     read_flags,
     stock_forward,
 )
-from lightning_moe.experts import GRAPH_QUESTION, graph_question
-from lightning_moe.lora import foreign_parametrization, merge_reason, wrappers_around
+from lightning_moe.ops.experts import GRAPH_QUESTION, graph_question
+from lightning_moe.ops.validation import unsupported
 
 DownBias = Literal["exact", "fallback"]
 

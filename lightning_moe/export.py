@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_moe.adapters import export_checkpoint
+from lightning_moe.adapters.export import export_checkpoint
 
 
 def main(arguments: list[str] | None = None) -> None:

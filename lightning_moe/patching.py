@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lightning_moe.arguments import ChunkTokens, check_chunk_tokens
-from lightning_moe.contracts import ExpertsContract, is_registered, read_contract, read_flags, stock_forward
 from lightning_moe.discovery import (
     DOWN_BIAS,
     DownBias,
@@ -42,9 +40,18 @@ from lightning_moe.discovery import (
     unknown_parameters,
     weights_refusal,
 )
-from lightning_moe.experts import moe_experts
 from lightning_moe.health import LayerHealth
-from lightning_moe.lora import LowRank, active_adapters, adapter_fault, low_rank, merge, peft_refusal
+from lightning_moe.integrations.peft_experts import active_adapters, adapter_fault, low_rank, peft_refusal
+from lightning_moe.integrations.transformers_experts import (
+    ExpertsContract,
+    is_registered,
+    read_contract,
+    read_flags,
+    stock_forward,
+)
+from lightning_moe.ops.experts import moe_experts
+from lightning_moe.ops.low_rank import LowRank, merge
+from lightning_moe.ops.validation import ChunkTokens, check_chunk_tokens
 from lightning_moe.patch_report import APART, LayerReport, PatchReport
 
 IMPLEMENTATION = "gategrad"

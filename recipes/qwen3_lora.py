@@ -19,19 +19,19 @@ from types import MethodType
 from typing import Any, Literal, Self
 
 import torch
-from adapter_options import check_checkpoint, check_names, put_adapters, trained_products
-from attention import NAME as DOCUMENTS
-from base_model import apply_liger, build, check_memory, check_weights, describe_attention, read_config
-from checkpointing import Mode, enable_checkpointing
-from flops import model_flops
-from fsdp import check_strategy, shard
-from instruction_data import InstructionData
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import HalfPrecision
-from loss import Path as LossPath
-from loss import choose_path, losses
-from masters import Masters, by_name
+from lora.adapters import check_checkpoint, check_names, put_adapters, trained_products
+from lora.attention import NAME as DOCUMENTS
+from lora.base_model import apply_liger, build, check_memory, check_weights, describe_attention, read_config
+from lora.checkpointing import Mode, enable_checkpointing
+from lora.data import InstructionData
+from lora.flops import model_flops
+from lora.loss import Path as LossPath
+from lora.loss import choose_path, losses
+from lora.masters import Masters, by_name
+from lora.sharding import check_strategy, shard
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule

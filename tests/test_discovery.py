@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from models import experts_modules, gpt_oss, mixtral, qwen3, with_attention_lora
+from helpers.models import experts_modules, gpt_oss, mixtral, qwen3, with_attention_lora
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_moe import measure_moe_tape, patch_moe
-from lightning_moe.contracts import read_contract
 from lightning_moe.discovery import estimate_tape, find_moe_layers
-from lightning_moe.kernels import gelu_gated, gelu_tanh_gated, silu_gated
+from lightning_moe.integrations.transformers_experts import read_contract
+from lightning_moe.ops.grouped import gelu_gated, gelu_tanh_gated, silu_gated
 
 
 class HandWritten(nn.Module):

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from models import (
+from helpers.models import (
     experts_modules,
     gpt_oss,
     is_patched,

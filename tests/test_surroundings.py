@@ -5,10 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from lightning.pytorch.loggers import CSVLogger
-from models import (
+from helpers.models import (
     Tiny,
     experts_modules,
     gpt_oss,
@@ -19,7 +16,10 @@ from models import (
     with_attention_lora,
     with_expert_lora,
 )
-from reference import relative_error
+from helpers.reference import relative_error
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from torch.optim.swa_utils import AveragedModel
 from transformers import CompileConfig
 

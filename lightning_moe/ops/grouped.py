@@ -1,0 +1,285 @@
+"""The building blocks of the operation: grouped products, activation, activation backward, combine.
+
+Each function here is plain PyTorch and the reference of its kernel in triton_kernels.py. Which one runs is decided by
+the tensors' device and dtype and by the activation, call by call; nothing outside this file knows. None of them records
+anything on the autograd tape.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+# Rows that the plain paths gather, or recompute an activation for, at once.
+CHUNK_ROWS = 2**16
+# The narrower side up to which a sum of outer products is a kernel's work: a low rank's.
+NARROW = 256
+
+# Stands for the result of a kernel that did not run.
+NO_KERNEL = object()
+# Kernels that a launch has found too large for this process's GPU, by the launcher's name.
+_too_large: set[str] = set()
+
+
+def silu_gated(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of concatenated halves: (R, 2 I) to (R, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_gated(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` of concatenated halves: (R, 2 I) to (R, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_gated(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` of concatenated halves, gelu by its tanh approximation: (R, 2 I) to (R, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+# The activations that have kernels, by the name that the kernels know them by.
+FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gelu", gelu_tanh_gated: "gelu_tanh"}
+
+
+def product_tiles(rows: Tensor, offsets: Tensor, num_rows: int) -> Tensor | None:
+    """Where the tiles of `grouped_linear`'s kernel lie, to be made once for many products; None where none runs."""
+    if _kernels(rows) is None or not _has_tensor_memory_accelerator(rows.device):
+        return None
+    tiles = _launch("tiles", rows, offsets, num_rows)
+    return None if tiles is NO_KERNEL else tiles
+
+
+def grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    tiles: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    bias: tuple[Tensor, Tensor] | None = None,
+    absent: Tensor | None = None,
+) -> Tensor:
+    """Each row times its expert's weight: (R, out).
+
+    No product is written to, nor any view: selective activation checkpointing may have saved the one, and puts what it
+    saved in place of the other.
+
+    Args:
+        rows: (R, in), sorted by expert; or (T, in) where `tokens` says which of them each row is.
+        weight: (E, in, out), contiguous along one of the two sides; a transposed view or a slice will do.
+        offsets: (E,) int32, the end of each expert's rows.
+        tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
+        tiles: what `product_tiles` gave.
+        low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
+        bias: (E, out), and (R,) the expert of each row: its bias is added.
+        absent: (R,) bool, rows past the last offset, which the products leave unwritten: zeros are put there.
+    """
+    if tiles is not None:
+        out = _launch("grouped_linear", rows, rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
+        if out is not NO_KERNEL:
+            if bias is not None:
+                out += bias[0][bias[1]]
+            return out if absent is None else out.masked_fill_(absent[:, None], 0)
+    num_rows = (rows if tokens is None else tokens).shape[0]
+    chunk_rows = CHUNK_ROWS if tokens is not None or low_rank is not None or bias is not None else num_rows
+    out = None
+    for part, ends in _row_chunks(num_rows, offsets, chunk_rows):
+        product = F.grouped_mm(rows[part] if tokens is None else rows[tokens[part]], weight, offs=ends)
+        if low_rank is not None:
+            product = product + F.grouped_mm(low_rank[0][part], low_rank[1], offs=ends)
+        if bias is not None:
+            product = (product + bias[0][bias[1][part]]).to(product.dtype)
+        if absent is not None:
+            product = product.masked_fill(absent[part, None], 0)
+        if product.shape[0] == num_rows:
+            return product
+        out = rows.new_empty(num_rows, product.shape[1]) if out is None else out
+        out.index_copy_(0, torch.arange(part.start, part.stop, device=out.device), product)
+    assert out is not None
+    return out
+
+
+def grouped_outer(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    *,
+    left_tokens: Tensor | None = None,
+    right_tokens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum over each expert's rows of `left ⊗ right`: (E, P, Q); zeros for an expert with no row.
+
+    Args:
+        left: (R, P), sorted by expert; or (T, P) where `left_tokens` says which of them each row is.
+        right: (R, Q), or (T, Q) with `right_tokens`.
+        offsets: (E,) int32, the end of each expert's rows.
+        left_tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
+        right_tokens: the same for `right`.
+        out_dtype: of the result; that of the rows where it is None.
+    """
+    out_dtype = out_dtype or left.dtype
+    if min(left.shape[1], right.shape[1]) <= NARROW:
+        options = {"left_tokens": left_tokens, "right_tokens": right_tokens, "out_dtype": out_dtype}
+        out = _launch("grouped_outer", left, left, right, offsets, **options)
+        if out is not NO_KERNEL:
+            return out
+    if left_tokens is None and right_tokens is None:
+        return F.grouped_mm(left.t(), right, offs=offsets).to(out_dtype)
+    total: Tensor | None = None
+    for part, ends in _row_chunks((left if left_tokens is None else left_tokens).shape[0], offsets, CHUNK_ROWS):
+        lefts = left[part] if left_tokens is None else left[left_tokens[part]]
+        rights = right[part] if right_tokens is None else right[right_tokens[part]]
+        product = F.grouped_mm(lefts.t(), rights, offs=ends).to(out_dtype)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _row_chunks(num_rows: int, offsets: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of at most that many rows, at least one, with the ends of the experts' rows inside each."""
+    for start in range(0, max(num_rows, 1), max(chunk_rows, 1)):
+        size = min(chunk_rows, num_rows - start)
+        yield slice(start, start + size), (offsets - start).clamp(0, size).to(torch.int32)
+
+
+def grouped_sum(rows: Tensor, factors: Tensor, offsets: Tensor, *, tokens: Tensor | None = None) -> Tensor:
+    """Sum of each expert's rows, times a factor each, in a fixed order: (E, N) float32.
+
+    Args:
+        rows: (R, N), sorted by expert; or (T, N) where `tokens` says which of them each row is.
+        factors: (R, 1).
+        offsets: (E,) int32, the end of each expert's rows.
+        tokens: (R,) integer.
+    """
+    width = 16 // rows.element_size()  # the narrowest operand that grouped_mm takes
+    wide = factors.to(rows.dtype).repeat(1, width)
+    return grouped_outer(rows, wide, offsets, left_tokens=tokens, out_dtype=torch.float32)[..., 0]
+
+
+def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
+    """The activation of h, row by row: (R, N) to (R, I)."""
+    kind = FUSED_ACTIVATIONS.get(activation)
+    out: Any = _launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
+    return activation(pre_activation) if out is NO_KERNEL else out
+
+
+def activation_backward(
+    activation: Activation,
+    pre_activation: Tensor,
+    grad_unscaled: Tensor,
+    gates: Tensor,
+    *,
+    needs: Literal["a", "gated a"] | None = None,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Recomputes the activation a = act(h) and returns dh, the gates' inner product and, on request, a or g·a.
+
+    Args:
+        activation: (R, N) to (R, I), row by row.
+        pre_activation: h, (R, N).
+        grad_unscaled: da' = G W2, (R, I): the gradient of a without the gate. What `needs` asks for takes its memory.
+        gates: g, (R,).
+        needs: what the gradients of the down projection's weights take.
+        overwrite: whether dh may take h's memory.
+
+    Returns:
+        dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; what `needs` asks for (R, I), or None.
+    """
+    kind = FUSED_ACTIVATIONS.get(activation)
+    if kind:
+        tensors, options = (pre_activation, grad_unscaled, gates), {"needs": needs, "overwrite": overwrite}
+        out = _launch("gated_backward", pre_activation, *tensors, kind, **options)
+        if out is not NO_KERNEL:
+            return out
+    grad = pre_activation if overwrite else torch.empty_like(pre_activation)
+    inner = gates.new_empty(gates.shape[0], dtype=torch.float32)
+    for start in range(0, gates.shape[0], CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        with torch.enable_grad():
+            h = pre_activation[part].detach().requires_grad_()
+            activated = activation(h)
+        scale = gates[part].to(torch.float32).unsqueeze(-1)
+        grad_activated = (scale * grad_unscaled[part]).to(activated.dtype)
+        (grad_h,) = torch.autograd.grad(activated, h, grad_activated)
+        activated = activated.detach()
+        inner[part] = (activated.to(torch.float32) * grad_unscaled[part]).sum(-1)
+        if needs is not None:
+            grad_unscaled[part] = activated if needs == "a" else scale * activated
+        grad[part] = grad_h
+    return grad, inner, grad_unscaled if needs is not None else None
+
+
+def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, start: int = 0) -> None:
+    """Writes each token's sum over its slots, in float32 and a fixed order, without atomics.
+
+    Args:
+        rows: (S, C), sorted by expert.
+        inverse: (T, K), the sorted row of each (token, slot) pair.
+        gates: (T, K), multiplied in; None for a plain sum.
+        out: (T, C) or wider, written.
+        start: the first column that is written. Not a slice of `out`, in whose place selective activation checkpointing
+            may put one that it saved.
+    """
+    if _launch("combine", rows, rows, inverse, gates, out, start) is not NO_KERNEL:
+        return
+    total: Any = None
+    for slot, row in enumerate(inverse.unbind(1)):
+        picked = rows[row].to(torch.float32)
+        if gates is not None:
+            picked = picked * gates[:, slot, None].to(torch.float32)
+        total = picked if total is None else total + picked
+    if total.shape == out.shape:
+        out.copy_(total)
+    else:
+        columns = torch.arange(start, start + total.shape[1], device=out.device)
+        out.index_copy_(1, columns, total.to(out.dtype))
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("lightning_moe.ops.triton_kernels")
+
+
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels if they take this tensor: 16-bit floats on CUDA."""
+    runs = tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
+    return _triton_kernels() if runs else None
+
+
+def _launch(name: str, judged: Tensor, *args: Any, **options: Any) -> Any:
+    """What the launcher of that name returns; `NO_KERNEL` where plain code has to run.
+
+    That is where the kernels do not take the tensor `judged`, or the device is too small for this one: a launch that
+    fails so has written nothing, and is not tried again.
+    """
+    kernels = None if name in _too_large else _kernels(judged)
+    if kernels is None:
+        return NO_KERNEL
+    try:
+        return getattr(kernels, name)(*args, **options)
+    except kernels.TOO_LARGE as error:
+        _too_large.add(name)
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"The Triton kernel {name} does not fit this GPU; plain PyTorch runs instead. {reason}", stacklevel=3
+        )
+        return NO_KERNEL
+
+
+@cache
+def _has_tensor_memory_accelerator(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

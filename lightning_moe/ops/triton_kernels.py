@@ -1,0 +1,337 @@
+"""The Triton kernels behind grouped.py, which holds their plain PyTorch references and chooses between the two.
+
+Imported only where a kernel runs. Each launcher takes and returns what its reference does. R rows sorted by expert,
+E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit throughout.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# The tile of the grouped product: the fastest of those measured on an H100 at Qwen3-30B-A3B's shapes.
+BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 128, 256, 64
+NUM_WARPS, NUM_STAGES = 8, 4
+
+# What a launcher raises, before it has written anything, where the device is too small for its kernel.
+TOO_LARGE = (OutOfResources, PTXASError)
+
+
+@triton.jit
+def _tiles_kernel(offsets, tiles_out, num_experts, num_tiles, E2: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    every = tl.arange(0, E2)
+    ends = tl.load(offsets + every, mask=every < num_experts, other=0)
+    starts = tl.load(offsets + every - 1, mask=(every > 0) & (every < num_experts), other=0)
+    tiles = tl.where(every < num_experts, (ends - starts + BM - 1) // BM, 0)
+    last = tl.cumsum(tiles, 0)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    passed = (last[None, :] <= tile[:, None]) & (every < num_experts)[None, :]
+    expert = tl.sum(passed.to(tl.int32), 1)
+    # Rows before the expert's first tile, counted in whole tiles, differ from its first row.
+    shift = tl.where(every[None, :] == expert[:, None], (starts - (last - tiles) * BM)[None, :], 0)
+    mask = tile < num_tiles
+    tl.store(tiles_out + tile, tl.where(expert < num_experts, expert, -1), mask=mask)
+    tl.store(tiles_out + num_tiles + tile, tile * BM + tl.sum(shift, 1), mask=mask)
+
+
+@triton.jit
+def _grouped_linear_kernel(
+    rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles, num_tiles, offsets, row_stride,
+    out_stride, INNER: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr,
+    IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    COLUMN_TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
+    tile = tl.program_id(0) // COLUMN_TILES
+    column = tl.program_id(0) % COLUMN_TILES * BN
+    expert = tl.load(tiles + tile)
+    if expert < 0:
+        return
+    first_row = tl.load(tiles + num_tiles + tile)
+    row = first_row + tl.arange(0, BM)
+    valid = row < tl.load(offsets + expert)
+    inner = tl.arange(0, BK)
+    if GATHER:
+        token = tl.load(tokens + row, mask=valid, other=0).to(tl.int64)
+        pointers = rows + token[:, None] * row_stride + inner[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, INNER, BK):
+        if GATHER:
+            if INNER % BK == 0:
+                left = tl.load(pointers)
+            else:
+                left = tl.load(pointers, mask=(inner < INNER - k)[None, :], other=0.0)
+            pointers += BK
+        else:
+            left = rows_desc.load([first_row, k])
+        if IN_FIRST:
+            right = weight_desc.load([expert, k, column]).reshape(BK, BN)
+        else:
+            right = weight_desc.load([expert, column, k]).reshape(BN, BK).T
+        total = tl.dot(left, right, total)
+    if RANK > 0:  # a loop of no turns is compiled too
+        for k in range(0, RANK, BR):
+            left = small_desc.load([first_row, k])
+            if FACTOR_IN_FIRST:
+                right = factor_desc.load([expert, k, column]).reshape(BR, BN)
+            else:
+                right = factor_desc.load([expert, column, k]).reshape(BN, BR).T
+            total = tl.dot(left, right, total)
+    columns = column + tl.arange(0, BN)
+    target = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])
+
+
+def tiles(offsets: Tensor, num_rows: int) -> Tensor:
+    """The expert and the first row of each tile of the grouped product, (2, tiles) int32; expert -1 for a spare one."""
+    num_experts = offsets.shape[0]
+    num_tiles = num_rows // BLOCK_ROWS + num_experts
+    out = offsets.new_empty(2, num_tiles)
+    width = triton.next_power_of_2(num_experts)
+    grid = (triton.cdiv(num_tiles, 32),)
+    _tiles_kernel[grid](offsets, out, num_experts, num_tiles, width, BLOCK_ROWS, 32, num_warps=4)
+    return out
+
+
+def _block(width: int, most: int) -> int:
+    """A tile's width for that many columns: a power of two that tl.dot takes."""
+    return min(max(triton.next_power_of_2(width), 16), most)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on the device."""
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _num_stages(block_columns: int, shared_memory: int) -> int:
+    """How many stages the grouped product's pipeline has, where a block may have so many bytes of shared memory.
+
+    A stage is the 16-bit tiles of both operands. GPUs with less shared memory than Hopper and its successor for data
+    centers multiply from registers, where one stage's tiles are: there is one stage more than fits.
+    """
+    stage = 2 * BLOCK_INNER * (BLOCK_ROWS + block_columns)
+    return min(NUM_STAGES, shared_memory // stage + 1)
+
+
+def _weight_descriptor(weight: Tensor, inner: int, columns: int) -> tuple[TensorDescriptor, bool]:
+    """Of an (E, in, out) view, in blocks of that many of either side; and whether `out` is the contiguous one."""
+    in_first = weight.stride(2) == 1
+    block = [1, inner, columns]
+    if not in_first:
+        weight, block = weight.mT, [1, columns, inner]
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block), in_first
+
+
+def grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
+    (_, inner, columns), num_tiles = weight.shape, tiles.shape[1]
+    out = rows.new_empty(num_rows, columns)
+    if num_rows == 0:
+        return out
+    block_columns = _block(columns, BLOCK_COLUMNS)
+    weight_desc, in_first = _weight_descriptor(weight, BLOCK_INNER, block_columns)
+    # Each descriptor is encoded anew at each launch, by the host: none that the kernel does not read.
+    rows_desc = small_desc = factor_desc = None
+    factor_in_first, rank, block_rank = True, 0, 16
+    if tokens is None:
+        rows_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [BLOCK_ROWS, BLOCK_INNER])
+    if low_rank is not None:
+        small, factor = low_rank
+        rank, block_rank = small.shape[1], _block(small.shape[1], BLOCK_INNER)
+        small_desc = TensorDescriptor(small, list(small.shape), list(small.stride()), [BLOCK_ROWS, block_rank])
+        factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
+    grid = (num_tiles * triton.cdiv(columns, block_columns),)
+    _grouped_linear_kernel[grid](
+        rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
+        num_tiles, offsets, rows.stride(0), out.stride(0), inner, columns, rank, tokens is not None, in_first,
+        factor_in_first, BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank,
+        num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2,
+        num_stages=_num_stages(block_columns, _shared_memory(rows.device)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _grouped_outer_kernel(
+    wide, tokens, narrow, out, offsets, wide_stride, narrow_stride, out_expert, out_wide, out_narrow, WIDE, NARROW,
+    GATHER: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    column = tl.program_id(0) * BW + tl.arange(0, BW)
+    small = tl.program_id(2) * BN + tl.arange(0, BN)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((BW, BN), tl.float32)
+    for first in range(start, end, BR):
+        row = first + tl.arange(0, BR)
+        valid = row < end
+        source = tl.load(tokens + row, mask=valid, other=0).to(tl.int64) if GATHER else row.to(tl.int64)
+        left = tl.load(
+            wide + source[:, None] * wide_stride + column[None, :],
+            mask=valid[:, None] & (column < WIDE)[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            narrow + row.to(tl.int64)[:, None] * narrow_stride + small[None, :],
+            mask=valid[:, None] & (small < NARROW)[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(left.T, right, total)
+    target = out + expert.to(tl.int64) * out_expert + column[:, None] * out_wide + small[None, :] * out_narrow
+    tl.store(target, total.to(out.dtype.element_ty), mask=(column < WIDE)[:, None] & (small < NARROW)[None, :])
+
+
+def grouped_outer(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    *,
+    left_tokens: Tensor | None,
+    right_tokens: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = left.new_empty(offsets.shape[0], left.shape[1], right.shape[1], dtype=out_dtype)
+    wide, narrow, tokens, view = left, right, left_tokens, out
+    if right_tokens is not None or (left_tokens is None and left.shape[1] < right.shape[1]):
+        assert left_tokens is None, "the kernel gathers one side's rows"
+        wide, narrow, tokens, view = right, left, right_tokens, out.mT
+    num_experts, width, rank = view.shape
+    block = _block(rank, 64)
+    grid = (triton.cdiv(width, 128), num_experts, triton.cdiv(rank, block))
+    _grouped_outer_kernel[grid](
+        wide, offsets if tokens is None else tokens, narrow, view, offsets, wide.stride(0), narrow.stride(0),
+        *view.stride(), width, rank, tokens is not None, 128, block, 64, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _activation(gate, KIND: tl.constexpr):
+    """The activation of the gate half and its derivative, float32."""
+    if KIND == "silu":
+        sigmoid = tl.sigmoid(gate)
+        value = gate * sigmoid
+        slope = sigmoid + value * (1 - sigmoid)
+    elif KIND == "gelu":
+        cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        value = gate * cdf
+        slope = cdf + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    else:
+        cubic = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        tanh = 2 * tl.sigmoid(2 * cubic) - 1
+        value = 0.5 * gate * (1 + tanh)
+        rise = 0.7978845608028654 * (1 + 0.134145 * gate * gate)
+        slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * rise
+    return value, slope
+
+
+@triton.jit
+def _gated_kernel(pre, out, num_rows, I: tl.constexpr, KIND: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr):
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    wide = row.to(tl.int64)[:, None]
+    for i in tl.static_range(0, I, BI):
+        column = i + tl.arange(0, BI)[None, :]
+        mask = (row < num_rows)[:, None] & (column < I)
+        gate = tl.load(pre + wide * (2 * I) + column, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pre + wide * (2 * I) + I + column, mask=mask, other=0.0).to(tl.float32)
+        value, _ = _activation(gate, KIND)
+        tl.store(out + wide * I + column, (value * up).to(out.dtype.element_ty), mask=mask)
+
+
+def gated(pre_activation: Tensor, kind: str) -> Tensor:
+    num_rows, width = pre_activation.shape
+    out = pre_activation.new_empty(num_rows, width // 2)
+    if num_rows:
+        block = min(1024, triton.next_power_of_2(width // 2))
+        _gated_kernel[(triton.cdiv(num_rows, 4),)](pre_activation, out, num_rows, width // 2, kind, 4, block)
+    return out
+
+
+@triton.jit
+def _gated_backward_kernel(
+    grad, pre, grad_pre, gates, inner, num_rows, I: tl.constexpr, KIND: tl.constexpr, NEEDS: tl.constexpr,
+    BR: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    valid = row < num_rows
+    wide = row.to(tl.int64)[:, None]
+    scale = tl.load(gates + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+    dot = tl.zeros((BR,), tl.float32)
+    for i in tl.static_range(0, I, BI):
+        column = i + tl.arange(0, BI)[None, :]
+        mask = valid[:, None] & (column < I)
+        source = pre + wide * (2 * I) + column
+        gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(source + I, mask=mask, other=0.0).to(tl.float32)
+        unscaled = tl.load(grad + wide * I + column, mask=mask, other=0.0).to(tl.float32)
+        value, slope = _activation(gate, KIND)
+        activated = value * up
+        dot += tl.sum(activated * unscaled, 1)
+        through = unscaled * scale
+        target = grad_pre + wide * (2 * I) + column
+        tl.store(target, (through * up * slope).to(grad_pre.dtype.element_ty), mask=mask)
+        tl.store(target + I, (through * value).to(grad_pre.dtype.element_ty), mask=mask)
+        if NEEDS is not None:
+            kept = activated if NEEDS == "a" else activated * scale
+            tl.store(grad + wide * I + column, kept.to(grad.dtype.element_ty), mask=mask)
+    tl.store(inner + row, dot, mask=valid)
+
+
+def gated_backward(
+    pre_activation: Tensor, grad_unscaled: Tensor, gates: Tensor, kind: str, *, needs: str | None, overwrite: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    num_rows, intermediate = grad_unscaled.shape
+    grad = pre_activation if overwrite else torch.empty_like(pre_activation)
+    inner = grad.new_empty(num_rows, dtype=torch.float32)
+    if num_rows:
+        block = min(1024, triton.next_power_of_2(intermediate))
+        _gated_backward_kernel[(triton.cdiv(num_rows, 2),)](
+            grad_unscaled, pre_activation, grad, gates, inner, num_rows, intermediate, kind, needs, 2, block,
+            num_warps=8,
+        )  # fmt: skip
+    return grad, inner, grad_unscaled if needs else None
+
+
+@triton.jit
+def _combine_kernel(
+    rows, inverse, gates, out, num_tokens, start, columns, row_stride, out_stride,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    valid = token < num_tokens
+    mask = valid[:, None] & (column < columns)
+    total = tl.zeros((BT, BC), tl.float32)
+    for slot in tl.static_range(K):
+        pair = token.to(tl.int64) * K + slot
+        row = tl.load(inverse + pair, mask=valid, other=0).to(tl.int64)
+        value = tl.load(rows + row[:, None] * row_stride + column, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(gates + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
+        total += value
+    target = out + token.to(tl.int64)[:, None] * out_stride + start + column
+    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+
+
+def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, start: int = 0) -> None:
+    (num_tokens, top_k), columns = inverse.shape, rows.shape[1]
+    if num_tokens == 0:
+        return
+    block = min(512, triton.next_power_of_2(columns))
+    grid = (triton.cdiv(num_tokens, 4), triton.cdiv(columns, block))
+    _combine_kernel[grid](
+        rows, inverse, rows if gates is None else gates, out, num_tokens, start, columns, rows.stride(0),
+        out.stride(0), top_k, gates is not None, 4, block,
+    )  # fmt: skip

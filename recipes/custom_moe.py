@@ -1,0 +1,57 @@
+"""A mixture of experts of one's own, in twenty lines of PyTorch around `moe_experts`.
+
+    python recipes/custom_moe.py        trains one for a few seconds on a CPU
+
+Nothing is patched here and no callback is needed: `moe_experts` is differentiable by itself. Experts that are a class
+of their own, whose forward is to stay what runs elsewhere, are registered instead, and the callback patches them:
+
+    register_experts(MyExperts)      # forward(hidden_states, top_k_index, top_k_weights), see its docstring
+    Trainer(callbacks=[MoEGateGradCallback(audit_every_n_steps=100)])
+"""
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from lightning_moe import moe_experts
+
+
+class OwnMoE(nn.Module):
+    """Routes each token to its `top_k` best experts of `num_experts`: (..., hidden) to (..., hidden)."""
+
+    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.router = nn.Linear(hidden, num_experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * intermediate, hidden) / hidden**0.5)
+        self.down_proj = nn.Parameter(torch.randn(num_experts, hidden, intermediate) / intermediate**0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gates, experts = self.router(tokens).softmax(-1).topk(self.top_k)
+        gates = gates / gates.sum(-1, keepdim=True)
+        return moe_experts(tokens, experts, gates, self.gate_up_proj, self.down_proj).view_as(hidden_states)
+
+
+def main() -> None:
+    """Trains the module to be another one."""
+    torch.manual_seed(0)
+    teacher, student = OwnMoE(64, 32, 8, 2), OwnMoE(64, 32, 8, 2)
+    student.router.load_state_dict(teacher.router.state_dict())
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    losses = []
+    for _ in track(range(100), "training"):
+        inputs = torch.randn(256, 64)
+        with torch.no_grad():
+            target = teacher(inputs)
+        loss = nn.functional.mse_loss(student(inputs), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"loss, step 1 -> {len(losses)}: {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+if __name__ == "__main__":
+    main()

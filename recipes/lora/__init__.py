@@ -1,0 +1,1 @@
+"""The parts of qwen3_lora.py."""

@@ -1,0 +1,178 @@
+"""The base model: whether there is room for it, and how it comes onto the device without a second copy on the host."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import psutil
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lora.attention import NAME as DOCUMENTS
+from lora.attention import check_config, kernel_of, register
+
+GIB = 2**30
+WEIGHTS = ("*.safetensors", "*.json")
+
+# Fields that Qwen3MoeConfig reads without a declaration.
+TAKEN_TOO = ("head_dim", "rope_theta", "rope_scaling")
+
+# What a GPU process takes beside tensors: its context, cuBLAS workspaces, the allocator's rounding.
+CONTEXT_BYTES = GIB
+
+
+def read_config(name: str | None, architecture: dict[str, Any]) -> Qwen3MoeConfig:
+    """The configuration of a pretrained model, or of a random one.
+
+    Args:
+        name: a hub name or a folder; None for a random model.
+        architecture: fields of `Qwen3MoeConfig`, for a random model.
+
+    Raises:
+        ValueError: where there is no such model, it is not a Qwen3-MoE, or a field is none of Qwen3MoeConfig's.
+    """
+    if name is None:
+        known = {*Qwen3MoeConfig().to_dict(), *Qwen3MoeConfig.attribute_map, *TAKEN_TOO}
+        if unknown := sorted(architecture.keys() - known):
+            raise ValueError(f"model.architecture has {', '.join(unknown)}, which Qwen3MoeConfig does not know")
+        return Qwen3MoeConfig(**architecture)
+    try:
+        config = Qwen3MoeConfig.get_config_dict(name)[0]
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"model.name {name!r} is neither a folder with a config.json nor a model that the hub gives: {error}. "
+            "Give a folder with the weights, or train without them: --model.init random"
+        ) from error
+    if config.get("model_type") != "qwen3_moe":
+        raise ValueError(f"model.name {name!r} is of type {config.get('model_type')!r}; this recipe trains qwen3_moe")
+    return Qwen3MoeConfig.from_dict(config)
+
+
+def check_weights(name: str) -> None:
+    """Whether a folder is complete, or the disk has room for what the hub would send.
+
+    Raises:
+        ValueError: naming the files that are missing, or the bytes that are wanted and free.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        index = folder / "model.safetensors.index.json"
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        if other := sorted(file for file in files if not file.endswith(".safetensors")):
+            raise ValueError(f"{index} names {other[0]}: only safetensors are read, whose loading runs no code")
+        missing = sorted(file for file in files if not (folder / file).is_file() or not (folder / file).stat().st_size)
+        if missing:
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ValueError(f"{folder} lacks weights: {listed}. Copy the model again, or give another model.name")
+        return
+    try:
+        files_ = huggingface_hub.snapshot_download(name, allow_patterns=list(WEIGHTS), dry_run=True)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"model.name {name!r} is no folder, and the hub does not say how large it is ({type(error).__name__}): "
+            "connect to it, give a folder with the weights, or train without them: --model.init random"
+        ) from error
+    wanted = sum(file.file_size or 0 for file in files_ if file.will_download)  # type: ignore[union-attr]
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if wanted > free:
+        raise ValueError(
+            f"{name!r} would download {wanted / GIB:.1f} GiB and {cache} has {free / GIB:.1f} GiB free: "
+            "make room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+def check_memory(config: Qwen3MoeConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether the weights fit the device.
+
+    Raises:
+        ValueError: with the bytes that are wanted and free.
+    """
+    with torch.device("meta"):
+        num_parameters = Qwen3MoeForCausalLM(config).num_parameters()
+    wanted = num_parameters * dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - CONTEXT_BYTES
+    else:
+        free = psutil.virtual_memory().available
+    if wanted > free:
+        raise ValueError(
+            f"the weights take {wanted / GIB:.1f} GiB ({num_parameters / 1e9:.2f} billion parameters in {dtype}) and "
+            f"{device} has {free / GIB:.1f} GiB free: end what else runs there, take a larger device, "
+            "or train a smaller model"
+        )
+
+
+def build(
+    name: str | None, config: Qwen3MoeConfig, dtype: torch.dtype, device: torch.device, attention: str, init_seed: int
+) -> Qwen3MoeForCausalLM:
+    """The model, made or read shard by shard on its device.
+
+    Args:
+        name: a hub name or a folder; None for random weights.
+        config: its configuration.
+        dtype: of the weights.
+        device: where they go.
+        attention: a name that Transformers knows, or `documents`.
+        init_seed: of random weights; the run's own random state stays as it is.
+
+    Raises:
+        ValueError: where the attention does not do what the model's own does.
+    """
+    if attention == DOCUMENTS:
+        check_config(config)
+        register()
+    if name is not None:
+        return Qwen3MoeForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map={"": device}, attn_implementation=attention, use_safetensors=True
+        )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(init_seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def apply_liger(model: Qwen3MoeForCausalLM, wanted: bool | None) -> str:
+    """Puts Liger's RMSNorm and rotary embedding into the model; its experts stay as they are.
+
+    Args:
+        model: on its device.
+        wanted: None for wherever it can be had.
+
+    Returns:
+        What became of it, for the summary.
+
+    Raises:
+        ValueError: where it is wanted and cannot be had.
+    """
+    obstacle = None
+    if model.device.type != "cuda":
+        obstacle = "they need a GPU"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        obstacle = "liger-kernel is not installed"
+    if wanted and obstacle:
+        raise ValueError(f"model.liger asks for Liger's kernels: {obstacle}. Leave the option out, or: "
+                         'pip install "liger-kernel>=0.8"')  # fmt: skip
+    if obstacle or wanted is False:
+        return f"stock ({obstacle or 'as asked'})"
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+    # swiglu=True would rebind the experts' forward, and go past every experts implementation.
+    apply_liger_kernel_to_qwen3_moe(
+        rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, model=model
+    )
+    return "Liger"
+
+
+def describe_attention(model: Qwen3MoeForCausalLM) -> str:
+    """The attention implementation, and the kernel that PyTorch takes for it."""
+    name = model.config._attn_implementation
+    if name not in (DOCUMENTS, "sdpa"):
+        return name
+    config = model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    tensors = [torch.empty(1, n, 256, config.head_dim, dtype=model.dtype, device=model.device) for n in heads]
+    return f"{name} ({kernel_of(*tensors).name.removesuffix('_ATTENTION').lower()})"

@@ -1,0 +1,158 @@
+"""Each kernel, compiled as its launcher launches it, for GPUs that are not here: does a block have room for it?
+
+A process of its own compiles: that kernels are interpreted, as the other tests have them, is settled at their import.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "lightning_moe" / "ops" / "triton_kernels.py"
+# Bytes of shared memory that a block may have, by compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TENSOR_MEMORY = 512  # columns; on capability 10 only
+
+
+def launches(kernels, torch, *, has_grouped_linear):
+    """Calls of each launcher for every shape class, layout, dtype and option, with tensors that have no memory."""
+    bf16, fp16, fp32, int32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+    empty = partial(torch.empty, device="meta")
+    num_rows, num_tokens, top_k, num_experts = 4096, 512, 8, 128
+    offsets, tokens = empty(num_experts, dtype=int32), empty(num_rows, dtype=torch.int64)
+
+    def factor(inner, columns, in_first, dtype):
+        made = empty(num_experts, *((inner, columns) if in_first else (columns, inner)), dtype=dtype)
+        return made if in_first else made.mT
+
+    def linear(gather, in_first, factor_in_first=True, *, inner=2048, columns=1536, rank=0, dtype=bf16):
+        rows, weight = empty(num_rows, inner, dtype=dtype), factor(inner, columns, in_first, dtype)
+        low_rank = (empty(num_rows, rank, dtype=dtype), factor(rank, columns, factor_in_first, dtype)) if rank else None
+        tiles = empty(2, 160, dtype=int32)
+        return partial(
+            kernels.grouped_linear, rows, weight, offsets, tiles, tokens=tokens if gather else None, low_rank=low_rank
+        )
+
+    def outer(gather, wide_first, rank=64, *, dtype=bf16, out_dtype=fp32):
+        wide, narrow = empty(num_tokens if gather else num_rows, 2048, dtype=dtype), empty(num_rows, rank, dtype=dtype)
+        picked = tokens if gather else None
+        if wide_first:
+            call = partial(kernels.grouped_outer, wide, narrow, offsets, left_tokens=picked, right_tokens=None)
+        else:
+            call = partial(kernels.grouped_outer, narrow, wide, offsets, left_tokens=None, right_tokens=picked)
+        return partial(call, out_dtype=out_dtype)
+
+    def gated_backward(kind, needs, dtype):
+        h, grad, gates = empty(num_rows, 1536, dtype=dtype), empty(num_rows, 768, dtype=dtype), empty(num_rows)
+        return partial(kernels.gated_backward, h, grad, gates, kind, needs=needs, overwrite=True)
+
+    def combine(weighted, columns, dtype, out_dtype):
+        gates = empty(num_tokens, top_k, dtype=dtype) if weighted else None
+        inverse, out = empty(num_tokens, top_k, dtype=int32), empty(num_tokens, columns, dtype=out_dtype)
+        return partial(kernels.combine, empty(num_rows, columns, dtype=dtype), inverse, gates, out)
+
+    if has_grouped_linear:
+        for gather, in_first in product([True, False], repeat=2):
+            yield linear(gather, in_first)
+            yield linear(gather, in_first, columns=16, dtype=fp16)
+            yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
+        for columns in (32, 64, 128):
+            yield linear(True, False, columns=columns)
+            yield linear(False, True, columns=columns, dtype=fp16)
+        for rank in (16, 32):
+            yield linear(True, False, True, rank=rank)
+            yield linear(False, True, False, rank=rank, dtype=fp16)
+        yield linear(True, False, inner=72)  # the last step's loads are masked
+        yield partial(kernels.tiles, offsets, num_rows)
+    for gather, wide_first in product([True, False], repeat=2):
+        yield outer(gather, wide_first)
+        yield outer(gather, wide_first, rank=8 if wide_first else 32, dtype=fp16, out_dtype=fp16)
+    for kind, dtype in [("silu", bf16), ("silu", fp16), ("gelu", bf16), ("gelu_tanh", fp16)]:
+        yield partial(kernels.gated, empty(num_rows, 1536, dtype=dtype), kind)
+    for needs in (None, "a", "gated a"):
+        yield gated_backward("silu", needs, bf16)
+    yield gated_backward("gelu", "gated a", bf16)
+    yield gated_backward("gelu_tanh", "a", fp16)
+    yield combine(True, 2048, bf16, bf16)
+    yield combine(False, 2048, fp16, fp32)
+    yield combine(True, 64, fp16, fp16)
+
+
+def compile_offline(capability, shared_memory, num_launches):
+    """Prints the kernel and what it takes of the device for each of the launches.
+
+    The launchers are told that a block may have so much shared memory.
+    """
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": shared_memory}),
+    )
+
+    def launcher(kernel, grid):
+        def compile_only(*args, **options):
+            made = kernel.warmup(*args, grid=grid, **options)
+            assert made.asm["cubin"]
+            constants = {kernel.arg_names[at]: value for (at, *_), value in made.src.constants.items()}
+            print(json.dumps([kernel.__name__, str(constants), made.metadata.shared, made.metadata.tmem_size or 0]))
+
+        return compile_only
+
+    triton.runtime.driver.set_active(device)
+    triton.JITFunction.__getitem__ = launcher
+    spec = importlib.util.spec_from_file_location("triton_kernels", KERNELS)  # alone it is imported sooner
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    for launch in islice(launches(kernels, torch, has_grouped_linear=capability >= 90), num_launches):
+        launch()
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    """Has the launches compiled, all of them or the first few: kernel, constants, shared and tensor memory of each."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def run(capability, shared_memory, num_launches=None):
+        command = [sys.executable, __file__, json.dumps([capability, shared_memory, num_launches])]
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+def too_large(made, capability):
+    return [launch for launch in made if launch[2] > LIMITS[capability] or launch[3] > TENSOR_MEMORY]
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+def test_every_kernel_fits(capability, compiled):
+    made = compiled(capability, LIMITS[capability])
+    assert not too_large(made, capability)
+    kernels = set(re.findall(r"^def (\w+_kernel)\(", KERNELS.read_text(), re.MULTILINE))
+    if capability < 90:  # descriptors are loaded from capability 9.0 on
+        kernels -= {"_tiles_kernel", "_grouped_linear_kernel"}
+    assert {kernel for kernel, *_ in made} == kernels
+
+
+def test_a_tile_that_is_too_large_is_seen(compiled):
+    """The grouped product's tile on Hopper does not fit capability 12."""
+    assert too_large(compiled(120, LIMITS[90], num_launches=1), 120)
+
+
+if __name__ == "__main__":
+    compile_offline(*json.loads(sys.argv[1]))

@@ -1,0 +1,312 @@
+"""Each Triton kernel against its plain PyTorch reference: on a GPU if there is one, else interpreted on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.reference import make_problem, relative_error, run, run_loop, run_stock
+
+from lightning_moe.ops import grouped as kernels
+from lightning_moe.ops.grouped import FUSED_ACTIVATIONS
+
+errors = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
+triton_kernels = pytest.importorskip("lightning_moe.ops.triton_kernels", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's matrix product does not read bfloat16.
+DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16, torch.float32]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+# Ends of six experts' rows: odd sizes with empty experts, one huge expert, a single row, none.
+ROUTINGS = {
+    "odd": [0, 3, 140, 140, 421, 421],
+    "huge": [0, 0, 700, 700, 700, 701],
+    "one": [0, 0, 0, 1, 1, 1],
+    "none": [0] * 6,
+}
+
+
+# Bytes of shared memory that a block may have.
+HOPPER, CONSUMER = 232_448, 101_376
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(monkeypatch):
+    """The interpreter has no device to ask."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device: HOPPER)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def ends(name):
+    return torch.tensor(ROUTINGS[name], dtype=torch.int32, device=DEVICE)
+
+
+def plain(name):
+    """The reference: the function in kernels.py with its kernels out of reach."""
+
+    def call(*args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_kernels", lambda tensor: None)
+            return getattr(kernels, name)(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_tiles_cover_each_row_once(routing):
+    num_rows = ROUTINGS[routing][-1]
+    expert, row = triton_kernels.tiles(ends(routing), num_rows)
+    starts, rows = [0, *ROUTINGS[routing]], []
+    for e, first in zip(expert.tolist(), row.tolist(), strict=True):
+        if e >= 0:
+            last = min(first + triton_kernels.BLOCK_ROWS, ROUTINGS[routing][e])
+            assert starts[e] <= first < last
+            rows.extend(range(first, last))
+    assert sorted(rows) == list(range(num_rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("in_first", [True, False])
+@pytest.mark.parametrize(("inner", "columns"), [(72, 40), (64, 264), (136, 256)])
+def test_grouped_linear(dtype, routing, in_first, inner, columns):
+    offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
+    tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
+    weight = weight if in_first else weight.mT.contiguous().mT
+    tiles = triton_kernels.tiles(offsets, num_rows)
+    expected = plain("grouped_linear")(source[tokens], weight, offsets)
+    gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=tokens)
+    given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles)
+    part = weight[..., 8:24]
+    narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles)
+    assert gathered.shape == expected.shape
+    assert torch.equal(gathered, given)
+    if num_rows:
+        assert relative_error(gathered, expected) <= TOLERANCE[dtype]
+        assert relative_error(narrow, expected[:, 8:24]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("rank", [8, 24, 72])
+@pytest.mark.parametrize("in_first", [True, False])
+def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
+    offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
+    rows, weight = normal(num_rows, 72, dtype=dtype), normal(6, 72, 264, dtype=dtype, seed=1)
+    small, factor = normal(num_rows, rank, dtype=dtype, seed=2), normal(6, rank, 264, dtype=dtype, seed=3)
+    factor = factor if in_first else factor.mT.contiguous().mT
+    tiles = triton_kernels.tiles(offsets, num_rows)
+    result = triton_kernels.grouped_linear(rows, weight, offsets, tiles, low_rank=(small, factor))
+    part = triton_kernels.grouped_linear(rows, weight[..., 128:], offsets, tiles, low_rank=(small, factor[..., 128:]))
+    reduced = triton_kernels.grouped_linear(small, factor[..., :16], offsets, tiles)
+    if num_rows:
+        expected = plain("grouped_linear")(rows, weight, offsets) + plain("grouped_linear")(small, factor, offsets)
+        assert relative_error(result, expected) <= 2 * TOLERANCE[dtype]
+        assert relative_error(part, expected[:, 128:]) <= 2 * TOLERANCE[dtype]
+        assert relative_error(plain("grouped_linear")(rows, weight, offsets), expected) > 0.1
+        assert relative_error(reduced, plain("grouped_linear")(small, factor[..., :16], offsets)) <= TOLERANCE[dtype]
+
+
+def test_stages_by_shared_memory():
+    stages = {limit: [triton_kernels._num_stages(2**n, limit) for n in range(4, 9)] for limit in (HOPPER, CONSUMER)}
+    assert stages == {HOPPER: [4] * 5, CONSUMER: [4, 4, 4, 4, 3]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_first", [True, False])
+@pytest.mark.parametrize("columns", [128, 264])
+def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, monkeypatch):
+    offsets, num_rows, inner = ends("odd"), ROUTINGS["odd"][-1], 328  # more steps than there are stages
+    tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
+    weight = weight if in_first else weight.mT.contiguous().mT
+    low_rank = normal(num_rows, 72, dtype=dtype, seed=2), normal(6, 72, columns, dtype=dtype, seed=3)
+    tiles = triton_kernels.tiles(offsets, num_rows)
+    given = []
+    for limit in (HOPPER, CONSUMER):
+        monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device, limit=limit: limit)
+        for rows, picked in [(source, tokens), (source[tokens], None)]:
+            given.append(triton_kernels.grouped_linear(rows, weight, offsets, tiles, tokens=picked, low_rank=low_rank))
+    expected = plain("grouped_linear")(source[tokens], weight, offsets, low_rank=low_rank)
+    assert all(torch.equal(result, given[0]) for result in given)
+    assert relative_error(given[0], expected) <= 2 * TOLERANCE[dtype]
+    assert relative_error(given[0].roll(1, 0), expected) > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("width", "rank"), [(40, 8), (264, 72), (16, 64)])
+def test_grouped_outer(dtype, routing, width, rank):
+    offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
+    tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    source, small = normal(50, width, dtype=dtype), normal(num_rows, rank, dtype=dtype, seed=1)
+    rows = source[tokens]
+    options = {"left_tokens": None, "right_tokens": None, "out_dtype": torch.float32}
+    gathered = triton_kernels.grouped_outer(source, small, offsets, **options | {"left_tokens": tokens})
+    turned = triton_kernels.grouped_outer(small, source, offsets, **options | {"right_tokens": tokens})
+    given = triton_kernels.grouped_outer(rows, small, offsets, **options)
+    narrow = triton_kernels.grouped_outer(small, rows, offsets, **options | {"out_dtype": dtype})
+    expected = torch.stack([
+        rows[start:end].double().T @ small[start:end].double()
+        for start, end in zip([0, *ROUTINGS[routing]], ROUTINGS[routing], strict=False)
+    ])  # fmt: skip
+    for result in (gathered, turned.mT, given):
+        assert result.dtype == torch.float32
+        assert result.shape == expected.shape
+        if num_rows:
+            assert relative_error(result, expected) <= 1e-6
+    if num_rows:
+        assert relative_error(narrow.mT, expected) <= TOLERANCE[dtype]
+        assert relative_error(given.roll(1, 0), expected) > 0.1
+    else:
+        assert not gathered.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 37])
+@pytest.mark.parametrize("intermediate", [24, 128, 1100])
+@pytest.mark.parametrize("activation", FUSED_ACTIVATIONS)
+def test_gated_and_its_backward(dtype, num_rows, intermediate, activation):
+    kind = FUSED_ACTIVATIONS[activation]
+    h, grad = normal(num_rows, 2 * intermediate, dtype=dtype), normal(num_rows, intermediate, dtype=dtype, seed=1)
+    gates = normal(num_rows, seed=2)
+    exact = h.double().requires_grad_()
+    activated = activation(exact)
+    scale = gates.double()[:, None]
+    (grad_h,) = torch.autograd.grad(activated, exact, scale * grad.double())
+    expected = [activated, grad_h, (activated * grad.double()).sum(1), scale * activated]
+    results = [triton_kernels.gated(h, kind)]
+    bare = triton_kernels.gated_backward(h, grad, gates, kind, needs=None, overwrite=False)
+    ungated = triton_kernels.gated_backward(h, grad.clone(), gates, kind, needs="a", overwrite=False)
+    results += triton_kernels.gated_backward(h, grad, gates, kind, needs="gated a", overwrite=True)
+    assert bare[2] is None
+    assert torch.equal(ungated[2], results[0])
+    assert results[3].data_ptr() == grad.data_ptr()
+    assert torch.equal(bare[0], results[1])
+    assert torch.equal(bare[1], results[2])
+    assert results[1].data_ptr() == h.data_ptr()
+    assert results[2].dtype == torch.float32
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.shape == wanted.shape
+        if num_rows:
+            assert relative_error(result, wanted.detach()) <= TOLERANCE[dtype]
+            assert relative_error(torch.zeros_like(result), wanted.detach()) > TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("num_tokens", "top_k", "columns"), [(0, 2, 8), (1, 1, 8), (37, 3, 40), (5, 8, 1100)])
+def test_combine(dtype, weighted, num_tokens, top_k, columns):
+    rows, gates = normal(num_tokens * top_k, columns, dtype=dtype), normal(num_tokens, top_k, seed=1)
+    inverse = torch.randperm(num_tokens * top_k, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    inverse = inverse.view(num_tokens, top_k)
+    wide = torch.full((num_tokens, columns + 8), float("nan"), dtype=dtype, device=DEVICE)
+    expected = torch.empty(num_tokens, columns, dtype=torch.float32, device=DEVICE)
+    plain("combine")(rows.float(), inverse, gates if weighted else None, expected)
+    triton_kernels.combine(rows, inverse, gates if weighted else None, wide[:, 8:])
+    if num_tokens:
+        assert relative_error(wide[:, 8:], expected) <= TOLERANCE[dtype]
+        if num_tokens > 1:  # permuted rows are seen
+            assert relative_error(wide[:, 8:].roll(1, 0), expected) > TOLERANCE[dtype]
+    assert wide[:, :8].isnan().all()
+
+
+def test_plain_silu_is_the_reference_of_the_fused_one():
+    h = normal(3, 16)
+    assert torch.equal(plain("activate")(kernels.silu_gated, h), F.silu(h[:, :8]) * h[:, 8:])
+
+
+@pytest.fixture
+def whole_operation(monkeypatch):
+    """Has the operation run on the kernels wherever the tensors are; memory that nobody wrote is NaN."""
+    plain = torch.Tensor.new_empty
+
+    def spoiled(self, *size, **options):
+        made = plain(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spoiled)
+    monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels if tensor.dtype == torch.float16 else None)
+    monkeypatch.setattr(kernels, "_has_tensor_memory_accelerator", lambda device: True)
+
+
+SIZES = {"num_tokens": 12, "num_experts": 6, "hidden_size": 32, "intermediate_size": 32, "dtype": torch.float16}
+
+
+def run_fused(problem, **options):
+    """The operation on the device, with the activation that has kernels; its results on the CPU."""
+    there = replace(
+        problem.with_tensors(**{name: tensor.to(DEVICE) for name, tensor in problem.tensors.items()}),
+        layout=replace(problem.layout, activation=kernels.silu_gated),
+        top_k_index=problem.top_k_index.to(DEVICE),
+        grad_output=problem.grad_output.to(DEVICE),
+    )
+    return {name: result.cpu() for name, result in run(there, **options).items()}
+
+
+@pytest.mark.parametrize("ranks", [{}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=["plain", "low_rank"])
+@pytest.mark.parametrize("layout", ["default", "transposed_biased"])
+def test_rows_of_other_processes_experts_add_nothing(layout, ranks, whole_operation):
+    problem = make_problem(layout, **SIZES, **ranks)
+    problem = replace(problem, top_k_index=problem.top_k_index + 3 * (problem.top_k_index > 3))  # 7 and 8: another's
+    actual = run_fused(problem, is_expert_parallel=True)
+    foreign = problem.top_k_index > 6
+    assert actual["top_k_weights"][foreign].count_nonzero() == 0
+    silent = problem.with_tensors(top_k_weights=problem.tensors["top_k_weights"].masked_fill(foreign, 0))
+    expected = run_loop(replace(silent, top_k_index=problem.top_k_index.clamp(max=5)))
+    expected["top_k_weights"].masked_fill_(foreign, 0)
+    for name, want in expected.items():
+        assert relative_error(actual[name], want) < 5e-3, name
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "down_proj_bias"])
+def test_a_nan_goes_where_stock_code_has_it(name, whole_operation):
+    problem = make_problem("biased", **SIZES)
+    tensor = problem.tensors[name].clone()
+    tensor[2, 1] = float("nan")
+    problem = problem.with_tensors(**{name: tensor})
+    actual, expected = run_fused(problem), run_stock(problem)
+    assert any(not want.isfinite().all() for want in expected.values())
+    for result, want in expected.items():
+        assert torch.equal(actual[result].isfinite(), want.isfinite()), result
+
+
+OUT_OF_SHARED_MEMORY = errors.OutOfResources(147_480, 101_376, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "error"),
+    [(kernel, OUT_OF_SHARED_MEMORY) for kernel in
+     ["tiles", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine"]]
+    + [("gated_backward", errors.PTXASError("`ptxas` failed\nRepro command"))],
+)  # fmt: skip
+def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operation, monkeypatch):
+    problem = make_problem("default", **SIZES, gate_up_ranks=(4,), down_ranks=(4,))
+    expected = run_fused(problem)
+    launches = []
+
+    class TooLarge:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launches.append(grid)
+                raise error
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_too_large", set())
+    monkeypatch.setattr(triton_kernels, f"_{kernel}_kernel", TooLarge())
+    with pytest.warns(UserWarning, match=f"kernel {kernel} does not fit .*{str(error).splitlines()[0]}$"):
+        first = run_fused(problem)
+    second = run_fused(problem)  # a second warning would be an error
+    assert len(launches) == 1
+    for name, want in expected.items():
+        # One more rounding to float16, of each product and of the low-rank part added to it.
+        assert relative_error(first[name], want) <= 4 * TOLERANCE[torch.float16], name
+        assert relative_error(first[name].roll(1, 0), want) > 0.1, name
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,143 @@
+"""Tests of the recipe's attention: packed documents against each alone, through the whole model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.models import VOCABULARY, qwen3_config
+from lora import attention
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
+from transformers.data.data_collator import DataCollatorWithFlattening
+
+LENGTHS = (20, 33, 11)
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def documents(seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def packed(docs, device="cpu"):
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(docs)
+    batch.pop("labels")
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def model(implementation=attention.NAME, dtype=torch.float32, device="cpu"):
+    attention.register()
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(qwen3_config(), attn_implementation=implementation, dtype=dtype)
+    return built.to(device).train()
+
+
+def hidden_states(network, docs):
+    return network.model(**packed(docs, network.device), use_cache=False).last_hidden_state[0]
+
+
+def test_a_packed_document_has_the_hidden_states_that_it_has_alone():
+    network, docs = model(), documents()
+    together = hidden_states(network, docs).split(LENGTHS)
+    for doc, inside in zip(docs, together, strict=True):
+        torch.testing.assert_close(inside, hidden_states(network, [doc]))
+
+
+def test_changing_one_document_changes_no_other():
+    network, docs = model(), documents()
+    before = hidden_states(network, docs).split(LENGTHS)
+    docs[1] = documents(seed=1)[1]
+    after = hidden_states(network, docs).split(LENGTHS)
+    torch.testing.assert_close(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+    torch.testing.assert_close(before[2], after[2])
+
+
+def test_without_boundaries_documents_do_see_each_other():
+    network, docs = model(), documents()
+    batch = packed(docs)
+    boundless = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    seen = network.model(**boundless, use_cache=False).last_hidden_state[0].split(LENGTHS)
+    alone = hidden_states(network, docs).split(LENGTHS)
+    torch.testing.assert_close(seen[0], alone[0])
+    assert not torch.allclose(seen[2], alone[2])
+
+
+@pytest.mark.parametrize("stock", ["sdpa", "eager"])
+def test_hidden_states_and_gradients_equal_those_of_stock_attention(stock):
+    results = []
+    for implementation in (attention.NAME, stock):
+        network = model(implementation)
+        hidden = hidden_states(network, documents())
+        hidden.square().mean().backward()
+        results.append((hidden, network.model.layers[0].self_attn.q_proj.weight.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_generation_equals_stock_attention():
+    ids = torch.tensor([documents()[0]["input_ids"]])
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    answers = [
+        model(implementation).eval().generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for implementation in (attention.NAME, "sdpa")
+    ]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_heads_take_turns_where_a_kernel_can_and_the_row_is_long(kernel, monkeypatch):
+    def by_heads(tokens):
+        tensor = SimpleNamespace(is_cuda=True, shape=(1, 4, tokens, 64))
+        return attention._by_heads(tensor, tensor, tensor)
+
+    monkeypatch.setattr(attention, "kernel_of", lambda *tensors: kernel)
+    assert by_heads(32_769)
+    assert not by_heads(32_768)
+    for other in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):  # as in float32
+        monkeypatch.setattr(attention, "kernel_of", lambda *tensors, other=other: other)
+        assert not by_heads(32_769)
+
+
+def heads(num, tokens, dtype=torch.bfloat16):
+    rows = torch.randn(1, tokens, num, 64, device="cuda", dtype=dtype)
+    return rows.transpose(1, 2).requires_grad_()
+
+
+@on_gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_few_heads_at_a_time_equal_all_at_once(deterministic, monkeypatch):
+    monkeypatch.setattr(attention, "TOKEN_HEADS_IN_FLIGHT", 512)
+    tensors = heads(8, 512), heads(4, 512), heads(4, 512)
+    assert len(list(attention._turns(*tensors[:2]))) == 4
+    grad = torch.randn(1, 512, 8, 64, device="cuda", dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        mine, _ = attention.document_attention(None, *tensors, None, scaling=0.1)
+        mine_grads = torch.autograd.grad(mine, tensors, grad)
+        stock = scaled_dot_product_attention(*tensors, is_causal=True, scale=0.1, enable_gqa=True).transpose(1, 2)
+        stock_grads = torch.autograd.grad(stock, tensors, grad)
+        again, _ = attention.document_attention(None, *tensors, None, scaling=0.1)
+        again_grads = torch.autograd.grad(again, tensors, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip((mine, *mine_grads), (stock, *stock_grads), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), atol=2e-2, rtol=2e-2)
+        assert not torch.allclose(one.float(), torch.zeros_like(one.float()), atol=2e-2)
+    if deterministic:
+        assert all(map(torch.equal, mine_grads, again_grads))
+
+
+@on_gpu
+def test_packed_documents_on_a_gpu_equal_each_alone():
+    network, docs = model(dtype=torch.bfloat16, device="cuda"), documents()
+    together = hidden_states(network, docs).split(LENGTHS)
+    for doc, inside in zip(docs, together, strict=True):
+        torch.testing.assert_close(inside.float(), hidden_states(network, [doc]).float(), atol=0.1, rtol=0.1)
+    docs[1] = documents(seed=1)[1]
+    after = hidden_states(network, docs).split(LENGTHS)
+    torch.testing.assert_close(together[2].float(), after[2].float(), atol=0.1, rtol=0.1)
+    assert not torch.allclose(together[1].float(), after[1].float(), atol=0.1, rtol=0.1)

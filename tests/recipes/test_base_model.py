@@ -1,0 +1,162 @@
+"""Tests of the base model's loading: what is refused before minutes are spent, and what comes onto the device."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.models import qwen3, qwen3_config
+from lora import base_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    qwen3().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    return tmp_path / "base"
+
+
+def test_a_folder_is_read_with_its_own_configuration_and_weights(folder):
+    config = base_model.read_config(str(folder), {})
+    base_model.check_weights(str(folder))
+    loaded = base_model.build(str(folder), config, torch.bfloat16, CPU, "documents", 0)
+    assert loaded.config._attn_implementation == "documents"
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    want = qwen3().state_dict()
+    assert all(torch.equal(value, want[name].bfloat16()) for name, value in loaded.state_dict().items())
+
+
+def test_rotary_frequencies_stay_float32():
+    built = base_model.build(None, qwen3_config(), torch.bfloat16, CPU, "sdpa", 0)
+    assert built.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_random_weights_depend_on_their_own_seed_alone():
+    torch.manual_seed(1)
+    one = base_model.build(None, qwen3_config(), torch.float32, CPU, "sdpa", 0)
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(()))
+    again = base_model.build(None, qwen3_config(), torch.float32, CPU, "sdpa", 0)
+    other = base_model.build(None, qwen3_config(), torch.float32, CPU, "sdpa", 1)
+    assert torch.equal(one.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_name_that_is_no_model_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"neither a folder with a config.json nor .* --model.init random"):
+        base_model.read_config(str(tmp_path / "nowhere"), {})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(ValueError, match="of type 'mixtral'; this recipe trains qwen3_moe"):
+        base_model.read_config(str(tmp_path), {})
+
+
+def test_fields_that_no_model_has_are_named():
+    fields = {"num_experts": 4, "head_dim": 8, "rope_theta": 1e6, "tie_word_embeddings": False}
+    assert base_model.read_config(None, fields).head_dim == 8
+    with pytest.raises(ValueError, match="model.architecture has hiden_size, num_expert, which Qwen3MoeConfig does no"):
+        base_model.read_config(None, fields | {"num_expert": 8, "hiden_size": 3})
+
+
+def test_missing_and_empty_shards_are_named(folder):
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 4
+    shards[0].unlink()
+    shards[1].write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"lacks weights: {shards[0].name}, {shards[1].name}\. Copy the model again"):
+        base_model.check_weights(str(folder))
+    for shard in shards[2:]:
+        shard.unlink()
+    with pytest.raises(ValueError, match=rf"and {len(shards) - 3} more"):
+        base_model.check_weights(str(folder))
+
+
+@pytest.fixture
+def download(monkeypatch, tmp_path):
+    """A hub that would send 3 GiB, of which 1 GiB is here already."""
+    files = [SimpleNamespace(file_size=2**30, will_download=number > 0) for number in range(3)]
+    monkeypatch.setattr(base_model.huggingface_hub, "snapshot_download", lambda *args, **kwargs: files)
+    monkeypatch.setattr(base_model.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+
+    def disk(free_gib):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_gib * 2**30))
+
+    return disk
+
+
+def test_a_download_needs_room_on_the_disk(download):
+    download(2)
+    base_model.check_weights("Qwen/Qwen3-30B-A3B")
+    download(1)
+    with pytest.raises(ValueError, match=r"would download 2.0 GiB and .* has 1.0 GiB free: make room, or set HF_HOME"):
+        base_model.check_weights("Qwen/Qwen3-30B-A3B")
+
+
+def test_a_hub_out_of_reach_is_said(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(base_model.huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ValueError, match=r"Qwen3-30B-A3B' is no folder, and the hub .* \(OSError\): connect to it"):
+        base_model.check_weights("Qwen/Qwen3-30B-A3B")
+
+
+def test_a_mistyped_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere' is no folder, .* \(HFValidationError\): .* give a folder"):
+        base_model.check_weights(str(tmp_path / "nowhere"))
+
+
+def test_a_sliding_window_is_refused_where_it_would_be_passed_over():
+    config = qwen3_config(use_sliding_window=True, sliding_window=8)
+    with pytest.raises(ValueError, match=r"a window of 8 tokens \(use_sliding_window\): set --model.attention sdpa"):
+        base_model.build(None, config, torch.float32, CPU, "documents", 0)
+    assert base_model.build(None, config, torch.float32, CPU, "sdpa", 0).config.sliding_window == 8
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_sizes(monkeypatch):
+    config = qwen3_config(hidden_size=2048, moe_intermediate_size=768, num_experts=128, vocab_size=151936)
+    base_model.check_memory(qwen3_config(), torch.float32, CPU)
+    monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    with pytest.raises(
+        ValueError, match=r"the weights take 3\.\d GiB \(1\.8\d billion parameters in torch.bfloat16\) and cpu has 1.0"
+    ):
+        base_model.check_memory(config, torch.bfloat16, CPU)
+
+
+def test_ligers_kernels_are_refused_where_they_cannot_be_had():
+    assert base_model.apply_liger(qwen3(), None) == "stock (they need a GPU)"
+    assert base_model.apply_liger(qwen3(), False) == "stock (they need a GPU)"
+    with pytest.raises(ValueError, match="model.liger asks for Liger's kernels: they need a GPU"):
+        base_model.apply_liger(qwen3(), True)
+
+
+def test_attention_is_described_with_its_kernel():
+    built = base_model.build(None, qwen3_config(), torch.float32, CPU, "documents", 0)
+    assert base_model.describe_attention(built) in ("documents (flash)", "documents (math)")
+    eager = base_model.build(None, qwen3_config(), torch.float32, CPU, "eager", 0)
+    assert base_model.describe_attention(eager) == "eager"
+
+
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_weights_that_could_hold_code_are_refused(folder, tmp_path):
+    torch.save({"lm_head.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"weight_map": dict.fromkeys(content["weight_map"], "pytorch_model.bin")}))
+    with pytest.raises(ValueError, match="names pytorch_model.bin: only safetensors are read"):
+        base_model.check_weights(str(folder))
+    for file in (index, *folder.glob("*.safetensors")):
+        file.unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        base_model.build(str(folder), base_model.read_config(str(folder), {}), torch.float32, CPU, "sdpa", 0)
+    assert not (tmp_path / "ran").exists()

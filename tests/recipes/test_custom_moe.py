@@ -1,0 +1,26 @@
+"""The twenty lines learn, and are the mixture that they say they are."""
+
+import torch
+from custom_moe import OwnMoE, main
+from helpers.reference import LAYOUTS, loop, relative_error
+
+
+def test_it_equals_the_loop():
+    torch.manual_seed(0)
+    module, inputs = OwnMoE(16, 24, 5, 3), torch.randn(2, 7, 16)
+    gates, index = module.router(inputs.view(-1, 16)).softmax(-1).topk(3)
+    leaves = {
+        "hidden_states": inputs.view(-1, 16),
+        "top_k_weights": gates / gates.sum(-1, keepdim=True),
+        "gate_up_proj": module.gate_up_proj,
+        "down_proj": module.down_proj,
+    }
+    expected = loop(LAYOUTS["default"], index, leaves).view_as(inputs)
+    assert relative_error(module(inputs), expected) < 1e-6
+    assert relative_error(module(inputs.roll(1, 0)), expected) > 0.1
+
+
+def test_it_learns(capsys):
+    main()
+    first, last = map(float, capsys.readouterr().out.rpartition(":")[2].split("->"))
+    assert last < 0.8 * first

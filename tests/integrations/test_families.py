@@ -200,8 +200,8 @@ INTRODUCTION = f"""# Families
 Every class of experts that Transformers {TABLE_VERSION} dispatches through its registry, and what becomes of it under
 the callback. `python tests/integrations/test_families.py` writes this table. The tests hold it, and hold each family's
 smallest model, patched, to its stock code and to float64: the output and every gradient, with all weights trained, with
-LoRA on the attention, and with LoRA on the experts. Outside the registry Step3p7 is patched, and so is what `register_experts`
-names; the others are named in the report with the reason.
+LoRA on the attention, and with LoRA on the experts. Outside the registry Step3p7 is patched, and so is what
+`register_experts` names; the others are named in the report with the reason.
 
 `tape kept` is the share of stock code's tape that is left, by the estimate that the report shows: frozen experts in
 bfloat16, a layer of the sizes in the family's default configuration, `-` where that has none.

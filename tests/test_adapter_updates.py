@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
 from lightning_moe import MoEGateGradCallback
-from lightning_moe.adapter_updates import AdapterWatch, Unmoved, listing
+from lightning_moe.adapter_updates import AdapterUpdates, NotUpdated, format_report
 from lightning_moe.integrations.peft_experts import split_a, split_b
 
 EVERY = 2 * 8  # layers x experts
@@ -42,14 +42,14 @@ def train(model, watch, num_steps=3, learning_rate=0.1, parameters=None, ids=Non
 
 def test_adapters_that_train_have_moved():
     model = default_init()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     assert len(watch) == 4
     train(model, watch)
     assert watch.conclude() == (0, [])
 
 
 def test_before_any_step_none_has():
-    watch = AdapterWatch(default_init())
+    watch = AdapterUpdates(default_init())
     count, unmoved = watch.conclude()
     assert count == EVERY
     assert [(u.without_gradient, u.unchanged) for u in unmoved] == [(8, 0)] * 4
@@ -57,7 +57,7 @@ def test_before_any_step_none_has():
 
 def test_the_first_step_moves_b_only():
     model = default_init()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     train(model, watch, num_steps=1)
     count, unmoved = watch.conclude()
     assert count == EVERY
@@ -69,7 +69,7 @@ def test_the_first_step_moves_b_only():
 def test_an_adapter_outside_the_optimizer_is_unchanged(build, outside):
     model = build()
     inside = [p for n, p in model.named_parameters() if p.requires_grad and f"layers.1.mlp.experts.{outside}" not in n]
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     train(model, watch, parameters=inside)
     count, (unmoved,) = watch.conclude()
     assert count == 8
@@ -80,7 +80,7 @@ def test_an_adapter_outside_the_optimizer_is_unchanged(build, outside):
 
 def test_factors_that_are_not_finite_have_not_moved():
     model = default_init()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     train(model, watch)
     wrapper = model.base_model.model.model.layers[1].mlp.experts
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_factors_that_are_not_finite_have_not_moved():
 
 def test_gradients_of_nan_are_none():
     model = default_init()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, torch.nan)
@@ -105,7 +105,7 @@ def test_a_learning_rate_too_small_for_the_dtype_is_seen():
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     train(model, watch, learning_rate=1e-9)
     count, unmoved = watch.conclude()
     assert count == EVERY
@@ -114,7 +114,7 @@ def test_a_learning_rate_too_small_for_the_dtype_is_seen():
 
 def test_an_expert_without_a_token_is_counted_alone():
     model = default_init()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     handles = [
         module.register_forward_pre_hook(lambda _, args: (args[0], args[1].where(args[1] != 3, 4), args[2]))
         for module in experts_modules(model)
@@ -130,7 +130,7 @@ def test_an_expert_without_a_token_is_counted_alone():
 
 def test_one_changed_element_of_one_expert_is_seen():
     model = default_init()
-    watch = AdapterWatch(model)
+    watch = AdapterUpdates(model)
     for factors in watch._factors.values():
         for factor in factors:
             factor.has_gradient[:] = True
@@ -144,19 +144,21 @@ def test_one_changed_element_of_one_expert_is_seen():
 
 def test_frozen_adapters_are_not_watched():
     model = default_init().requires_grad_(False)
-    assert len(AdapterWatch(model)) == 0
+    assert len(AdapterUpdates(model)) == 0
     model.base_model.model.model.layers[0].mlp.experts.lora_B.requires_grad_(True)
-    assert len(AdapterWatch(model)) == 1
-    assert len(AdapterWatch(with_attention_lora(qwen3()))) == 0
+    assert len(AdapterUpdates(model)) == 1
+    assert len(AdapterUpdates(with_attention_lora(qwen3()))) == 0
 
 
 def test_the_listing_names_reasons_parameters_and_layers_once():
-    unmoved = [Unmoved(f"layers.{i}", name, "default", 8, 2, 3) for i in range(2) for name in ("up_proj", "down_proj")]
-    (line,) = listing(unmoved).splitlines()
+    unmoved = [
+        NotUpdated(f"layers.{i}", name, "default", 8, 2, 3) for i in range(2) for name in ("up_proj", "down_proj")
+    ]
+    (line,) = format_report(unmoved).splitlines()
     assert line.startswith("- 2 of 8 experts without a gradient")
     assert "; 3 of 8 experts with a gradient but unchanged" in line
     assert line.endswith("up_proj and down_proj, adapter 'default', in layers.0, layers.1")
-    assert len(listing([*unmoved, Unmoved("layers.2", "up_proj", "default", 8, 8, 0)]).splitlines()) == 2
+    assert len(format_report([*unmoved, NotUpdated("layers.2", "up_proj", "default", 8, 8, 0)]).splitlines()) == 2
 
 
 class Trained(Tiny):
@@ -183,14 +185,14 @@ def fit(module, tmp_path, *callbacks, max_steps=6, ckpt_path=None, **options):
     if not (tmp_path / "metrics.csv").exists():
         return trainer, [], said
     with open(tmp_path / "metrics.csv") as file:
-        logged = [row.get("gategrad/experts_without_update") for row in csv.DictReader(file)]
+        logged = [row.get("adapters/experts_not_updated") for row in csv.DictReader(file)]
     return trainer, [float(value) if value else None for value in logged], said
 
 
 def test_the_callback_logs_a_zero_where_all_have_moved(tmp_path):
-    trainer, logged, said = fit(Trained(num_batches=8), tmp_path, check_adapters_after_n_steps=4)
+    trainer, logged, said = fit(Trained(num_batches=8), tmp_path, after_n_steps=4)
     assert not said
-    assert trainer.callback_metrics["gategrad/experts_without_update"] == 0
+    assert trainer.callback_metrics["adapters/experts_not_updated"] == 0
     assert logged == [None] * 3 + [0.0] * 3
 
 
@@ -215,11 +217,11 @@ def test_a_fit_too_short_says_it_at_the_end(tmp_path, stop_at):
 def test_a_resumed_fit_is_watched_from_where_it_resumes(tmp_path):
     torch.manual_seed(0)
     first = Trained(num_batches=20)
-    trainer, *_ = fit(first, tmp_path, max_steps=6, check_adapters_after_n_steps=0)
+    trainer, *_ = fit(first, tmp_path, max_steps=6, after_n_steps=0)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     second = Trained(num_batches=20)
     _, logged, said = fit(second, tmp_path / "b", max_steps=12, ckpt_path=tmp_path / "last.ckpt",
-                          check_adapters_after_n_steps=4)  # fmt: skip
+                          after_n_steps=4)  # fmt: skip
     assert not said
     assert logged == [None] * 3 + [0.0] * 3
 
@@ -232,7 +234,7 @@ def test_sharded_factors_are_gathered():
         for wrapper in (module for module in model.modules() if isinstance(module, ParamWrapper)):
             for linear in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
                 linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh))
-        watch = AdapterWatch(model)
+        watch = AdapterUpdates(model)
         for factors in watch._factors.values():
             for factor in factors:
                 factor.parameter.grad = torch.ones_like(factor.parameter)
@@ -249,8 +251,8 @@ def test_sharded_factors_are_gathered():
 
 def test_the_callback_warns_with_the_layers_names(tmp_path):
     module = Trained(trains=lambda name: "layers.1.mlp" not in name, num_batches=8)
-    trainer, logged, (said,) = fit(module, tmp_path, check_adapters_after_n_steps=3)
-    assert trainer.callback_metrics["gategrad/experts_without_update"] == 8
+    trainer, logged, (said,) = fit(module, tmp_path, after_n_steps=3)
+    assert trainer.callback_metrics["adapters/experts_not_updated"] == 8
     assert logged == [None, None, 8.0, 8.0, 8.0, 8.0]
     assert (
         "gate_up_proj and down_proj, adapter 'default', in network.base_model.model.model.layers.1.mlp.experts" in said
@@ -259,20 +261,20 @@ def test_the_callback_warns_with_the_layers_names(tmp_path):
     assert "by step 3" in said
 
 
-@pytest.mark.parametrize("options", [{"check_adapters_after_n_steps": 0}, {"enabled": False}])
+@pytest.mark.parametrize("options", [{"after_n_steps": 0}, {"enabled": False}])
 def test_the_check_can_be_left_out(tmp_path, options):
     trainer, logged, said = fit(Trained(), tmp_path, max_steps=3, **options)
     assert not said
-    assert "gategrad/experts_without_update" not in trainer.callback_metrics
+    assert "adapters/experts_not_updated" not in trainer.callback_metrics
 
 
 def test_without_adapters_on_experts_nothing_is_logged(tmp_path):
     trainer, _, said = fit(Trained(build=lambda: with_attention_lora(qwen3())), tmp_path, max_steps=3)
     assert not said
-    assert "gategrad/experts_without_update" not in trainer.callback_metrics
+    assert "adapters/experts_not_updated" not in trainer.callback_metrics
 
 
 @pytest.mark.parametrize("value", [1, -1, 2.5, True, None])
 def test_a_bad_number_of_steps_is_refused(value):
-    with pytest.raises(MisconfigurationException, match="check_adapters_after_n_steps must be .* at least 2"):
-        MoEGateGradCallback(check_adapters_after_n_steps=value)
+    with pytest.raises(MisconfigurationException, match="after_n_steps must be .* at least 2"):
+        MoEGateGradCallback(after_n_steps=value)

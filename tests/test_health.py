@@ -30,10 +30,10 @@ def run(health, repeats=1, **options):
 
 def test_counts_what_the_gates_say():
     health = LayerHealth()
-    run(health, tape_bytes_saved=10)
+    run(health, activation_bytes_saved=10)
     counts = health.drain(micro_batches=8)
     assert counts == HealthCounts(
-        gates=4, nonpositive_gates=2, zero_gates=1, nonfinite_gate_grads=0, active_layers=1, tape_bytes_saved=10,
+        gates=4, nonpositive_gates=2, zero_gates=1, nonfinite_gate_grads=0, active_layers=1, activation_bytes_saved=10,
         audit_rel_error=counts.audit_rel_error, expert_rows=counts.expert_rows,
     )  # fmt: skip
     assert rows(counts) == [ROWS]

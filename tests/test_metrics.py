@@ -8,7 +8,7 @@ from lightning_moe.health import HealthCounts
 
 COUNTS = HealthCounts(
     gates=100, nonpositive_gates=torch.tensor(25), zero_gates=5, nonfinite_gate_grads=torch.tensor(2), active_layers=6,
-    fallback_layers=2, bias_fallback_layers=1, tape_bytes_saved=2**22,
+    fallback_layers=2, bias_fallback_layers=1, activation_bytes_saved=2**22,
     expert_rows=(torch.tensor([6, 0, 2]), torch.tensor([5, 1, 0, 0, 4]), torch.tensor([0, 0])),
 )  # fmt: skip
 
@@ -22,7 +22,7 @@ def test_figures():
     metric.update(COUNTS, micro_batches=2)
     assert figures(metric) == {
         "active_layers": 3.0, "fallback_layers": 1.0, "bias_fallback_layers": 0.5, "nonpositive_gates": 25,
-        "nonpositive_fraction": 0.25, "zero_gates": 5, "nonfinite_gate_grads": 2, "tape_mib_saved": 2.0,
+        "nonpositive_fraction": 0.25, "zero_gates": 5, "nonfinite_gate_grads": 2, "activations_mib_saved": 2.0,
         "load_max_over_mean": 2.5, "idle_experts": 5,
     }  # fmt: skip
     metric.reset()
@@ -112,7 +112,7 @@ def test_every_count_is_an_int64_sum():
     assert {state.dtype for state in sums.values()} == {torch.int64}
     assert {name: state.item() for name, state in sums.items()} == {
         "gates": 100, "nonpositive_gates": 25, "zero_gates": 5, "nonfinite_gate_grads": 2, "active_layers": 6,
-        "fallback_layers": 2, "bias_fallback_layers": 1, "tape_bytes_saved": 2**22, "micro_batches": 2,
+        "fallback_layers": 2, "bias_fallback_layers": 1, "activation_bytes_saved": 2**22, "micro_batches": 2,
     }  # fmt: skip
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 0, 2, -1, -1], [5, 1, 0, 0, 4], [0, 0, -1, -1, -1]]

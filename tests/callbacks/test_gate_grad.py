@@ -19,8 +19,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lightning_moe
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, health, patch_moe
-from lightning_moe.integrations.peft_experts import peft_refusal
-from lightning_moe.patching import patched_modules
+from lightning_moe.integrations.peft_experts import unsupported_layout
+from lightning_moe.layer_patch import patched_modules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -235,7 +235,7 @@ def test_figures_are_those_of_the_tensors(tmp_path, checkpoint, accumulate, ever
         "bias_fallback_layers": 0,
         # Per row of both layers, float32: stock code keeps Y (32), silu(gate) (16), and, as the weights train, the
         # gathered x (32) and a (16) beside what the operation keeps.
-        "tape_mib_saved": NUM_GATES * (32 + 16 + 32 + 16) * 4 / 2**20,
+        "activations_mib_saved": NUM_GATES * (32 + 16 + 32 + 16) * 4 / 2**20,
     }
     for name, value in figures.items():
         assert logged(tmp_path, f"gategrad/{name}") == pytest.approx([value] * (steps // every)), name
@@ -262,7 +262,7 @@ def test_layers_out_of_reach_are_counted(tmp_path):
     module = Tiny()
     experts = experts_modules(module)[0]
     experts.forward = lambda hidden, index, gates: hidden
-    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+    with pytest.warns(UserWarning, match="Some MoE layers run the default implementation"):
         fit(tmp_path, module, MoEGateGradCallback())
     assert logged(tmp_path, "gategrad/fallback_layers") == [1.0] * 4
     assert logged(tmp_path, "gategrad/active_layers") == [1.0] * 4
@@ -272,7 +272,7 @@ def test_the_host_waits_for_the_device_at_log_steps_only(tmp_path, monkeypatch):
     """On a CPU nothing waits, so the calls that would are watched: those that the package itself makes once patched."""
     synchronising, calls = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"), []
     package = Path(lightning_moe.__file__).parent
-    peft_refusal.cache_clear()  # as in a process whose first fit this is
+    unsupported_layout.cache_clear()  # as in a process whose first fit this is
 
     def watch(name):
         original = getattr(torch.Tensor, name)
@@ -334,7 +334,7 @@ def test_the_audit_flags_a_planted_non_linearity(tmp_path, checkpoint, monkeypat
     def curved(self, hidden, index, gates):
         return eager(self, hidden, index, gates).tanh()
 
-    monkeypatch.setattr("lightning_moe.patching.stock_forward", lambda module: curved)
+    monkeypatch.setattr("lightning_moe.patching.undecorated_forward", lambda module: curved)
     module.network.layers[0].config._experts_implementation_internal = "eager"
     with pytest.warns(UserWarning, match="audit found a gate gradient that differs"):
         fit(tmp_path, module, MoEGateGradCallback(audit_every_n_steps=1))
@@ -346,7 +346,7 @@ def test_the_audit_flags_a_planted_non_linearity(tmp_path, checkpoint, monkeypat
     [
         ({"enabled": "yes"}, "enabled must be a bool or None, not 'yes'"),
         ({"down_bias": "none"}, "down_bias must be 'exact' or 'fallback'"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be 'auto' or an integer of at least 1"),
+        ({"output_buffer_mib": 0}, "output_buffer_mib must be a positive number"),
         ({"audit_every_n_steps": -1}, "audit_every_n_steps must be an integer of at least 0"),
         ({"audit_every_n_steps": 0.5}, "audit_every_n_steps must be an integer of at least 0"),
         ({"on_missing": "ignore"}, "on_missing must be 'error' or 'warn'"),
@@ -551,7 +551,7 @@ def test_every_audit_falls_on_a_layer_that_can_be_audited(tmp_path):
     callback = MoEGateGradCallback(audit_every_n_steps=1)
     log = callback._metric.update
     callback._metric.update = lambda counts, n: audits.append(float(counts.audit_rel_error)) or log(counts, n)
-    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+    with pytest.warns(UserWarning, match="Some MoE layers run the default implementation"):
         fit(tmp_path, module, callback)
     assert len(audits) == 4
     assert not any(error != error for error in audits)
@@ -593,8 +593,8 @@ def fit_known_routing(tmp_path, checkpoint=False, accumulate=1, **options):
     module, callback = Tiny(lambda: KnownRouting(checkpoint), num_batches=3 * accumulate), MoEGateGradCallback()
     options = {"max_steps": 3, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate} | options
     fit(tmp_path, module, callback, **options)
-    assert logged(tmp_path, "gategrad/load_max_over_mean") == [KnownRouting.load_max_over_mean]
-    assert logged(tmp_path, "gategrad/idle_experts") == [KnownRouting.idle_experts]
+    assert logged(tmp_path, "moe/load_max_over_mean") == [KnownRouting.load_max_over_mean]
+    assert logged(tmp_path, "moe/idle_experts") == [KnownRouting.idle_experts]
     assert {name: rows.tolist() for name, rows in callback.expert_load.items()} == {
         f"network.layers.{layer}": [3 * accumulate * count for count in rows]
         for layer, rows in enumerate(KnownRouting.rows)
@@ -621,10 +621,10 @@ def test_layers_on_stock_code_are_counted_too(tmp_path):
     module, callback = Tiny(KnownRouting), MoEGateGradCallback()
     (first, _) = experts_modules(module)
     first.has_post_expert_norm, first.post_expert_norm = True, nn.Identity()
-    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+    with pytest.warns(UserWarning, match="Some MoE layers run the default implementation"):
         fit(tmp_path, module, callback)
     assert logged(tmp_path, "gategrad/fallback_layers") == [1.0] * 4
-    assert logged(tmp_path, "gategrad/load_max_over_mean") == [KnownRouting.load_max_over_mean] * 4
+    assert logged(tmp_path, "moe/load_max_over_mean") == [KnownRouting.load_max_over_mean] * 4
     assert [rows.tolist() for rows in callback.expert_load.values()] == [
         [4 * count for count in rows] for rows in KnownRouting.rows
     ]
@@ -643,5 +643,5 @@ def test_a_layer_that_no_backward_comes_by_is_idle(tmp_path):
     module, callback = Tiny(KnownRouting), MoEGateGradCallback()
     module.network.unused = Qwen3MoeExperts(qwen3(num_experts=5).config)
     fit(tmp_path, module, callback)
-    assert logged(tmp_path, "gategrad/idle_experts") == [KnownRouting.idle_experts + 5] * 4
+    assert logged(tmp_path, "moe/idle_experts") == [KnownRouting.idle_experts + 5] * 4
     assert callback.expert_load["network.unused"].tolist() == [0] * 5

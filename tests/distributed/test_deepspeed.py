@@ -18,14 +18,15 @@ from test_two_ranks import pytestmark as warnings_of_lightning
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter
-from lightning_moe.adapters.export import WEIGHTS, export_checkpoint
+from lightning_moe.adapters.export import export_checkpoint
+from lightning_moe.adapters.files import WEIGHTS
 from lightning_moe.integrations.sharding import is_sharded
 
 pytestmark = [
     *warnings_of_lightning,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"),
 ]
-MOVED = "gategrad/experts_without_update"
+MOVED = "adapters/experts_not_updated"
 
 
 class OnCPU(DeepSpeedStrategy):
@@ -91,7 +92,7 @@ def test_experts_without_a_token(tmp_path, stage):
 
 
 def accumulated(folder, stage):
-    callback = MoEGateGradCallback(check_adapters_after_n_steps=2)
+    callback = MoEGateGradCallback(after_n_steps=2)
     make, data = partial(build, "experts", False), tokens(BATCH * STEPS * 2)
     fit(
         folder,
@@ -112,11 +113,11 @@ def test_gradients_are_noted_where_they_are_accumulated(tmp_path, stage):
 
 
 def measured(folder, kind):
-    monitor = MemoryMonitor(tape_at_step=0)
+    monitor = MemoryMonitor(measure_activations_at_step=0)
     strategy = zero(kind) if isinstance(kind, int) else kind
     make, callback = partial(build, "experts", False), MoEGateGradCallback(audit_every_n_steps=1)
     fit(folder, strategy, make, callback, monitor, **whole_at_first(make))
-    return [(layer.num_bytes, layer.stock_num_bytes) for layer in monitor.tape]
+    return [(layer.num_bytes, layer.baseline_num_bytes) for layer in monitor.tape]
 
 
 def test_the_tape_and_the_audit(tmp_path):

@@ -31,11 +31,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter, gategrad
-from lightning_moe.adapter_updates import AdapterWatch
-from lightning_moe.adapters.export import WEIGHTS, export_checkpoint
+from lightning_moe.adapter_updates import AdapterUpdates
+from lightning_moe.adapters.export import export_checkpoint
+from lightning_moe.adapters.files import WEIGHTS
 from lightning_moe.callbacks import memory
-from lightning_moe.integrations.sharding import whole, whole_gradient
-from lightning_moe.patching import layer_patch, patched_modules
+from lightning_moe.integrations.sharding import full_grad, full_tensor
+from lightning_moe.layer_patch import patch_of, patched_modules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -98,7 +99,7 @@ class Spread(Tiny):
 
     def on_before_optimizer_step(self, optimizer):
         if not self.gradients:
-            gradients = {n: whole_gradient(p) for n, p in self.named_parameters() if p.requires_grad}
+            gradients = {n: full_grad(p) for n, p in self.named_parameters() if p.requires_grad}
             self.gradients = {n: gradient.clone() for n, gradient in gradients.items() if gradient is not None}
 
     def train_dataloader(self):
@@ -141,11 +142,11 @@ def fit(folder, kind, build, *callbacks, options=None, **attributes):
 
 def outcome(folder, kind, build, enabled=True, **attributes):
     """What a fit leaves, for the test's own process to look at."""
-    callback = MoEGateGradCallback(enabled, check_adapters_after_n_steps=2)
+    callback = MoEGateGradCallback(enabled, after_n_steps=2)
     module, callback, said = fit(folder, kind, build, callback, **attributes)
     assert all(module.was_patched) == enabled
     assert is_stock(module)
-    trained = {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: full_tensor(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     return {
         "losses": torch.tensor(module.losses),
         "gradients": module.gradients,
@@ -214,14 +215,24 @@ def rank_times_gib(device):
 
 def memory_fit(folder, kind):
     memory._allocated = rank_times_gib
-    fit(folder, kind, partial(build, "attention", False), MoEGateGradCallback(), MemoryMonitor(tape_at_step=0))
+    fit(
+        folder,
+        kind,
+        partial(build, "attention", False),
+        MoEGateGradCallback(),
+        MemoryMonitor(measure_activations_at_step=0),
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_memory_is_the_maximum(tmp_path, kind):
     together(memory_fit, tmp_path, kind)
     assert logged(tmp_path, "memory/peak_allocated_gib") == [2.0] * STEPS
-    assert 0 < logged(tmp_path, "memory/moe_tape_mib")[0] < logged(tmp_path, "memory/moe_tape_stock_mib")[0]
+    assert (
+        0
+        < logged(tmp_path, "memory/moe_activations_mib")[0]
+        < logged(tmp_path, "memory/moe_activations_baseline_mib")[0]
+    )
 
 
 class Calls(TorchDispatchMode):
@@ -236,7 +247,7 @@ class Calls(TorchDispatchMode):
 
 def collectives(folder, kind, every, check):
     """How many each step takes, and what comes after the last one."""
-    callbacks = [] if check is None else [MoEGateGradCallback(check_adapters_after_n_steps=check), MemoryMonitor()]
+    callbacks = [] if check is None else [MoEGateGradCallback(after_n_steps=check), MemoryMonitor()]
     after = []
 
     class Noting(Callback):
@@ -319,7 +330,7 @@ def test_weights_cast_for_the_call(tmp_path, shards):
     assert not [message for message in ours[2] if "audit" in message]
     rows = BATCH // 2 * 12 * 2
     kept = 2 * (2 * 8 + 2) + 2 * 32  # a row's bfloat16 activations and output
-    assert logged(tmp_path / "True", "gategrad/tape_mib_saved")[0] < 2 * rows * 2 * kept / 2**20
+    assert logged(tmp_path / "True", "gategrad/activations_mib_saved")[0] < 2 * rows * 2 * kept / 2**20
 
 
 def sharded(data_parallel, tensor_parallel, shards=("layers", "model")):
@@ -396,12 +407,12 @@ class Kept(Spread):
 def validated(folder, shards, before):
     module = Kept(partial(build, "experts", False))
     module.shards = shards
-    callback = MoEGateGradCallback(check_adapters_after_n_steps=2)
+    callback = MoEGateGradCallback(after_n_steps=2)
     fitting = run(folder, "fsdp", callback, num_sanity_val_steps=1 - before, limit_val_batches=1)
     if before:
         fitting.validate(module, verbose=False)
     fitting.fit(module)
-    return module.losses, fitting.logged_metrics["gategrad/experts_without_update"].item()
+    return module.losses, fitting.logged_metrics["adapters/experts_not_updated"].item()
 
 
 @pytest.mark.parametrize(("shards", "before"), [(("layers",), False), ((), False), ((), True)])
@@ -421,11 +432,11 @@ def test_what_trains_unshared_is_named(tmp_path):
 
 
 def side_by_side(folder):
-    monitor, callback = MemoryMonitor(tape_at_step=0), MoEGateGradCallback()
+    monitor, callback = MemoryMonitor(measure_activations_at_step=0), MoEGateGradCallback()
     make = partial(build, "experts", False)
     module, _, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
-    assert all(layer.num_bytes and layer.stock_num_bytes is None for layer in monitor.tape)
-    return {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}, said
+    assert all(layer.num_bytes and layer.baseline_num_bytes is None for layer in monitor.tape)
+    return {name: full_tensor(p).detach() for name, p in module.named_parameters() if p.requires_grad}, said
 
 
 def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
@@ -436,7 +447,7 @@ def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
     assert unmeasured == [2, 0]  # once for each layer, in one process
     for trained, _ in results:
         assert max(relative_error(trained[name], value) for name, value in alone.items()) < LIMIT
-    assert len(logged(tmp_path / "two", "memory/moe_tape_mib")) == STEPS
+    assert len(logged(tmp_path / "two", "memory/moe_activations_mib")) == STEPS
 
 
 class Living(TorchDispatchMode):
@@ -473,7 +484,7 @@ def experts_alive(folder, enabled, adapters):
                 living.__exit__(None, None, None)
 
     living, module = Living(), Measured(build_wide)
-    run(folder, "fsdp", MoEGateGradCallback(enabled, check_adapters_after_n_steps=0)).fit(module)
+    run(folder, "fsdp", MoEGateGradCallback(enabled, after_n_steps=0)).fit(module)
     return living.most / (32 * 3 * 64 * 128 * 4)
 
 
@@ -500,7 +511,7 @@ def flattened(adapters, recompute, on):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     with gategrad(model) if on else nullcontext() as report:
-        watch = AdapterWatch(model)
+        watch = AdapterUpdates(model)
         for step in range(STEPS):
             ids = tokens(BATCH, seed=step).chunk(2)[torch.distributed.get_rank()]
             loss = model(input_ids=ids, labels=ids).loss
@@ -512,9 +523,9 @@ def flattened(adapters, recompute, on):
         assert watch.conclude() == (0, [])  # of nothing
         if on:
             assert str(report)
-            assert [layer.status for layer in report.layers] == ["active"] * 2
-            assert all(layer_patch(module).reason is None for module in patched_modules(model))
-            assert all(layer_patch(module).tape.kept_per_row for module in patched_modules(model))
+            assert [layer.status for layer in report] == ["active"] * 2
+            assert all(patch_of(module).reason is None for module in patched_modules(model))
+            assert all(patch_of(module).tape.saved_per_row for module in patched_modules(model))
     return losses
 
 
@@ -558,7 +569,7 @@ def test_a_checkpoint_in_parts_is_exported_as_the_refusal_says(tmp_path):
 
 
 def what_is_said(folder, kind):
-    callback = MoEGateGradCallback(down_bias="fallback", on_missing="warn", check_adapters_after_n_steps=0)
+    callback = MoEGateGradCallback(down_bias="fallback", on_missing="warn", after_n_steps=0)
     module, _, said = fit(folder, kind, gpt_oss, callback)
     return torch.tensor(module.losses), [message for message in said if "MoE" in message]
 
@@ -568,7 +579,7 @@ def test_what_falls_back_is_said_once_and_counted_everywhere(tmp_path, kind):
     (first, said), (second, nothing) = together(what_is_said, tmp_path / "two", kind)
     alone, _ = what_is_said(tmp_path / "one", "auto")
     assert relative_error((first + second) / 2, alone) < LIMIT
-    assert any("leaves some MoE layers to stock code" in message for message in said)
+    assert any("Some MoE layers run the default implementation" in message for message in said)
     assert not nothing
     for name in ("fallback_layers", "bias_fallback_layers"):
         assert logged(tmp_path / "two", f"gategrad/{name}") == [2.0] * STEPS

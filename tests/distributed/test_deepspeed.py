@@ -160,16 +160,8 @@ def exported(folder, stage):
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=STEPS)
     strategy = zero(stage) if stage else "auto"
     make, options = partial(build, "experts", False), {"enable_checkpointing": True}
-    module, *_ = fit(
-        folder,
-        strategy,
-        make,
-        MoEGateGradCallback(),
-        AdapterExport(()),
-        saving,
-        options=options,
-        **whole_at_first(make),
-    )
+    callbacks = MoEGateGradCallback(), AdapterExport(()), saving
+    module, _ = fit(folder, strategy, make, *callbacks, options=options, **whole_at_first(make))
     first = not stage or torch.distributed.get_rank() == 0
     if first or is_sharded(module):
         export_adapter(module, folder / "adapter")

@@ -61,16 +61,14 @@ def read_records(source: str, split: str) -> list[tuple[str, Any]]:
         return [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     try:
         import datasets
+
+        if int(datasets.__version__.partition(".")[0]) < 4:
+            raise ImportError(f"datasets {datasets.__version__} may run a dataset's own code")
     except ImportError as error:
         raise ValueError(
-            f"data.source {source!r} is not a .jsonl file, and to load it as a dataset the package is missing: "
+            f"data.source {source!r} is not a .jsonl file, and no dataset can be loaded: {error}. "
             'pip install "datasets>=4"'
         ) from error
-    if int(datasets.__version__.partition(".")[0]) < 4:
-        raise ValueError(
-            f"data.source {source!r}: datasets {datasets.__version__} may run a dataset's own code: "
-            'pip install "datasets>=4"'
-        )
     try:
         rows = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -321,7 +321,7 @@ def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
 def test_a_version_of_datasets_that_runs_a_datasets_own_code_is_refused(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
-    with pytest.raises(ValueError, match="datasets 3.6.0 may run a dataset's own code: pip install"):
+    with pytest.raises(ValueError, match="datasets 3.6.0 may run a dataset's own code. pip install"):
         read_records("known", "test")
 
 

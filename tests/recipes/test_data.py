@@ -35,7 +35,7 @@ def lengths_of(packs):
 def test_the_default_is_short_questions_with_answers():
     records = [json.loads(line) for line in TINY.read_text(encoding="utf-8").splitlines()]
     assert len({record["prompt"] for record in records}) == len(records) > 200
-    assert all(record["prompt"].startswith("Question: ") for record in records)
+    assert all(record["prompt"].startswith("Q: ") for record in records)
     module = InstructionData()
     module.setup("fit")
     assert len(module.report()) == 1  # none truncated, none left out
@@ -48,7 +48,7 @@ def test_one_document_in_twenty_is_held_out():
     assert len(module._validation) == -(-total // 20)
     held_out = {document.prompt for document in module.held_out}
     assert not held_out & {document.prompt for pack in module._training for document in pack}
-    assert module.held_out[0].prompt.startswith("Question: ")
+    assert module.held_out[0].prompt.startswith("Q: ")
 
 
 def test_documents_stand_end_to_end_without_padding(data):

@@ -167,13 +167,13 @@ def liger(block: Block) -> Layer:
     )
 
 
-def variants(mode: Mode, num_tokens: int) -> dict[str, Callable[[Block], Layer]]:
+def variants(mode: Mode) -> dict[str, Callable[[Block], Layer]]:
     """What runs in a mode, the baseline first: only the baseline and the patched layer know adapters."""
     found: dict[str, Callable[[Block], Layer]] = {
         "baseline (grouped_mm)": transformers_own,
         "lightning_moe": patched,
-        "lightning_moe, chunk_tokens = tokens/8": partial(patched, chunk_tokens=max(num_tokens // 8, 1)),
-        "lightning_moe, recompute_up": partial(patched, recompute_up=True),
+        "lightning_moe, output_buffer_mib = 64": partial(patched, output_buffer_mib=64),
+        "lightning_moe, recompute_gate_up": partial(patched, recompute_gate_up=True),
     }
     if mode == "lora":
         return found
@@ -289,7 +289,7 @@ def bench(config: Qwen3MoeConfig, mode: Mode, num_tokens: int, repeats: int) -> 
     device, results = torch.device("cuda"), []
     inputs = [make_inputs(config, num_tokens, device, seed) for seed in range(NUM_INPUTS)]
     wanted = reference(Block(config, mode, device), inputs[0])
-    for name, make in track(variants(mode, num_tokens).items(), description=f"{num_tokens} tokens", transient=True):
+    for name, make in track(variants(mode).items(), description=f"{num_tokens} tokens", transient=True):
         block = Block(config, mode, device)
         try:
             layer = make(block)

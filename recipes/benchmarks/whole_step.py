@@ -30,11 +30,12 @@ from tables import provenance, show, write
 
 RECIPES = Path(__file__).parents[1]
 TINY = RECIPES / "configs" / "tiny.yaml"
+FSDP = RECIPES / "configs" / "fsdp.yaml"
 TEXT = RECIPES / "lora" / "tiny.jsonl"
 OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "out of memory")
 
 VariantName = Literal["baseline", "baseline+liger", "lightning_moe", "lightning_moe+offload"]
-BASELINE = {"attention": "sdpa", "liger": False, "loss": "chunks", "offload": False, "tile_tokens": 0}
+BASELINE = {"attention": "sdpa", "liger": False, "loss_impl": "chunked", "offload": False, "tile_tokens": 0}
 VARIANTS: dict[VariantName, dict[str, Any]] = {
     "baseline": BASELINE,
     "baseline+liger": {**BASELINE, "liger": True},
@@ -80,25 +81,30 @@ def write_overlay(base: Path, variant: VariantName, tokens: int, steps: int, fol
     num_bytes = 5 * tokens * devices  # a token of a large vocabulary has four or five
     copies = -(-num_bytes // sum(map(len, lines))) + 1
     (folder / "data.jsonl").write_text("\n".join(islice(cycle(lines), copies * len(lines))), encoding="utf-8")
-    callbacks = yaml.safe_load(base.read_text())["trainer"]["callbacks"]
+    settings = yaml.safe_load(base.read_text())["trainer"]
     recorder = {
         "class_path": "benchmarks.step_recorder.StepRecorder",
         "init_args": {"path": str(folder / "steps.json")},
     }
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}}
-    trainer: dict[str, Any] = {
+    gate_grad = [c for c in settings["callbacks"] if c["class_path"].endswith(".MoEGateGradCallback")]
+    trainer = {
         "max_steps": steps, "limit_val_batches": 0, "val_check_interval": None, "log_every_n_steps": steps + 1,
-        "enable_checkpointing": False, "enable_progress_bar": False, "devices": devices, "logger": logger,
-        "callbacks": [*(c for c in callbacks if c["class_path"].endswith(".MoEGateGradCallback")), recorder],
+        "enable_checkpointing": False, "enable_progress_bar": False, "logger": logger,
+        "accelerator": settings["accelerator"], "devices": devices, "callbacks": [*gate_grad, recorder],
     }  # fmt: skip
-    if devices > 1:
-        sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
-        name = "lightning.pytorch.strategies.ModelParallelStrategy"
-        trainer["strategy"] = {"class_path": name, "init_args": sizes}
     data = {"source": str(folder / "data.jsonl"), "packing": "wrapped", "max_length": tokens, "batch_size": 1}
     path = folder / "overlay.yaml"
     path.write_text(yaml.safe_dump({"model": VARIANTS[variant], "data": data, "trainer": trainer}))
     return path
+
+
+def command_of(base: Path, overlay: Path, devices: int, options: tuple[str, ...]) -> list[str]:
+    """The recipe's command line, with its overlay for several devices where there are several."""
+    command = [sys.executable, str(RECIPES / "qwen3_lora.py"), "fit", "--config", str(base)]
+    if devices > 1:
+        command += ["--config", str(FSDP), f"--trainer.strategy.init_args.num_ranks={devices}"]
+    return [*command, "--config", str(overlay), *options]
 
 
 def run(
@@ -106,8 +112,7 @@ def run(
 ) -> Run:
     """Trains in a process of its own, or one for each device, and reads what it recorded."""
     overlay = write_overlay(base, variant, tokens, steps, folder, devices)
-    script = [sys.executable, str(RECIPES / "qwen3_lora.py"), "fit"]
-    command = [*script, "--config", str(base), "--config", str(overlay), *options]
+    command = command_of(base, overlay, devices, options)
     environment = {**os.environ, "LIGHTNING_MOE_GATEGRAD": "0" if variant.startswith("baseline") else "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     (folder / "output.txt").write_text(done.stdout + done.stderr)

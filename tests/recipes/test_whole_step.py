@@ -9,7 +9,7 @@ import pytest
 import whole_step
 import yaml
 from matplotlib.image import imread
-from whole_step import Run, plot, rows_of, write_overlay
+from whole_step import Run, command_of, plot, rows_of, write_overlay
 
 RUNS = [
     Run("baseline", 256, [2.0, 1.5, 1.0], [9.0, 2.0, 2.2], [9.0, 10.0, 9.5], [9.0, 6.0, 5.0]),
@@ -83,9 +83,11 @@ def test_the_data_are_long_enough_for_a_sequence_on_each_device(tmp_path):
 
 
 def test_several_devices_shard_the_model(tmp_path):
-    settings = yaml.safe_load(write_overlay(whole_step.TINY, "baseline", 128, 3, tmp_path, devices=2).read_text())
-    assert settings["trainer"]["devices"] == 2
-    assert settings["trainer"]["strategy"]["init_args"]["data_parallel_size"] == 2
+    overlay = write_overlay(whole_step.TINY, "baseline", 96, 2, tmp_path, devices=3)
+    command = command_of(whole_step.TINY, overlay, 3, ("--print_config",))
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    trainer = yaml.safe_load(printed)["trainer"]
+    assert trainer["strategy"]["init_args"]["num_ranks"] == trainer["devices"] == 3
 
 
 def test_the_whole_on_the_cpu(tmp_path, capsys):

@@ -1,7 +1,7 @@
-"""What a decoder layer keeps for backward: its recomputation, its boundary in host memory, its experts in tiles.
+"""What a decoder layer keeps for backward: its recomputation, its input in host memory, its experts in tiles.
 
     full        a layer keeps its input and is computed again in backward
-    selective   attention and norms are computed again, the experts are not: more memory, less time
+    attention   attention and norms are computed again, the experts are not: more memory, less time
     none        nothing is computed again
 
 Each is put on the layers' `forward`; outside training the layers run as they are.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-Mode = Literal["full", "selective", "none"]
+Mode = Literal["full", "attention", "none"]
 
 SMALLEST_OFFLOADED_BYTES = 2**20
 # A layer whose input is larger computes for so long that fetching the next one early would only take memory.
@@ -27,35 +27,36 @@ def enable_checkpointing(layers: nn.ModuleList, mode: Mode, offload: bool = Fals
     """Has decoder layers recompute what `mode` says.
 
     Args:
-        layers: decoder layers with `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`.
+        layers: decoder layers, whose feed-forward or MoE block is `mlp`.
         mode: what is computed again in backward.
         offload: keep the layers' inputs in pinned host memory; needs `mode="full"`.
         tile_tokens: where a sequence is longer, the `mlp` runs this many tokens at a time and once more in backward,
-            so that one tile's tape exists at a time. 0 for never.
+            so that one tile's activations exist at a time. 0 for never.
 
     Raises:
         ValueError: where `offload` has nothing to work on.
     """
     if offload and mode != "full":
         raise ValueError(f"model.offload keeps the layers' inputs, which only checkpointing 'full' saves, not {mode!r}")
-    boundaries = HostBoundaries() if offload else None
+    offloading = ActivationOffload() if offload else None
     layer: Any
     for layer in layers:
         if tile_tokens:
             layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
         if mode == "full":
-            layer.forward = partial(_recomputed, layer.forward, boundaries)
-        elif mode == "selective":
-            for module in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
-                module.forward = partial(_recomputed, module.forward, None)
+            layer.forward = partial(_recomputed, layer.forward, offloading)
+        elif mode == "attention":
+            for name, module in layer.named_children():
+                if name != "mlp":
+                    module.forward = partial(_recomputed, module.forward, None)
 
 
-def _recomputed(forward: Callable[..., Any], boundaries: "HostBoundaries | None", *args: Any, **kwargs: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], offloading: "ActivationOffload | None", *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if boundaries is None:
+    if offloading is None:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    with boundaries.hooks():
+    with offloading.hooks():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
@@ -67,7 +68,7 @@ def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states:
     return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=1)
 
 
-class HostBoundaries:
+class ActivationOffload:
     """Tensors that wait for backward in pinned host memory, copied beside the computation in both directions.
 
     They come back in the reverse of the order in which they went: when one is asked for, the one before it sets out
@@ -77,33 +78,33 @@ class HostBoundaries:
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._last: _Boundary | None = None
+        self._last: _Offloaded | None = None
 
     def hooks(self) -> saved_tensors_hooks:
         """The context in which saved tensors on a GPU go to the host; others stay as they are."""
         return saved_tensors_hooks(self._go, self._come)
 
-    def _go(self, tensor: Tensor) -> "Tensor | _Boundary":
+    def _go(self, tensor: Tensor) -> "Tensor | _Offloaded":
         if not tensor.is_cuda or tensor.numel() * tensor.element_size() < SMALLEST_OFFLOADED_BYTES:
             return tensor
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         if self._last is not None:
             self._last.arrive()
-        self._last = _Boundary(tensor, self._stream, self._last)
+        self._last = _Offloaded(tensor, self._stream, self._last)
         return self._last
 
-    def _come(self, packed: "Tensor | _Boundary") -> Tensor:
+    def _come(self, packed: "Tensor | _Offloaded") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         self._last = None
         return packed.come()
 
 
-class _Boundary:
+class _Offloaded:
     """One tensor, on its way to the host, there, or on its way back."""
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "_Boundary | None") -> None:
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "_Offloaded | None") -> None:
         self._stream, self._before = stream, before
         self._on_device: Tensor | None = tensor
         self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TILE_TOKENS, CHUNK_TOKENS = 8192, 2048
 
 
-class SaveBeforeLeaving(Callback):
+class CheckpointOnSignal(Callback):
     """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint to resume from exactly there, and leaves.
 
     The process ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. After
@@ -140,7 +140,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-class CarefulCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there when it is whole: a failure leaves what was there.
 
     Lightning's own way writes to the system's temporary folder, from where a move to another disk is a copy that can

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lora import fault_tolerance as surviving
-from lora.fault_tolerance import CarefulCheckpointIO, OutOfMemoryAdvice, SaveBeforeLeaving, advice, check_room
+from lora.fault_tolerance import AtomicCheckpointIO, CheckpointOnSignal, OutOfMemoryAdvice, advice, check_room
 from qwen3_lora import UNHELPFUL_WARNINGS
 from torch.utils.data import DataLoader
 
@@ -60,8 +60,8 @@ class At(Callback):
 def trainer(folder, *callbacks, **options):
     options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
     return Trainer(
-        accelerator="cpu", default_root_dir=folder, plugins=[CarefulCheckpointIO()],
-        callbacks=[SaveBeforeLeaving(), ModelCheckpoint(folder / "kept", save_last=True), *callbacks], **options,
+        accelerator="cpu", default_root_dir=folder, plugins=[AtomicCheckpointIO()],
+        callbacks=[CheckpointOnSignal(), ModelCheckpoint(folder / "kept", save_last=True), *callbacks], **options,
     )  # fmt: skip
 
 
@@ -168,8 +168,8 @@ def test_a_signal_from_another_process(tmp_path):
 
 def test_checkpoints_hold_what_lightnings_hold(tmp_path):
     checkpoint = {"state_dict": {"weight": torch.ones(3)}, "global_step": 3}
-    CarefulCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "a.ckpt")
-    loaded = CarefulCheckpointIO().load_checkpoint(tmp_path / "new" / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "a.ckpt")
+    loaded = AtomicCheckpointIO().load_checkpoint(tmp_path / "new" / "a.ckpt")
     assert loaded["global_step"] == 3
     assert torch.equal(loaded["state_dict"]["weight"], torch.ones(3))
     assert os.listdir(tmp_path / "new") == ["a.ckpt"]
@@ -187,7 +187,7 @@ def limited(num_bytes):
 
 
 def test_a_full_disk_is_reported_and_leaves_the_earlier_checkpoint(tmp_path):
-    io, path = CarefulCheckpointIO(), tmp_path / "last.ckpt"
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"weight": torch.ones(3)}, path)
     before = path.read_bytes()
     said = r"last.ckpt could not be written .*MiB free. Earlier checkpoints are as they were"
@@ -198,7 +198,7 @@ def test_a_full_disk_is_reported_and_leaves_the_earlier_checkpoint(tmp_path):
 
 
 def test_leaving_at_once_within_a_save_leaves_no_part_of_it(tmp_path, monkeypatch):
-    io, path = CarefulCheckpointIO(), tmp_path / "last.ckpt"
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"weight": torch.ones(3)}, path)
     before = path.read_bytes()
 
@@ -223,7 +223,7 @@ def test_a_failed_save_ends_the_run_with_the_earlier_checkpoint_whole(tmp_path, 
     checkpoint = ModelCheckpoint(tmp_path / "mine", every_n_train_steps=2, filename="{step}", save_top_k=-1)
     run = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
-        plugins=[CarefulCheckpointIO()], callbacks=[checkpoint, At(5, fill)], default_root_dir=tmp_path,
+        plugins=[AtomicCheckpointIO()], callbacks=[checkpoint, At(5, fill)], default_root_dir=tmp_path,
     )  # fmt: skip
     with pytest.raises(OSError, match="No space left on device"):
         run.fit(Line(), DataLoader(range(12), batch_size=1))
@@ -304,9 +304,9 @@ def test_no_code_in_a_checkpoint_runs(tmp_path, monkeypatch):
     torch.save({"state_dict": {}, "loops": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what others load is theirs
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        CarefulCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
-    CarefulCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+    AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
     assert (tmp_path / "ran").exists()
 
 
@@ -315,7 +315,7 @@ def test_nor_in_one_on_the_web(monkeypatch):
     asked = []
     monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *arguments: asked.append(arguments[2]))
     for weights_only in (None, True, False):
-        CarefulCheckpointIO().load_checkpoint("https://localhost/evil.ckpt", weights_only=weights_only)
+        AtomicCheckpointIO().load_checkpoint("https://localhost/evil.ckpt", weights_only=weights_only)
     assert asked == [True, True, False]
 
 

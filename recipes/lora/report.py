@@ -1,4 +1,4 @@
-"""RunReport: what a run tells its user, as a table on the terminal and in `report/summary.md`; TensorBoard has curves."""
+"""RunReport: what a run tells its user, on the terminal and in `report/summary.md`. Curves are in TensorBoard."""
 
 import html
 import math

@@ -1,4 +1,4 @@
-"""Tests of what a layer keeps: same losses and gradients in every mode, fewer saved activations, layers' inputs on the host."""
+"""Tests of what a layer keeps: equal gradients in every mode, fewer saved activations, layers' inputs on the host."""
 
 import pytest
 import torch

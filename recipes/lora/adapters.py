@@ -42,14 +42,13 @@ def add_adapters(base: PreTrainedModel, options: Mapping[str, Any]) -> PeftModel
     with base.device:  # whose random state then draws the adapters, under whatever strategy
         network = get_peft_model(base, adapter)
     assert isinstance(network, PeftModel)
-    module: Any
-    for module in network.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.float()  # PEFT does that for adapters only
-        elif isinstance(module, BaseTunerLayer):
+    for layer in network.modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            layer.modules_to_save.float()  # PEFT does that for adapters only
+        elif isinstance(layer, BaseTunerLayer):
             # As peft.helpers.disable_input_dtype_casting, for good: autocast chooses the dtype, and a float32 copy of
             # each adapted layer's input would be kept for backward.
-            module.cast_input_dtype_enabled = False
+            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
     return network
 
 

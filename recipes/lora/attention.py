@@ -94,7 +94,7 @@ GROUPED_QUERIES: dict[str, Any] = (
 
 
 def _mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    # Without padding there is nothing to say that the documents' boundaries do not.
+    # Without padding the documents' boundaries replace the mask.
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
 
 

@@ -69,11 +69,11 @@ def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states:
 
 
 class ActivationOffload:
-    """Tensors that wait for backward in pinned host memory, copied beside the computation in both directions.
+    """Keeps saved tensors in pinned host memory until backward; copies run on a stream of their own.
 
-    They come back in the reverse of the order in which they went: when one is asked for, the one before it sets out
-    too, unless it is large. Copies run on a stream of their own, memory belongs to the stream that computes: a tensor
-    that goes is held until the next one goes, by when its copy is waited for.
+    Backward asks for them in reverse order: when one is restored, the one before it is prefetched, unless it is large.
+    Device memory belongs to the stream that computes: a tensor stays on the device until the next one is offloaded,
+    when its copy is waited for.
     """
 
     def __init__(self) -> None:
@@ -81,28 +81,28 @@ class ActivationOffload:
         self._last: _Offloaded | None = None
 
     def hooks(self) -> saved_tensors_hooks:
-        """The context in which saved tensors on a GPU go to the host; others stay as they are."""
-        return saved_tensors_hooks(self._go, self._come)
+        """The context in which saved tensors on a GPU are offloaded; others stay as they are."""
+        return saved_tensors_hooks(self._pack, self._unpack)
 
-    def _go(self, tensor: Tensor) -> "Tensor | _Offloaded":
+    def _pack(self, tensor: Tensor) -> "Tensor | _Offloaded":
         if not tensor.is_cuda or tensor.numel() * tensor.element_size() < SMALLEST_OFFLOADED_BYTES:
             return tensor
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         if self._last is not None:
-            self._last.arrive()
+            self._last.free_device_copy()
         self._last = _Offloaded(tensor, self._stream, self._last)
         return self._last
 
-    def _come(self, packed: "Tensor | _Offloaded") -> Tensor:
+    def _unpack(self, packed: "Tensor | _Offloaded") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         self._last = None
-        return packed.come()
+        return packed.restore()
 
 
 class _Offloaded:
-    """One tensor, on its way to the host, there, or on its way back."""
+    """One tensor: being copied to the host, there, or being copied back."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "_Offloaded | None") -> None:
         self._stream, self._before = stream, before
@@ -113,14 +113,14 @@ class _Offloaded:
             self._on_host.copy_(tensor, non_blocking=True)
         self._copied = stream.record_event()
 
-    def arrive(self) -> None:
-        """Lets go of the tensor on the device once it is on the host."""
+    def free_device_copy(self) -> None:
+        """Frees the tensor on the device once it is on the host."""
         if self._on_device is not None:
             torch.cuda.current_stream(self._on_device.device).wait_event(self._copied)
             self._on_device = None
 
-    def fetch(self) -> None:
-        """Begins to bring it back, if it is away."""
+    def prefetch(self) -> None:
+        """Starts the copy back to the device, unless it is there."""
         if self._on_device is not None:
             return
         self._on_device = torch.empty(self._on_host.shape, dtype=self._on_host.dtype, device=self._stream.device)
@@ -129,13 +129,13 @@ class _Offloaded:
             self._on_device.copy_(self._on_host, non_blocking=True)
         self._copied = self._stream.record_event()
 
-    def come(self) -> Tensor:
-        """The tensor, for the current stream; the one before it sets out."""
-        self.fetch()
+    def restore(self) -> Tensor:
+        """The tensor, ready for the current stream; prefetches the one before it."""
+        self.prefetch()
         tensor, self._on_device = self._on_device, None
         assert tensor is not None
         torch.cuda.current_stream(tensor.device).wait_event(self._copied)
         if self._before is not None and tensor.nbytes <= LARGEST_FETCHED_EARLY_BYTES:
-            self._before.fetch()
+            self._before.prefetch()
         self._before = None
         return tensor

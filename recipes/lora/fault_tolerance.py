@@ -193,8 +193,8 @@ class OutOfMemoryAdvice(Callback):
         """Prints the advice; the exception goes on."""
         if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
             rank = f"rank {trainer.global_rank}, " * (trainer.world_size > 1)
-            said = [f"{rank}out of memory. {_measured(pl_module.device)}", *advice(trainer, pl_module)]
-            warnings.warn("\n".join(said), stacklevel=2)  # by the rank that it happened to
+            lines = [f"{rank}out of memory. {_measured(pl_module.device)}", *advice(trainer, pl_module)]
+            warnings.warn("\n".join(lines), stacklevel=2)  # by the rank that it happened to
 
 
 def _measured(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Model FLOPs of a Qwen3-MoE's training step: what its arithmetic needs, whatever is computed again along the way."""
+"""Model FLOPs of a Qwen3-MoE's training step, recomputation not counted; a packed batch's documents and tokens."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

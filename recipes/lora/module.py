@@ -4,6 +4,7 @@ from types import MethodType
 from typing import Any, Literal, Self
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision
 from peft import PeftModel
@@ -64,19 +65,19 @@ class MoELoRA(LightningModule):
         name: str | None = None,
         init_seed: int = 0,
         dtype: Literal["bfloat16", "float32"] = "float32",
-        rank: int = 16,
-        alpha: int = 32,
+        rank: PositiveInt = 16,
+        alpha: PositiveInt = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
         experts: bool = False,
         router: Literal["frozen", "trained", "lora"] = "frozen",
         router_module: str = "mlp.gate",
-        router_aux_loss: float = 0.0,
+        router_aux_loss: NonNegativeFloat = 0.0,
         modules_to_save: tuple[str, ...] = (),
-        learning_rate: float = 1e-4,
-        warmup_steps: int = 10,
+        learning_rate: PositiveFloat = 1e-4,
+        warmup_steps: NonNegativeInt = 10,
         checkpointing: Mode = "none",
         offload: bool = False,
-        tile_tokens: int = 32_768,
+        tile_tokens: NonNegativeInt = 32_768,
         attention: str = VARLEN,
         liger: bool | None = None,
         loss_impl: LossImpl | Literal["auto"] = "auto",
@@ -84,14 +85,6 @@ class MoELoRA(LightningModule):
         super().__init__()
         if init == "pretrained" and not name:
             raise ValueError("model.init is 'pretrained': set model.name to a hub name or a folder")
-        for option, value in (("rank", rank), ("alpha", alpha), ("learning_rate", learning_rate)):
-            if value <= 0:
-                raise ValueError(f"model.{option} must be positive, not {value}")
-        for option, value in (
-            ("warmup_steps", warmup_steps), ("tile_tokens", tile_tokens), ("router_aux_loss", router_aux_loss)
-        ):  # fmt: skip
-            if value < 0:
-                raise ValueError(f"model.{option} must be at least 0, not {value}")
         if offload and checkpointing != "full":
             raise ValueError("model.offload keeps the layers' inputs: it needs --model.checkpointing full")
         self.save_hyperparameters()

@@ -3,7 +3,6 @@
 import html
 import math
 import os
-import platform
 import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -23,6 +22,8 @@ from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor, MoEGa
 
 RECIPE = Path(__file__).parents[1] / "qwen3_lora.py"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "lightning_moe")
+
+MIB = 2**20
 
 C = TypeVar("C", bound=Callback)
 
@@ -103,12 +104,12 @@ class RunReport(Callback):
         self._peak_gib = max(self._peak_gib, float(trainer.callback_metrics.get("memory/peak_allocated_gib", 0)))
 
     def _summarize(self, trainer: Trainer, module: LightningModule, outcome: str) -> None:
-        rows = [("run", outcome), *self._rows(trainer, module)]
-        heat_map = next((c.heat_map for c in _of_type(trainer, ExpertLoadMonitor) if c.heat_map is not None), None)
+        rows = [("run", outcome), *self._training_rows(trainer), *_model_rows(trainer, module), *self._sample_rows()]
+        rows += _file_rows(trainer)
         path = self._folder / "report" / "summary.md"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_markdown(rows, path.parent, heat_map, self._resume_command(trainer)), "utf-8")
+            path.write_text(_markdown(rows, trainer, path.parent), "utf-8")
             rows.append(("report", os.path.relpath(path)))
         except OSError as error:
             rank_zero_warn(f"{path} could not be written: {error}")
@@ -119,62 +120,62 @@ class RunReport(Callback):
             table.add_row(name, Text(value))  # an answer's brackets are no markup
         Console().print(table)
 
-    def _rows(self, trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, str]]:
-        device, logged = trainer.strategy.root_device, trainer.logged_metrics
+    def _training_rows(self, trainer: Trainer) -> Iterator[tuple[str, str]]:
+        logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
         for kind, losses in (("", self._losses), ("validation ", self._validation_losses)):
             if losses:
                 yield f"{kind}loss, first and last", f"{losses[0].item():.4f} → {losses[-1].item():.4f}"
         if "train/device/items_per_sec" in logged:
-            yield "tokens per second and rank", f"{float(logged['train/device/items_per_sec']):,.0f}"
-            seconds = trainer.accumulate_grad_batches / float(logged["train/device/batches_per_sec"])
+            yield "tokens per second and rank", f"{logged['train/device/items_per_sec']:,.0f}"
+            seconds = trainer.accumulate_grad_batches / logged["train/device/batches_per_sec"]
             yield "seconds per step", f"{seconds:.3f}"
         if "train/device/mfu" in logged:
-            yield "model FLOPs utilisation", f"{float(logged['train/device/mfu']):.1%}"
+            yield "model FLOPs utilisation", f"{logged['train/device/mfu']:.1%}"
         if self._peak_gib:
-            yield f"peak memory ({'allocated' if device.type == 'cuda' else 'resident'})", f"{self._peak_gib:.2f} GiB"
-        for callback in _of_type(trainer, MemoryMonitor):
-            if callback.activations:
-                kept = sum(layer.num_bytes for layer in callback.activations)
-                baseline = sum(layer.baseline_num_bytes or math.nan for layer in callback.activations)
-                sizes = f"{baseline / 2**20:.2f} → {kept / 2**20:.2f} MiB ({kept / baseline:.2f})"
-                yield "MoE activations, baseline and now", f"{sizes}, {len(callback.activations)} layers"
-        load = next((monitor.expert_load for monitor in _of_type(trainer, ExpertLoadMonitor)), {})
-        if load:
-            over_mean = {
-                name: (rows.max() / rows.double().mean().clamp_min(1e-9)).item() for name, rows in load.items()
-            }
-            name, most = max(over_mean.items(), key=lambda item: item[1])
-            yield "most loaded expert", f"{most:.2f} times its layer's mean, in {name.replace('.base_layer', '')}"
-            idle = sum(int((rows == 0).sum()) for rows in load.values())
-            yield "experts without a token", f"{idle} of {sum(rows.numel() for rows in load.values())}"
-        sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
-        trained, total = sum(sizes.values()), sum(p.numel() for p in module.parameters())
-        yield "parameters that train", f"{trained:,} of {total:,} ({trained / total:.2%})"
-        if on_experts := sum(size for name, size in sizes.items() if ".experts." in name):
-            yield "of these on experts", f"{on_experts:,}"
-        yield from getattr(module, "description", {}).items()
-        yield "device", _device_name(device) + (f", {trainer.world_size} ranks" if trainer.world_size > 1 else "")
-        yield "versions", ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+            kind = "allocated" if trainer.strategy.root_device.type == "cuda" else "resident"
+            yield f"peak memory ({kind})", f"{self._peak_gib:.2f} GiB"
+
+    def _sample_rows(self) -> Iterator[tuple[str, str]]:
         if self._example is not None:
             yield "prompt held out", self._example.prompt.strip()
             yield "answer wanted", self._example.answer
         yield from zip(("answer before", "answer after"), self._answers, strict=False)
-        for logger in trainer.loggers:
-            yield type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or ".")
-        if checkpoint := _checkpoint(trainer):
-            yield "checkpoint", os.path.relpath(checkpoint)
-        for exporter in _of_type(trainer, AdapterExport):
-            for layout, folder in exporter.folders.items():
-                yield f"PEFT adapter, {layout}", os.path.relpath(folder)
 
-    def _resume_command(self, trainer: Trainer) -> str | None:
-        checkpoint, config = _checkpoint(trainer), self._folder / "config.yaml"
-        if checkpoint is None:
-            return None
-        options = ["--config", os.path.relpath(config)] if config.exists() else []  # as LightningCLI leaves it
-        return shlex.join(
-            ["python", os.path.relpath(RECIPE), "fit", *options, "--ckpt_path", os.path.relpath(checkpoint)]
-        )
+
+def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, str]]:
+    for callback in _of_type(trainer, MemoryMonitor):
+        if callback.activations:
+            kept = sum(layer.num_bytes for layer in callback.activations) / MIB
+            baseline = sum((layer.baseline_num_bytes or math.nan for layer in callback.activations), 0.0) / MIB
+            ratio = f"({kept / baseline:.2f}), {len(callback.activations)} layers"
+            yield "MoE activations, baseline and now", f"{baseline:.2f} → {kept:.2f} MiB {ratio}"
+    for monitor in _of_type(trainer, ExpertLoadMonitor):
+        if monitor.expert_load:
+            rows_of = monitor.expert_load.items()
+            most, name = max((float(rows.max() / rows.double().mean().clamp_min(1e-9)), name) for name, rows in rows_of)
+            yield "most loaded expert", f"{most:.2f} times its layer's mean, in {name.replace('.base_layer', '')}"
+            idle = sum(int((rows == 0).sum()) for _, rows in rows_of)
+            yield "experts without a token", f"{idle} of {sum(rows.numel() for _, rows in rows_of)}"
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained, total = sum(sizes.values()), sum(parameter.numel() for parameter in module.parameters())
+    yield "parameters that train", f"{trained:,} of {total:,} ({trained / total:.2%})"
+    if on_experts := sum(size for name, size in sizes.items() if ".experts." in name):
+        yield "of these on experts", f"{on_experts:,}"
+    yield from getattr(module, "description", {}).items()
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    yield "device", name + (f", {trainer.world_size} ranks" if trainer.world_size > 1 else "")
+    yield "versions", ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+
+
+def _file_rows(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    for logger in trainer.loggers:
+        yield type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or ".")
+    if checkpoint := _checkpoint(trainer):
+        yield "checkpoint", os.path.relpath(checkpoint)
+    for exporter in _of_type(trainer, AdapterExport):
+        for layout, folder in exporter.folders.items():
+            yield f"PEFT adapter, {layout}", os.path.relpath(folder)
 
 
 def _of_type(trainer: Trainer, kind: type[C]) -> list[C]:
@@ -183,25 +184,21 @@ def _of_type(trainer: Trainer, kind: type[C]) -> list[C]:
 
 def _checkpoint(trainer: Trainer) -> str | None:
     callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint):
-        return None
-    return callback.last_model_path or callback.best_model_path or None
+    return (callback.last_model_path or callback.best_model_path) if isinstance(callback, ModelCheckpoint) else None
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def _markdown(rows: list[tuple[str, str]], folder: Path, heat_map: Path | None, resume: str | None) -> str:
+def _markdown(rows: list[tuple[str, str]], trainer: Trainer, folder: Path) -> str:
     def cell(text: str) -> str:
         return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
 
     table = [f"| {cell(name)} | {cell(value)} |" for name, value in rows]
     lines = ["# Run report", "", "| | |", "|---|---|", *table, ""]
-    if heat_map is not None:
-        lines += [f"![load of the experts]({os.path.relpath(heat_map, folder)})", ""]
-    if resume is not None:
-        lines += ["To go on from the last checkpoint:", "", "```bash", resume, "```", ""]
+    for monitor in _of_type(trainer, ExpertLoadMonitor):
+        if monitor.heat_map is not None:
+            lines += [f"![load of the experts]({os.path.relpath(monitor.heat_map, folder)})", ""]
+    if checkpoint := _checkpoint(trainer):
+        config = folder.parent / "config.yaml"  # as LightningCLI leaves it
+        options = ["--config", os.path.relpath(config)] if config.exists() else []
+        command = ["python", os.path.relpath(RECIPE), "fit", *options, "--ckpt_path", os.path.relpath(checkpoint)]
+        lines += ["To go on from the last checkpoint:", "", "```bash", shlex.join(command), "```", ""]
     return "\n".join(lines)

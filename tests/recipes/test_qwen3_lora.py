@@ -332,20 +332,18 @@ def test_wrong_key_is_named(tmp_path, capsys):
     assert "rnak" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ({"rank": 0}, "model.rank must be positive, not 0"),
-        ({"learning_rate": -1.0}, "model.learning_rate must be positive"),
-        ({"warmup_steps": -1}, "model.warmup_steps must be at least 0"),
-        ({"init": "pretrained"}, "set model.name"),
-        ({"tile_tokens": -1}, "model.tile_tokens must be at least 0"),
-        ({"offload": True, "checkpointing": "attention"}, "it needs --model.checkpointing full"),
-    ],
-)
-def test_model_options_out_of_range(override, words):
-    with pytest.raises(ValueError, match=words):
-        MoELoRA(architecture={}, **override)
+@pytest.mark.parametrize("option", ["rank=0", "learning_rate=-1", "warmup_steps=-1", "tile_tokens=-1", "dtype=half"])
+def test_model_options_out_of_range(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--model.{option}"])
+    assert f"model.{option.partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together():
+    with pytest.raises(ValueError, match="set model.name"):
+        MoELoRA({}, init="pretrained")
+    with pytest.raises(ValueError, match="it needs --model.checkpointing full"):
+        MoELoRA({}, offload=True, checkpointing="attention")
 
 
 def parse(*names):

@@ -168,7 +168,7 @@ def test_a_run_that_stops_has_a_report_of_what_there_is(tmp_path, error, capsys)
 
 
 def test_a_report_that_fails_hides_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(RunReport, "_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(RunReport, "_sample_rows", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="no"), pytest.warns(UserWarning, match="could not be written: ZeroDivision"):
         run(tmp_path, Trained(stop=ValueError("no")))
 

@@ -27,15 +27,13 @@ class ExpertLoadCounter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._rows: dict[str, Tensor | None] = {}
-        self._num_experts: dict[str, int] = {}
+        self._layers: dict[str, _CountRows] = {}
         self._handles = []
         for layer in find_moe_layers(model):
             module: Any = layer.module
             if (is_decorated(module) or is_registered(module)) and not is_expert_parallel(module):
-                self._rows[layer.shown_name] = None
-                self._num_experts[layer.shown_name] = module.num_experts
-                self._handles.append(module.register_forward_hook(self._counting(layer.shown_name), with_kwargs=True))
+                hook = self._layers[layer.shown_name] = _CountRows(module.num_experts)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def drain(self, device: torch.device) -> dict[str, Tensor]:
         """Hands over the counts and starts again from zero.
@@ -46,13 +44,7 @@ class ExpertLoadCounter:
         Returns:
             (experts,) int64 for each layer, by its name without PEFT's wrappers; zeros where no backward came by.
         """
-        counts = {}
-        for name, rows in self._rows.items():
-            if rows is None:
-                rows = torch.zeros(self._num_experts[name], dtype=torch.int64, device=device)
-            counts[name] = rows.to(device, non_blocking=True)
-            self._rows[name] = None
-        return counts
+        return {name: layer.drain(device) for name, layer in self._layers.items()}
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -60,19 +52,31 @@ class ExpertLoadCounter:
             handle.remove()
         self._handles = []
 
-    def _counting(self, name: str) -> Any:
-        @torch.compiler.disable
-        def count_in_backward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if output.requires_grad:
-                top_k_index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
 
-                def count(_: Tensor) -> None:
-                    rows, previous = count_rows(top_k_index, self._num_experts[name]), self._rows[name]
-                    self._rows[name] = rows if previous is None else previous + rows
+class _CountRows:
+    """A forward hook that counts one layer's rows. An object, so that copies of the model count by themselves."""
 
-                output.register_hook(count)
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.rows: Tensor | None = None
 
-        return count_in_backward
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        top_k_index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+
+        def count(_: Tensor) -> None:
+            rows = count_rows(top_k_index, self.num_experts)
+            self.rows = rows if self.rows is None else self.rows + rows
+
+        output.register_hook(count)
+
+    def drain(self, device: torch.device) -> Tensor:
+        rows, self.rows = self.rows, None
+        if rows is None:
+            return torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+        return rows.to(device, non_blocking=True)
 
 
 def count_rows(top_k_index: Tensor, num_experts: int) -> Tensor:

@@ -69,12 +69,12 @@ def test_layers_under_expert_adapters_are_the_modules_themselves():
 def test_undecorated_layers_are_reported_once(module):
     layers = find_moe_layers(nn.ModuleDict({"mlp": module, "dense": nn.Linear(2, 2)}))
     assert len(layers) == 1
-    assert "does not go through Transformers' experts registry" in layers[0].reason
+    assert layers[0].reason.code == "outside_registry"
     assert not layers[0].is_dispatched
-    assert [layer.status for layer in patch_moe(module if layers[0].name == "mlp" else module).layers] == ["fallback"]
+    assert [layer.status for layer in patch_moe(module)] == ["fallback"]
 
 
-def test_what_holds_the_layers_is_none_whatever_its_class_is_called():
+def test_container_modules_are_not_reported_as_moe_layers():
     class TunedMoE(nn.Module):
         def __init__(self):
             super().__init__()
@@ -83,17 +83,17 @@ def test_what_holds_the_layers_is_none_whatever_its_class_is_called():
     assert len(find_moe_layers(TunedMoE())) == 2
 
 
-def test_a_registry_of_ones_own_is_recognised(monkeypatch):
-    monkeypatch.setattr("lightning_moe.discovery.ALL_EXPERTS_FUNCTIONS", object())
+def test_a_class_with_a_registry_of_its_own_is_not_supported(monkeypatch):
+    monkeypatch.setattr("lightning_moe.integrations.transformers_dispatch.ALL_EXPERTS_FUNCTIONS", object())
     (layer, _) = find_moe_layers(qwen3())
-    assert "a registry of its own" in layer.reason
+    assert layer.reason.code == "other_registry"
     assert not layer.is_dispatched
 
 
-def test_a_private_name_that_is_gone_is_named(monkeypatch):
+def test_a_forward_without_the_decorator_is_not_supported(monkeypatch):
     model = qwen3()
     monkeypatch.delattr(type(experts_modules(model)[0]).forward, "__wrapped__")
-    assert all("__wrapped__" in layer.reason for layer in find_moe_layers(model))
+    assert all(layer.reason.code == "undecorated_forward" for layer in find_moe_layers(model))
 
 
 @pytest.mark.parametrize("trained", ["attention", "everything"])

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_moe.callbacks.front import stand_in_front
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
-from lightning_moe.callbacks.restoring import restore_at_end
 from lightning_moe.expert_load import ExpertLoadCounter, plot_expert_load
 from lightning_moe.metrics import ExpertLoad
 
@@ -44,7 +44,7 @@ class ExpertLoadMonitor(Callback):
         if stage == "fit":
             warn_without_logger(trainer, self)
             self.expert_load, self.heat_map = {}, None
-            restore_at_end(trainer, self, self._stop)
+            stand_in_front(trainer, self, restore=self._stop)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting."""

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_moe.callbacks.front import stand_in_front
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
-from lightning_moe.callbacks.restoring import restore_at_end
 from lightning_moe.health import HealthCounts
 from lightning_moe.integrations.sharding import check_sharded, unsynced_parameters
 from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
@@ -108,24 +108,23 @@ class MoEGateGradCallback(Callback):
             )
         if stage == "fit":
             warn_without_logger(trainer, self)
-        restore_at_end(trainer, self, partial(self._detach, pl_module))
+        # What is built between `setup` and the start of a fit is patched then.
+        stand_in_front(
+            trainer, self, start=partial(self._start, trainer, pl_module), restore=partial(self._detach, pl_module)
+        )
         self._attach(pl_module)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Patches what was built since `setup`; complains if there is nothing."""
-        self._start(trainer, pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `on_fit_start`, unless this validation is part of a fit."""
+        """Patches what was built since `setup`, unless this validation is part of a fit."""
         if trainer.state.fn != "fit":
             self._start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `on_fit_start`."""
+        """Patches what was built since `setup`."""
         self._start(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `on_fit_start`."""
+        """Patches what was built since `setup`."""
         self._start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -1,35 +1,45 @@
-"""What every callback here that changes a model needs: a way back that no other callback can block."""
+"""What a callback that changes a model needs: to start before the others, and a way back that none of them can block."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 
-def restore_at_end(trainer: Trainer, owner: Callback, restore: Callable[[], None]) -> None:
-    """Has a function called when the Trainer's entry point ends, by whichever way.
+def stand_in_front(
+    trainer: Trainer, owner: Callback, *, restore: Callable[[], None], start: Callable[[], None] | None = None
+) -> None:
+    """Has functions of a callback called before every other callback's hooks, wherever it stands among them.
+
+    To be called in `setup`. The Trainer's own list is as it was when its entry point has ended.
 
     Args:
         trainer: runs.
-        owner: has one such function; a later one takes its place.
-        restore: puts the model back.
+        owner: the callback; what it gave before is replaced.
+        restore: called when the entry point ends, by whichever way; may be called more than once.
+        start: called when a fit starts.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = next((callback for callback in callbacks if isinstance(callback, _Restoring)), None)
-    (found or _Restoring(trainer)).functions[owner] = restore
+    front = next((callback for callback in callbacks if isinstance(callback, _Front)), None)
+    (front or _Front(trainer)).functions[owner] = _Functions(start, restore)
 
 
-class _Restoring(Callback):
+class _Functions(NamedTuple):
+    start: Callable[[], None] | None
+    restore: Callable[[], None]
+
+
+class _Front(Callback):
     """Stands before all other callbacks for as long as the entry point runs.
 
     An exception stops Lightning's loop over the callbacks, and so does a callback that raises in its own `on_exception`
-    or `teardown`. A learning rate finder that fails has taken the callbacks away from the Trainer: there only the
-    strategy is told.
+    or `teardown`. A learning rate finder runs its search when a fit starts; one that fails has taken the callbacks away
+    from the Trainer: there only the strategy is told.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.functions: dict[Callback, Callable[[], None]] = {}
+        self.functions: dict[Callback, _Functions] = {}
         self._trainer = trainer
         self._strategy: Strategy = trainer.strategy
         self._strategys_own = vars(self._strategy).get("on_exception")
@@ -37,6 +47,12 @@ class _Restoring(Callback):
         self._strategy.on_exception = self._hook  # type: ignore[method-assign]
         # A new list: Lightning iterates over the old one.
         trainer.callbacks = [self, *trainer.callbacks]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts."""
+        for functions in self.functions.values():
+            if functions.start is not None:
+                functions.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restores."""
@@ -60,4 +76,4 @@ class _Restoring(Callback):
             if self._strategys_own is not None:
                 hooks["on_exception"] = self._strategys_own
         while self.functions:
-            self.functions.popitem()[1]()
+            self.functions.popitem()[1].restore()

@@ -37,7 +37,7 @@ class LayerPatch:
     """What a patched module carries.
 
     Attributes:
-        config: the module's own config, to be put back; it names the default implementation at every call. None for a
+        config: the module's own config, to be restored; it names the default implementation at every call. None for a
             class registered with `register_experts`, whose default is its own forward.
         options: as given to `patch_moe`.
         reason: why the default implementation runs, or None.

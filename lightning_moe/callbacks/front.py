@@ -1,4 +1,4 @@
-"""What a callback that changes a model needs: to start before the others, and a way back that none of them can block."""
+"""For callbacks that change a model: a start before the other callbacks, and a way back that none of them can block."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

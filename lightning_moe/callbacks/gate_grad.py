@@ -182,8 +182,9 @@ class MoEGateGradCallback(Callback):
             rank_zero_warn(f"Some MoE layers run the default implementation:\n{self.report}")
         elif self.report.merging:
             rank_zero_warn(f"PEFT merges some adapters on experts:\n{self.report}")
+        elif self.report:
+            rank_zero_info(f"MoEGateGradCallback:\n{self.report}")
         if self.report.active:
-            rank_zero_info(f"MoEGateGradCallback: {len(self.report.active)} MoE layers patched")
             return
         message = (
             f"MoEGateGradCallback can patch no layer of {type(pl_module).__name__}"

@@ -27,6 +27,6 @@ def warn_without_logger(trainer: Trainer, callback: Callback) -> None:
     """Warns that what a callback logs goes nowhere, if the Trainer has no logger."""
     if not trainer.loggers:
         rank_zero_warn(
-            f"{type(callback).__name__} logs nowhere: the Trainer has no logger. Leave `logger` at its default, or give "
-            "it a CSVLogger"
+            f"{type(callback).__name__} logs nowhere: the Trainer has no logger. Leave `logger` at its default, or "
+            "give it one such as CSVLogger"
         )

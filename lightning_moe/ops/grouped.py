@@ -2,7 +2,7 @@
 
 Each function here is plain PyTorch and the reference of its kernel in triton_kernels.py. Which one runs is decided by
 the tensors' device and dtype and by the activation, call by call; nothing outside this file knows. None of them records
-anything on the autograd tape.
+anything for autograd.
 """
 
 import importlib.util

@@ -1,28 +1,36 @@
-"""LoRA on the base model, as the options have it; what is misspelt, or not what a checkpoint is of, is refused."""
+"""LoRA on the base model, as the options have it; checks that name what is misspelt or does not fit a checkpoint."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-ROUTER, ROUTER_PARAMETER = "mlp.gate", "mlp.gate.weight"
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Options without which a checkpoint's values mean something else, beside those of the base.
-ADAPTER_OPTIONS = ("rank", "alpha", "target_modules", "modules_to_save", "experts", "router")
+ADAPTER_OPTIONS = ("rank", "alpha", "target_modules", "modules_to_save", "experts", "router", "router_module")
 
 
-def put_adapters(base: Qwen3MoeForCausalLM, options: Mapping[str, Any]) -> PeftModel:
-    """The base with adapters, as the module's options have it."""
-    parameters = list(EXPERT_PARAMETERS) if options["experts"] else []
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The names of the experts' projections within a decoder layer, such as `mlp.experts.down_proj`."""
+    pattern = re.compile(r"layers\.\d+\.(.*\bexperts\.(?:gate_up_proj|up_proj|down_proj))$")
+    found = (pattern.search(name) for name, _ in model.named_parameters())
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def add_adapters(base: PreTrainedModel, options: Mapping[str, Any]) -> PeftModel:
+    """The base with float32 adapters, as the module's options have it."""
+    parameters = expert_parameters(base) if options["experts"] else []
     modules_to_save = list(options["modules_to_save"])
     if options["router"] == "lora":
-        parameters.append(ROUTER_PARAMETER)
+        parameters.append(f"{options['router_module']}.weight")
     elif options["router"] == "trained":
-        modules_to_save.append(ROUTER)
+        modules_to_save.append(options["router_module"])
     adapter = LoraConfig(
         r=options["rank"],
         lora_alpha=options["alpha"],
@@ -32,24 +40,39 @@ def put_adapters(base: Qwen3MoeForCausalLM, options: Mapping[str, Any]) -> PeftM
         task_type="CAUSAL_LM",
     )
     with base.device:  # whose random state then draws the adapters, under whatever strategy
-        network = get_peft_model(base, adapter, autocast_adapter_dtype=False)
+        network = get_peft_model(base, adapter)
     assert isinstance(network, PeftModel)
+    for layer in network.modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            layer.modules_to_save.float()  # PEFT does that for adapters only
+        elif isinstance(layer, BaseTunerLayer):
+            # As peft.helpers.disable_input_dtype_casting, for good: autocast chooses the dtype, and a float32 copy of
+            # each adapted layer's input would be kept for backward.
+            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
     return network
 
 
-def check_names(config: Qwen3MoeConfig, options: Mapping[str, Any]) -> None:
+def check_names(config: PretrainedConfig, options: Mapping[str, Any]) -> None:
     """Whether each module that is to be adapted or trained is there; PEFT passes over what it does not find.
 
     Raises:
         ValueError: naming what matches nothing, and what there is.
     """
     with torch.device("meta"):
-        names = [name for name, _ in Qwen3MoeForCausalLM(config).named_modules() if name]
-    for option, dot in (("target_modules", "."), ("modules_to_save", "")):  # PEFT's two ways to match an ending
-        for wanted in options[option]:
-            if not any(f".{name}".endswith(dot + wanted) for name in names):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()}))
-                raise ValueError(f"model.{option} names {wanted!r}, and the model has no such module; it has {known}")
+        model = AutoModelForCausalLM.from_config(config)
+    names = [name for name, _ in model.named_modules() if name]
+    wanted = [("target_modules", ".", name) for name in options["target_modules"]]
+    wanted += [("modules_to_save", "", name) for name in options["modules_to_save"]]  # PEFT's two ways to match
+    if options["router"] != "frozen":
+        wanted.append(("router_module", ".", options["router_module"]))
+    for option, dot, ending in wanted:
+        if not any(f".{name}".endswith(dot + ending) for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()}))
+            raise ValueError(f"model.{option} names {ending!r}, and the model has no such module; it has {known}")
+    if options["experts"] and not expert_parameters(model):
+        raise ValueError(f"model.experts: {config.model_type} has no experts with gate_up_proj and down_proj to adapt")
+    if options["router_aux_loss"] and not hasattr(config, "output_router_logits"):
+        raise ValueError(f"model.router_aux_loss: {config.model_type} gives no router logits; set it to 0")
 
 
 def check_checkpoint(options: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -87,7 +110,7 @@ def trained_products(options: Mapping[str, Any]) -> dict[str, int | Literal["ful
     rank = options["rank"]
     trained: dict[str, int | Literal["full"]] = {_last(name): rank for name in options["target_modules"]}
     if options["experts"]:
-        trained |= {name.removeprefix("mlp."): rank for name in EXPERT_PARAMETERS}
+        trained |= {"experts.gate_up_proj": rank, "experts.down_proj": rank}
     if options["router"] != "frozen":
         trained["gate"] = "full" if options["router"] == "trained" else rank
     for name in options["modules_to_save"]:

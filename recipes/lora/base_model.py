@@ -10,46 +10,47 @@ import huggingface_hub
 import psutil
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lora.attention import NAME as DOCUMENTS
-from lora.attention import check_config, kernel_of, register
+from lora.attention import NAME as VARLEN
+from lora.attention import check_config, register
 
 GIB = 2**30
 WEIGHTS = ("*.safetensors", "*.json")
 
-# Fields that Qwen3MoeConfig reads without a declaration.
+# Fields that configurations read without a declaration.
 TAKEN_TOO = ("head_dim", "rope_theta", "rope_scaling")
 
 # What a GPU process takes beside tensors: its context, cuBLAS workspaces, the allocator's rounding.
 CONTEXT_BYTES = GIB
 
 
-def read_config(name: str | None, architecture: dict[str, Any]) -> Qwen3MoeConfig:
+def read_config(name: str | None, architecture: dict[str, Any]) -> PretrainedConfig:
     """The configuration of a pretrained model, or of a random one.
 
     Args:
         name: a hub name or a folder; None for a random model.
-        architecture: fields of `Qwen3MoeConfig`, for a random model.
+        architecture: `model_type` and fields of that family's configuration, for a random model.
 
     Raises:
-        ValueError: where there is no such model, it is not a Qwen3-MoE, or a field is none of Qwen3MoeConfig's.
+        ValueError: where there is no such model or family, or a field is none of its configuration's.
     """
     if name is None:
-        known = {*Qwen3MoeConfig().to_dict(), *Qwen3MoeConfig.attribute_map, *TAKEN_TOO}
-        if unknown := sorted(architecture.keys() - known):
-            raise ValueError(f"model.architecture has {', '.join(unknown)}, which Qwen3MoeConfig does not know")
-        return Qwen3MoeConfig(**architecture)
+        fields = dict(architecture)
+        family = fields.pop("model_type", None)
+        if family not in CONFIG_MAPPING:
+            raise ValueError(f"model.architecture.model_type is {family!r}, which Transformers does not know")
+        known = {*CONFIG_MAPPING[family]().to_dict(), *CONFIG_MAPPING[family].attribute_map, *TAKEN_TOO}
+        if unknown := sorted(fields.keys() - known):
+            raise ValueError(f"model.architecture has {', '.join(unknown)}, which no {family} has")
+        return CONFIG_MAPPING[family](**fields)
     try:
-        config = Qwen3MoeConfig.get_config_dict(name)[0]
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"model.name {name!r} is neither a folder with a config.json nor a model that the hub gives: {error}. "
             "Give a folder with the weights, or train without them: --model.init random"
         ) from error
-    if config.get("model_type") != "qwen3_moe":
-        raise ValueError(f"model.name {name!r} is of type {config.get('model_type')!r}; this recipe trains qwen3_moe")
-    return Qwen3MoeConfig.from_dict(config)
 
 
 def check_weights(name: str) -> None:
@@ -86,14 +87,14 @@ def check_weights(name: str) -> None:
         )
 
 
-def check_memory(config: Qwen3MoeConfig, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Whether the weights fit the device.
 
     Raises:
         ValueError: with the bytes that are wanted and free.
     """
     with torch.device("meta"):
-        num_parameters = Qwen3MoeForCausalLM(config).num_parameters()
+        num_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     wanted = num_parameters * dtype.itemsize
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - CONTEXT_BYTES
@@ -108,8 +109,8 @@ def check_memory(config: Qwen3MoeConfig, dtype: torch.dtype, device: torch.devic
 
 
 def build(
-    name: str | None, config: Qwen3MoeConfig, dtype: torch.dtype, device: torch.device, attention: str, init_seed: int
-) -> Qwen3MoeForCausalLM:
+    name: str | None, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str, init_seed: int
+) -> PreTrainedModel:
     """The model, made or read shard by shard on its device.
 
     Args:
@@ -117,25 +118,26 @@ def build(
         config: its configuration.
         dtype: of the weights.
         device: where they go.
-        attention: a name that Transformers knows, or `documents`.
+        attention: a name that Transformers knows, or `varlen`.
         init_seed: of random weights; the run's own random state stays as it is.
 
     Raises:
         ValueError: where the attention does not do what the model's own does.
     """
-    if attention == DOCUMENTS:
+    if attention == VARLEN:
         check_config(config)
         register()
     if name is not None:
-        return Qwen3MoeForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map={"": device}, attn_implementation=attention, use_safetensors=True
-        )
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map={"": device}, attn_implementation=attention, use_safetensors=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(init_seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def apply_liger(model: Qwen3MoeForCausalLM, wanted: bool | None) -> str:
+def apply_liger(model: PreTrainedModel, wanted: bool | None) -> str:
     """Puts Liger's RMSNorm and rotary embedding into the model; its experts stay as they are.
 
     Args:
@@ -151,13 +153,15 @@ def apply_liger(model: Qwen3MoeForCausalLM, wanted: bool | None) -> str:
     obstacle = None
     if model.device.type != "cuda":
         obstacle = "they need a GPU"
+    elif model.config.model_type != "qwen3_moe":
+        obstacle = f"they are applied to qwen3_moe only, not to {model.config.model_type}"
     elif importlib.util.find_spec("liger_kernel") is None:
         obstacle = "liger-kernel is not installed"
     if wanted and obstacle:
         raise ValueError(f"model.liger asks for Liger's kernels: {obstacle}. Leave the option out, or: "
                          'pip install "liger-kernel>=0.8"')  # fmt: skip
     if obstacle or wanted is False:
-        return f"stock ({obstacle or 'as asked'})"
+        return f"Transformers' ({obstacle or 'as asked'})"
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
     # swiglu=True would rebind the experts' forward, and go past every experts implementation.
@@ -165,14 +169,3 @@ def apply_liger(model: Qwen3MoeForCausalLM, wanted: bool | None) -> str:
         rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )
     return "Liger"
-
-
-def describe_attention(model: Qwen3MoeForCausalLM) -> str:
-    """The attention implementation, and the kernel that PyTorch takes for it."""
-    name = model.config._attn_implementation
-    if name not in (DOCUMENTS, "sdpa"):
-        return name
-    config = model.config
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    tensors = [torch.empty(1, n, 256, config.head_dim, dtype=model.dtype, device=model.device) for n in heads]
-    return f"{name} ({kernel_of(*tensors).name.removesuffix('_ATTENTION').lower()})"

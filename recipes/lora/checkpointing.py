@@ -1,7 +1,7 @@
-"""What a decoder layer keeps for backward: its recomputation, its boundary in host memory, its experts in tiles.
+"""What a decoder layer keeps for backward: its recomputation, its input in host memory, its experts in tiles.
 
     full        a layer keeps its input and is computed again in backward
-    selective   attention and norms are computed again, the experts are not: more memory, less time
+    attention   attention and norms are computed again, the experts are not: more memory, less time
     none        nothing is computed again
 
 Each is put on the layers' `forward`; outside training the layers run as they are.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-Mode = Literal["full", "selective", "none"]
+Mode = Literal["full", "attention", "none"]
 
 SMALLEST_OFFLOADED_BYTES = 2**20
 # A layer whose input is larger computes for so long that fetching the next one early would only take memory.
@@ -27,35 +27,36 @@ def enable_checkpointing(layers: nn.ModuleList, mode: Mode, offload: bool = Fals
     """Has decoder layers recompute what `mode` says.
 
     Args:
-        layers: decoder layers with `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`.
+        layers: decoder layers, whose feed-forward or MoE block is `mlp`.
         mode: what is computed again in backward.
         offload: keep the layers' inputs in pinned host memory; needs `mode="full"`.
         tile_tokens: where a sequence is longer, the `mlp` runs this many tokens at a time and once more in backward,
-            so that one tile's tape exists at a time. 0 for never.
+            so that one tile's activations exist at a time. 0 for never.
 
     Raises:
         ValueError: where `offload` has nothing to work on.
     """
     if offload and mode != "full":
         raise ValueError(f"model.offload keeps the layers' inputs, which only checkpointing 'full' saves, not {mode!r}")
-    boundaries = HostBoundaries() if offload else None
+    offloading = ActivationOffload() if offload else None
     layer: Any
     for layer in layers:
         if tile_tokens:
             layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
         if mode == "full":
-            layer.forward = partial(_recomputed, layer.forward, boundaries)
-        elif mode == "selective":
-            for module in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
-                module.forward = partial(_recomputed, module.forward, None)
+            layer.forward = partial(_recomputed, layer.forward, offloading)
+        elif mode == "attention":
+            for name, module in layer.named_children():
+                if name != "mlp":
+                    module.forward = partial(_recomputed, module.forward, None)
 
 
-def _recomputed(forward: Callable[..., Any], boundaries: "HostBoundaries | None", *args: Any, **kwargs: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], offloading: "ActivationOffload | None", *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if boundaries is None:
+    if offloading is None:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    with boundaries.hooks():
+    with offloading.hooks():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
@@ -67,43 +68,43 @@ def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states:
     return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=1)
 
 
-class HostBoundaries:
-    """Tensors that wait for backward in pinned host memory, copied beside the computation in both directions.
+class ActivationOffload:
+    """Keeps saved tensors in pinned host memory until backward; copies run on a stream of their own.
 
-    They come back in the reverse of the order in which they went: when one is asked for, the one before it sets out
-    too, unless it is large. Copies run on a stream of their own, memory belongs to the stream that computes: a tensor
-    that goes is held until the next one goes, by when its copy is waited for.
+    Backward asks for them in reverse order: when one is restored, the one before it is prefetched, unless it is large.
+    Device memory belongs to the stream that computes: a tensor stays on the device until the next one is offloaded,
+    when its copy is waited for.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._last: _Boundary | None = None
+        self._last: _Offloaded | None = None
 
     def hooks(self) -> saved_tensors_hooks:
-        """The context in which saved tensors on a GPU go to the host; others stay as they are."""
-        return saved_tensors_hooks(self._go, self._come)
+        """The context in which saved tensors on a GPU are offloaded; others stay as they are."""
+        return saved_tensors_hooks(self._pack, self._unpack)
 
-    def _go(self, tensor: Tensor) -> "Tensor | _Boundary":
+    def _pack(self, tensor: Tensor) -> "Tensor | _Offloaded":
         if not tensor.is_cuda or tensor.numel() * tensor.element_size() < SMALLEST_OFFLOADED_BYTES:
             return tensor
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         if self._last is not None:
-            self._last.arrive()
-        self._last = _Boundary(tensor, self._stream, self._last)
+            self._last.free_device_copy()
+        self._last = _Offloaded(tensor, self._stream, self._last)
         return self._last
 
-    def _come(self, packed: "Tensor | _Boundary") -> Tensor:
+    def _unpack(self, packed: "Tensor | _Offloaded") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         self._last = None
-        return packed.come()
+        return packed.restore()
 
 
-class _Boundary:
-    """One tensor, on its way to the host, there, or on its way back."""
+class _Offloaded:
+    """One tensor: being copied to the host, there, or being copied back."""
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "_Boundary | None") -> None:
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "_Offloaded | None") -> None:
         self._stream, self._before = stream, before
         self._on_device: Tensor | None = tensor
         self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -112,14 +113,14 @@ class _Boundary:
             self._on_host.copy_(tensor, non_blocking=True)
         self._copied = stream.record_event()
 
-    def arrive(self) -> None:
-        """Lets go of the tensor on the device once it is on the host."""
+    def free_device_copy(self) -> None:
+        """Frees the tensor on the device once it is on the host."""
         if self._on_device is not None:
             torch.cuda.current_stream(self._on_device.device).wait_event(self._copied)
             self._on_device = None
 
-    def fetch(self) -> None:
-        """Begins to bring it back, if it is away."""
+    def prefetch(self) -> None:
+        """Starts the copy back to the device, unless it is there."""
         if self._on_device is not None:
             return
         self._on_device = torch.empty(self._on_host.shape, dtype=self._on_host.dtype, device=self._stream.device)
@@ -128,13 +129,13 @@ class _Boundary:
             self._on_device.copy_(self._on_host, non_blocking=True)
         self._copied = self._stream.record_event()
 
-    def come(self) -> Tensor:
-        """The tensor, for the current stream; the one before it sets out."""
-        self.fetch()
+    def restore(self) -> Tensor:
+        """The tensor, ready for the current stream; prefetches the one before it."""
+        self.prefetch()
         tensor, self._on_device = self._on_device, None
         assert tensor is not None
         torch.cuda.current_stream(tensor.device).wait_event(self._copied)
         if self._before is not None and tensor.nbytes <= LARGEST_FETCHED_EARLY_BYTES:
-            self._before.fetch()
+            self._before.prefetch()
         self._before = None
         return tensor

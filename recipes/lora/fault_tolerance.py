@@ -1,4 +1,4 @@
-"""Surviving: a run asked to leave saves first, a checkpoint is whole or not there, out of memory has a remedy."""
+"""Fault tolerance: a checkpoint on Ctrl-C and SIGTERM, atomic checkpoint files, advice when memory runs out."""
 
 import os
 import shutil
@@ -22,21 +22,23 @@ from lightning_moe import MoEGateGradCallback
 
 MIB, GIB = 2**20, 2**30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TILE_TOKENS, CHUNK_TOKENS = 8192, 2048
+TILE_TOKENS, OUTPUT_BUFFER_MIB = 8192, 64
 
 
-class SaveBeforeLeaving(Callback):
+class CheckpointOnSignal(Callback):
     """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint to resume from exactly there, and leaves.
 
-    The process ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. After
-    the last step, while it validates, nothing is left to train: it saves then and ends as ever, with what a run leaves
-    at its end. Outside the main thread signals are left to Lightning.
+    The program ends with status 130 or 143 (`SystemExit`, after every teardown). A second Ctrl-C leaves at once. After
+    the last step, while it validates, nothing is left to train: it saves then and ends as usual. Outside the main
+    thread signals are left to Lightning. Before training it checks that there is room for checkpoints.
 
-    Of several processes, all leave after the same step if one is asked to; the first has the status, the others end
-    with 0, at which whoever started them does not end the first before it is done. One that fails ends those that it
-    has started, which would wait for it in vain.
+    All ranks leave after the same step if one is asked to; the first has the status, the others end with 0, at which
+    their launcher does not end the first before it is done. A rank that fails ends those that it has started, which
+    would wait for it in vain.
 
-    Before training it looks whether there is room for checkpoints.
+    Lightning 2.6.6 with `ModelCheckpoint(save_on_exception=True)` does less: SIGTERM leaves between micro-batches,
+    whose gradients are lost, with status 0, and on several ranks only the first one's counts; Ctrl-C leaves within a
+    step; and a rank that fails would save alone, where saving needs all of them.
 
     Raises:
         MisconfigurationException: where the checkpoints' folder cannot be written to, or has no room for one.
@@ -48,13 +50,13 @@ class SaveBeforeLeaving(Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks for room."""
+        """Checks for room."""
         if trainer.is_global_zero:
             trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             check_room(checkpoint_folder(trainer), 3 * 4 * trained)  # float32 values and AdamW's two moments
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens to the signals."""
+        """Installs the signal handlers."""
         self._asked_by = None
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -74,19 +76,19 @@ class SaveBeforeLeaving(Callback):
             raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves if asked to since the last step; listens no longer."""
+        """Saves if asked to since the last step; restores the handlers."""
         if self._asked(trainer):
             self._save(trainer)
-        self._listen_no_longer()
+        self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listens no longer; ends the processes that this one started, if it fails."""
-        self._listen_no_longer()
+        """Restores the handlers; ends the ranks that this one started, if it fails."""
+        self._restore_handlers()
         if trainer.strategy.launcher is not None and not isinstance(exception, SystemExit):
             trainer.strategy.launcher.kill(signal.SIGKILL)  # one that waits for a GPU does not hear of less
 
     def _asked(self, trainer: Trainer) -> int:
-        """The signal that any process got, 0 for none."""
+        """The signal that any rank got, 0 for none."""
         if trainer.world_size == 1:
             return self._asked_by or 0
         number = torch.tensor(self._asked_by or 0, device=trainer.strategy.root_device)
@@ -99,12 +101,12 @@ class SaveBeforeLeaving(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._asked_by is not None:
-            self._listen_no_longer()
+            self._restore_handlers()
             raise KeyboardInterrupt
         self._asked_by = number
         rank_zero_info(f"{signal.Signals(number).name}: saving after this step; once more to leave at once")
 
-    def _listen_no_longer(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -140,8 +142,8 @@ def check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-class CarefulCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is whole: a failure leaves what was there.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is complete: a failure leaves what was there.
 
     Lightning's own way writes to the system's temporary folder, from where a move to another disk is a copy that can
     stop halfway.
@@ -190,9 +192,9 @@ class OutOfMemoryAdvice(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Prints the advice; the exception goes on."""
         if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
-            process = f"process {trainer.global_rank}, " * (trainer.world_size > 1)
-            said = [f"{process}out of memory. {_measured(pl_module.device)}", *advice(trainer, pl_module)]
-            warnings.warn("\n".join(said), stacklevel=2)  # by the process that it happened to
+            rank = f"rank {trainer.global_rank}, " * (trainer.world_size > 1)
+            lines = [f"{rank}out of memory. {_measured(pl_module.device)}", *advice(trainer, pl_module)]
+            warnings.warn("\n".join(lines), stacklevel=2)  # by the rank that it happened to
 
 
 def _measured(device: torch.device) -> str:
@@ -213,8 +215,8 @@ def advice(trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
         if isinstance(callback, MoEGateGradCallback):
             if not callback.enabled:
                 yield "  unset LIGHTNING_MOE_GATEGRAD: the callback is off"
-            elif callback.chunk_tokens == "auto" or callback.chunk_tokens > CHUNK_TOKENS:
-                yield f"  chunk_tokens: {CHUNK_TOKENS}, of MoEGateGradCallback in the configuration: smaller buffers"
+            elif callback.output_buffer_mib > OUTPUT_BUFFER_MIB:
+                yield f"  output_buffer_mib: {OUTPUT_BUFFER_MIB}, of MoEGateGradCallback in the configuration"
     if options["liger"] is False:
         yield "  --model.liger null: norms and rotary embedding without float32 copies"
     if options["checkpointing"] != "full":

@@ -1,9 +1,30 @@
-"""Model FLOPs of a Qwen3-MoE's training step: what its arithmetic needs, whatever is computed again along the way."""
+"""Model FLOPs of a Qwen3-MoE's training step, recomputation not counted; a packed batch's documents and tokens."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from transformers import Qwen3MoeConfig
+from torch import Tensor
+from transformers import PretrainedConfig, Qwen3MoeConfig
+
+
+def num_documents(batch: dict[str, Any]) -> int:
+    """Of a packed batch; `batch_size_fn` of Lightning's ThroughputMonitor."""
+    return batch["cu_seq_lens_q"].numel() - 1
+
+
+def num_tokens(batch: dict[str, Any]) -> int:
+    """Of a packed batch; `length_fn` of Lightning's ThroughputMonitor."""
+    return batch["input_ids"].numel()
+
+
+def batch_flops(
+    config: PretrainedConfig, boundaries: Tensor, trained: Mapping[str, int | Literal["full"]]
+) -> int | None:
+    """`model_flops` of a batch with (documents + 1,) boundaries; None for a family without a formula."""
+    if not isinstance(config, Qwen3MoeConfig):
+        return None
+    lengths = boundaries.diff().long()
+    return model_flops(config, int(lengths.sum()), int(lengths.square().sum()), trained)
 
 
 def model_flops(

@@ -1,10 +1,10 @@
-"""FSDP2: the model spread over the GPUs, a decoder layer at a time, by PyTorch's `fully_shard`.
+"""FSDP2: the model sharded over the GPUs, a decoder layer at a time, by PyTorch's `fully_shard`.
 
-A process keeps its share of every parameter and gathers a layer's whole weights for that layer's forward and backward.
-What trains is kept in float32, so that the optimizer steps on it, and gathered in the model's own dtype; gradients are
-averaged in float32.
+A rank keeps its share of every parameter and gathers a layer's full weights for that layer's forward and backward.
+Float32 adapters are gathered in the base's dtype; gradients are averaged in float32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,45 +14,62 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
+class FullyShardStrategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy for `shard`: every rank has batches of its own, and one file is a checkpoint.
+
+    A file for each rank could not be resumed from without the frozen base, which checkpoints leave out.
+
+    Args:
+        num_ranks: as many as `trainer.devices` times `trainer.num_nodes`.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(num_ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Whether the recipe can train under a strategy, and its checkpoints can be resumed from.
 
     Raises:
         ValueError: naming the option to set.
     """
-    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
+    is_other = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FullyShardStrategy)
+    if is_other or isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
         raise ValueError(
-            f"trainer.strategy {type(strategy).__name__} steps on parameters of its own making, and the recipe on "
-            "float32 copies that it would not know of: take lightning.pytorch.strategies.ModelParallelStrategy, as "
-            "configs/qwen3_30b_a3b_fsdp.yaml does, or ddp"
-        )
-    if not isinstance(strategy, ModelParallelStrategy):
-        return
-    if strategy._tensor_parallel_size != 1:
-        raise ValueError(
-            "trainer.strategy would have processes share a batch, and the recipe gives each one of its own: set "
-            "tensor_parallel_size 1, and data_parallel_size to the number of devices"
-        )
-    if strategy._save_distributed_checkpoint:
-        raise ValueError(
-            "trainer.strategy saves a file for each process, which cannot be resumed from without the frozen base: "
-            "set save_distributed_checkpoint false, and one file holds the adapter"
+            f"trainer.strategy {type(strategy).__name__} is not supported: with a frozen base and float32 adapters "
+            "take lora.sharding.FullyShardStrategy, as configs/fsdp.yaml does, or ddp"
         )
 
 
 def shard(network: PeftModel, mesh: DeviceMesh) -> None:
-    """Spreads a model with adapters over the processes of a mesh.
+    """Shards a model with adapters over the ranks of a mesh.
 
     Args:
-        network: on its device, whole, the same in every process. Its base's `losses` is an entry beside `forward`.
+        network: on its device, whole, the same in every rank. Its base's `losses` is an entry beside `forward`.
         mesh: of one dimension, data-parallel.
     """
     base: Any = network.get_base_model()
     policy = MixedPrecisionPolicy(param_dtype=base.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    for layer in base.model.layers:
+    for layer in base.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(base, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(base, "losses")
+
+
+def rename_optimizer_state(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """An optimizer's state with the parameters' names for their numbers.
+
+    One rank numbers what the optimizer has, FSDP2 all that the model has: with names either reads the other's.
+
+    Args:
+        state: as `state_dict()` of an optimizer has it, or as the strategy gathered it: empty but on the first rank.
+        names: of the optimizer's parameters, in its order.
+    """
+    groups = state.get("param_groups", ())
+    name_of = dict(zip((number for group in groups for number in group["params"]), names, strict=False))
+    if not name_of:
+        return state
+    return {
+        "state": {name_of[number]: value for number, value in state["state"].items()},
+        "param_groups": [group | {"params": [name_of[number] for number in group["params"]]} for group in groups],
+    }

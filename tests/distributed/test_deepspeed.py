@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_moe import AdapterUpdateCheck, MemoryMonitor, MoEGateGradCallback, export_adapter
+from lightning_moe import AdapterExport, AdapterUpdateCheck, MemoryMonitor, MoEGateGradCallback, export_adapter
 from lightning_moe.adapters.export import export_checkpoint
 from lightning_moe.adapters.files import WEIGHTS
 from lightning_moe.integrations.sharding import is_sharded
@@ -160,7 +160,8 @@ def exported(folder, stage):
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=STEPS)
     strategy = zero(stage) if stage else "auto"
     make, options = partial(build, "experts", False), {"enable_checkpointing": True}
-    module, *_ = fit(folder, strategy, make, MoEGateGradCallback(), saving, options=options, **whole_at_first(make))
+    callbacks = MoEGateGradCallback(), AdapterExport(()), saving
+    module, _ = fit(folder, strategy, make, *callbacks, options=options, **whole_at_first(make))
     first = not stage or torch.distributed.get_rank() == 0
     if first or is_sharded(module):
         export_adapter(module, folder / "adapter")

@@ -32,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from lightning_moe import (
+    AdapterExport,
     AdapterUpdateCheck,
     ExpertLoadMonitor,
     MemoryMonitor,
@@ -305,28 +306,28 @@ def test_adapter_updates_after_a_validation_that_left_weights_gathered(tmp_path,
     assert {each[1] for each in ours} == {0.0}
 
 
-def test_what_trains_unshared_is_named(tmp_path):
+def test_unsynced_parameters_are_named(tmp_path):
     parts = partial(build, "none", False)
     for shards, alone in ((("layers",), True), (("layers", "model"), False)):
         said = together(outcome, tmp_path / str(alone), "fsdp", parts, shards=shards)[0]["said"]
-        named = [message for message in said if "no process shares the gradients of network." in message]
+        named = [message for message in said if "no rank shares the gradients of network." in message]
         assert bool(named) == alone
 
 
 def side_by_side(folder):
     monitor, callback = MemoryMonitor(measure_activations_at_step=0), MoEGateGradCallback()
     make = partial(build, "experts", False)
-    module, _, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
-    assert all(layer.num_bytes and layer.baseline_num_bytes is None for layer in monitor.tape)
+    module, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
+    assert all(layer.num_bytes and layer.baseline_num_bytes is None for layer in monitor.activations)
     return {name: full_tensor(p).detach() for name, p in module.named_parameters() if p.requires_grad}, said
 
 
-def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
+def test_a_layer_that_only_the_operation_can_run_trains_and_is_measured(tmp_path):
     """PEFT cannot merge where the experts are sharded by themselves: its factors are gathered, the weights are not."""
     alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False))["trained"]
     results = together(side_by_side, tmp_path / "two")
-    unmeasured = [sum("stock code's tape cannot be measured" in message for message in said) for _, said in results]
-    assert unmeasured == [2, 0]  # once for each layer, in one process
+    unmeasured = [sum("activations cannot be measured" in message for message in said) for _, said in results]
+    assert unmeasured == [2, 0]  # once for each layer, in one rank
     for trained, _ in results:
         assert max(relative_error(trained[name], value) for name, value in alone.items()) < LIMIT
     assert len(logged(tmp_path / "two", "memory/moe_activations_mib")) == STEPS
@@ -355,7 +356,7 @@ def experts_alive(folder, enabled, adapters):
         sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 32, "num_hidden_layers": 4}
         return ADAPTERS[adapters](qwen3(**sizes))
 
-    class Measured(Spread):
+    class Measured(Distributed):
         def training_step(self, batch, batch_idx):
             if batch_idx == 0:
                 living.__enter__()
@@ -433,7 +434,7 @@ def save_in_parts(folder):
     warnings.simplefilter("ignore")
     saving = ModelCheckpoint(folder, "parts", every_n_train_steps=STEPS)
     how, module = ModelParallelStrategy(2, 1), Distributed(partial(build, "experts", False))
-    run(folder, how, MoEGateGradCallback(), saving, enable_checkpointing=True).fit(module)
+    run(folder, how, MoEGateGradCallback(), AdapterExport(()), saving, enable_checkpointing=True).fit(module)
     export_adapter(module.network, folder / "adapter")
 
 

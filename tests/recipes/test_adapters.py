@@ -2,12 +2,13 @@
 
 import pytest
 from helpers.models import qwen3, qwen3_config
-from lora.adapters import check_checkpoint, check_names, put_adapters, trained_products
+from lora.adapters import add_adapters, check_checkpoint, check_names, trained_products
 
 OPTIONS = {
     "architecture": {"num_experts": 8, "hidden_size": 32}, "init": "random", "init_seed": 0, "name": None, "rank": 4,
     "alpha": 8, "target_modules": ("q_proj", "v_proj"), "modules_to_save": (), "experts": False, "router": "frozen",
-    "learning_rate": 1e-4, "checkpointing": "none", "dtype": "float32",
+    "router_module": "mlp.gate", "router_aux_loss": 0.0, "learning_rate": 1e-4, "checkpointing": "none",
+    "dtype": "float32",
 }  # fmt: skip
 PRETRAINED = OPTIONS | {"init": "pretrained", "name": "Qwen/one"}
 
@@ -29,7 +30,7 @@ def test_what_matches_no_module_is_named(option, wanted):
 def test_what_peft_finds_is_taken(option, wanted):
     options = OPTIONS | {option: (wanted,)}
     check_names(qwen3_config(), options)
-    trained = [name for name, p in put_adapters(qwen3(), options).named_parameters() if p.requires_grad]
+    trained = [name for name, p in add_adapters(qwen3(), options).named_parameters() if p.requires_grad]
     assert any(f"{wanted}." in name for name in trained)
 
 

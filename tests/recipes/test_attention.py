@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.models import VOCABULARY, qwen3_config
 from lora import attention
-from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers.data.data_collator import DataCollatorWithFlattening
@@ -66,10 +65,10 @@ def test_without_boundaries_documents_do_see_each_other():
     assert not torch.allclose(seen[2], alone[2])
 
 
-@pytest.mark.parametrize("stock", ["sdpa", "eager"])
-def test_hidden_states_and_gradients_equal_those_of_stock_attention(stock):
+@pytest.mark.parametrize("baseline", ["sdpa", "eager"])
+def test_hidden_states_and_gradients_equal_those_of_transformers_attention(baseline):
     results = []
-    for implementation in (attention.NAME, stock):
+    for implementation in (attention.NAME, baseline):
         network = model(implementation)
         hidden = hidden_states(network, documents())
         hidden.square().mean().backward()
@@ -78,7 +77,7 @@ def test_hidden_states_and_gradients_equal_those_of_stock_attention(stock):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_generation_equals_stock_attention():
+def test_generation_equals_transformers_attention():
     ids = torch.tensor([documents()[0]["input_ids"]])
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     answers = [
@@ -88,18 +87,38 @@ def test_generation_equals_stock_attention():
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
-def test_heads_take_turns_where_a_kernel_can_and_the_row_is_long(kernel, monkeypatch):
-    def by_heads(tokens):
-        tensor = SimpleNamespace(is_cuda=True, shape=(1, 4, tokens, 64))
-        return attention._by_heads(tensor, tensor, tensor)
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_heads_in_turn_equal_all_heads_at_once(turns, monkeypatch):
+    monkeypatch.setattr(attention, "TOKEN_HEADS_IN_FLIGHT", 32 * 4 // turns)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((8, 32), (4, 32), (4, 32))
+    tensors = [
+        torch.randn(1, h, t, 16, generator=generator, dtype=torch.float64, requires_grad=True) for h, t in shapes
+    ]
+    calls = []
+    attend = attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda *a, **options: calls.append(1) or attend(*a, **options)
+    )
+    mine = attention.heads_in_turn(*tensors, 0.1)
+    want = attend(*tensors, is_causal=True, scale=0.1, enable_gqa=True).transpose(1, 2)
+    assert len(calls) == turns
+    grad = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(mine, want)
+    for one, other in zip(*(torch.autograd.grad(out, tensors, grad) for out in (mine, want)), strict=True):
+        torch.testing.assert_close(one, other)
 
-    monkeypatch.setattr(attention, "kernel_of", lambda *tensors: kernel)
-    assert by_heads(32_769)
-    assert not by_heads(32_768)
-    for other in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):  # as in float32
-        monkeypatch.setattr(attention, "kernel_of", lambda *tensors, other=other: other)
-        assert not by_heads(32_769)
+
+def test_heads_take_turns_where_the_row_is_long_and_on_a_gpu():
+    def is_long(tokens, **options):
+        defaults = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, tokens, 64)}
+        tensor = SimpleNamespace(**defaults | options)
+        return attention._is_long(tensor, tensor)
+
+    assert is_long(32_769)
+    assert not is_long(32_768)
+    assert not is_long(32_769, dtype=torch.float32)
+    assert not is_long(32_769, is_cuda=False)
 
 
 def heads(num, tokens, dtype=torch.bfloat16):
@@ -109,22 +128,21 @@ def heads(num, tokens, dtype=torch.bfloat16):
 
 @on_gpu
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_few_heads_at_a_time_equal_all_at_once(deterministic, monkeypatch):
+def test_heads_in_turn_on_a_gpu_equal_all_heads_at_once(deterministic, monkeypatch):
     monkeypatch.setattr(attention, "TOKEN_HEADS_IN_FLIGHT", 512)
     tensors = heads(8, 512), heads(4, 512), heads(4, 512)
-    assert len(list(attention._turns(*tensors[:2]))) == 4
     grad = torch.randn(1, 512, 8, 64, device="cuda", dtype=torch.bfloat16)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        mine, _ = attention.document_attention(None, *tensors, None, scaling=0.1)
+        mine, _ = attention.varlen_attention(None, *tensors, None, scaling=0.1)
         mine_grads = torch.autograd.grad(mine, tensors, grad)
-        stock = scaled_dot_product_attention(*tensors, is_causal=True, scale=0.1, enable_gqa=True).transpose(1, 2)
-        stock_grads = torch.autograd.grad(stock, tensors, grad)
-        again, _ = attention.document_attention(None, *tensors, None, scaling=0.1)
+        want = scaled_dot_product_attention(*tensors, is_causal=True, scale=0.1, enable_gqa=True).transpose(1, 2)
+        want_grads = torch.autograd.grad(want, tensors, grad)
+        again, _ = attention.varlen_attention(None, *tensors, None, scaling=0.1)
         again_grads = torch.autograd.grad(again, tensors, grad)
     finally:
         torch.use_deterministic_algorithms(False)
-    for one, other in zip((mine, *mine_grads), (stock, *stock_grads), strict=True):
+    for one, other in zip((mine, *mine_grads), (want, *want_grads), strict=True):
         torch.testing.assert_close(one.float(), other.float(), atol=2e-2, rtol=2e-2)
         assert not torch.allclose(one.float(), torch.zeros_like(one.float()), atol=2e-2)
     if deterministic:

@@ -1,9 +1,9 @@
-"""Tests of what a layer keeps: same losses and gradients in every mode, less on the tape, boundaries on the host."""
+"""Tests of what a layer keeps: equal gradients in every mode, fewer saved activations, layers' inputs on the host."""
 
 import pytest
 import torch
 from helpers.models import VOCABULARY, qwen3
-from lora.checkpointing import HostBoundaries, enable_checkpointing
+from lora.checkpointing import ActivationOffload, enable_checkpointing
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -12,7 +12,7 @@ from lightning_moe import gategrad
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-MODES = [("none", 0), ("none", 16), ("selective", 0), ("selective", 16), ("full", 0), ("full", 16)]
+MODES = [("none", 0), ("none", 16), ("attention", 0), ("attention", 16), ("full", 0), ("full", 16)]
 
 
 def model(device="cpu"):
@@ -75,14 +75,14 @@ def kept_bytes(mode, tile_tokens=0):
 
 
 def test_more_recomputation_keeps_less():
-    kept = [kept_bytes(mode) for mode in ("none", "selective", "full")]
+    kept = [kept_bytes(mode) for mode in ("none", "attention", "full")]
     assert kept[0] > 1.2 * kept[1] > 2 * kept[2]
     assert kept_bytes("none", tile_tokens=16) < kept[0]
 
 
-def test_selective_runs_attention_twice_and_experts_once():
+def test_attention_checkpointing_runs_attention_twice_and_experts_once():
     network = model()
-    enable_checkpointing(network.model.layers, "selective")
+    enable_checkpointing(network.model.layers, "attention")
     runs = {"self_attn": 0, "mlp": 0}
     for name in runs:
         module = getattr(network.model.layers[0], name)
@@ -103,8 +103,8 @@ def test_outside_training_nothing_is_recomputed_or_tiled():
 
 
 def test_offload_without_full_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="only checkpointing 'full' saves, not 'selective'"):
-        enable_checkpointing(model().model.layers, "selective", offload=True)
+    with pytest.raises(ValueError, match="only checkpointing 'full' saves, not 'attention'"):
+        enable_checkpointing(model().model.layers, "attention", offload=True)
 
 
 def test_on_the_cpu_offload_changes_nothing():
@@ -118,9 +118,9 @@ def test_on_the_cpu_offload_changes_nothing():
 
 @on_gpu
 @pytest.mark.parametrize("large", [2**40, 0], ids=["fetched early", "fetched when asked for"])
-def test_boundaries_come_back_as_they_went(large, monkeypatch):
+def test_offloaded_activations_come_back_as_they_went(large, monkeypatch):
     monkeypatch.setattr("lora.checkpointing.LARGEST_FETCHED_EARLY_BYTES", large)
-    boundaries = HostBoundaries()
+    offload = ActivationOffload()
     weights = [torch.randn(1024, 1024, device="cuda", requires_grad=True) for _ in range(6)]
 
     def chain(hooks):
@@ -134,20 +134,20 @@ def test_boundaries_come_back_as_they_went(large, monkeypatch):
     for _ in range(3):
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
-        got = chain(boundaries.hooks)
+        got = chain(offload.hooks)
         assert all(map(torch.equal, got, want))
         del got
     assert torch.cuda.memory_allocated() <= held + 2**20  # nothing stays behind
 
 
 @on_gpu
-def test_boundaries_are_not_on_the_device_while_they_wait():
-    boundaries, kept = HostBoundaries(), []
+def test_offloaded_activations_are_not_on_the_device_while_they_wait():
+    offload, kept = ActivationOffload(), []
     x = torch.ones(4096, 1024, device="cuda", requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     for _ in range(8):
-        with boundaries.hooks():
+        with offload.hooks():
             x = checkpoint(torch.sin, x, use_reentrant=False)
     kept.append(x)
     assert torch.cuda.memory_allocated() - held <= 3 * x.nbytes  # without offload, 8

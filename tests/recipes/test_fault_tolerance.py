@@ -1,4 +1,4 @@
-"""Tests of surviving: leaving on a signal, writing checkpoints whole, advice when memory runs out.
+"""Tests of fault tolerance: leaving on a signal, writing checkpoints whole, advice when memory runs out.
 
 That a resumed run has the losses of one that was not interrupted is in test_qwen3_lora.py.
 """
@@ -24,8 +24,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lora import fault_tolerance as surviving
-from lora.fault_tolerance import CarefulCheckpointIO, OutOfMemoryAdvice, SaveBeforeLeaving, advice, check_room
+from lora import fault_tolerance
+from lora.fault_tolerance import AtomicCheckpointIO, CheckpointOnSignal, OutOfMemoryAdvice, advice, check_room
 from qwen3_lora import UNHELPFUL_WARNINGS
 from torch.utils.data import DataLoader
 
@@ -60,8 +60,8 @@ class At(Callback):
 def trainer(folder, *callbacks, **options):
     options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
     return Trainer(
-        accelerator="cpu", default_root_dir=folder, plugins=[CarefulCheckpointIO()],
-        callbacks=[SaveBeforeLeaving(), ModelCheckpoint(folder / "kept", save_last=True), *callbacks], **options,
+        accelerator="cpu", default_root_dir=folder, plugins=[AtomicCheckpointIO()],
+        callbacks=[CheckpointOnSignal(), ModelCheckpoint(folder / "kept", save_last=True), *callbacks], **options,
     )  # fmt: skip
 
 
@@ -74,9 +74,9 @@ def fit(folder, *callbacks, length=12, **options):
 @pytest.fixture(autouse=True)
 def handlers():
     """What stood before stands after, whatever happened between."""
-    before = [signal.getsignal(number) for number in surviving.SIGNALS]
+    before = [signal.getsignal(number) for number in fault_tolerance.SIGNALS]
     yield
-    assert [signal.getsignal(number) for number in surviving.SIGNALS] == before
+    assert [signal.getsignal(number) for number in fault_tolerance.SIGNALS] == before
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -137,7 +137,7 @@ def test_handlers_are_back_after_an_exception_too(tmp_path):
         fit(tmp_path, At(3, fail))
 
 
-def test_undisturbed_runs_end_as_ever(tmp_path):
+def test_undisturbed_runs_end_as_usual(tmp_path):
     assert fit(tmp_path).global_step == 12
 
 
@@ -153,7 +153,7 @@ fit(Path({folder!r}), At(2, lambda: print("READY", flush=True)), length=10**7)
 
 def test_a_signal_from_another_process(tmp_path):
     tests = os.path.dirname(__file__)
-    paths = [tests, os.path.dirname(tests), os.path.dirname(os.path.dirname(surviving.__file__))]
+    paths = [tests, os.path.dirname(tests), os.path.dirname(os.path.dirname(fault_tolerance.__file__))]
     source = SCRIPT.format(paths=paths, folder=str(tmp_path))
     process = subprocess.Popen(
         [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -168,8 +168,8 @@ def test_a_signal_from_another_process(tmp_path):
 
 def test_checkpoints_hold_what_lightnings_hold(tmp_path):
     checkpoint = {"state_dict": {"weight": torch.ones(3)}, "global_step": 3}
-    CarefulCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "a.ckpt")
-    loaded = CarefulCheckpointIO().load_checkpoint(tmp_path / "new" / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "new" / "a.ckpt")
+    loaded = AtomicCheckpointIO().load_checkpoint(tmp_path / "new" / "a.ckpt")
     assert loaded["global_step"] == 3
     assert torch.equal(loaded["state_dict"]["weight"], torch.ones(3))
     assert os.listdir(tmp_path / "new") == ["a.ckpt"]
@@ -187,7 +187,7 @@ def limited(num_bytes):
 
 
 def test_a_full_disk_is_reported_and_leaves_the_earlier_checkpoint(tmp_path):
-    io, path = CarefulCheckpointIO(), tmp_path / "last.ckpt"
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"weight": torch.ones(3)}, path)
     before = path.read_bytes()
     said = r"last.ckpt could not be written .*MiB free. Earlier checkpoints are as they were"
@@ -198,7 +198,7 @@ def test_a_full_disk_is_reported_and_leaves_the_earlier_checkpoint(tmp_path):
 
 
 def test_leaving_at_once_within_a_save_leaves_no_part_of_it(tmp_path, monkeypatch):
-    io, path = CarefulCheckpointIO(), tmp_path / "last.ckpt"
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"weight": torch.ones(3)}, path)
     before = path.read_bytes()
 
@@ -206,7 +206,7 @@ def test_leaving_at_once_within_a_save_leaves_no_part_of_it(tmp_path, monkeypatc
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(surviving.torch, "save", interrupted)
+    monkeypatch.setattr(fault_tolerance.torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         io.save_checkpoint({"weight": torch.ones(3)}, path)
     assert path.read_bytes() == before
@@ -218,12 +218,12 @@ def test_a_failed_save_ends_the_run_with_the_earlier_checkpoint_whole(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def fill():
-        monkeypatch.setattr(surviving.torch, "save", full)
+        monkeypatch.setattr(fault_tolerance.torch, "save", full)
 
     checkpoint = ModelCheckpoint(tmp_path / "mine", every_n_train_steps=2, filename="{step}", save_top_k=-1)
     run = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
-        plugins=[CarefulCheckpointIO()], callbacks=[checkpoint, At(5, fill)], default_root_dir=tmp_path,
+        plugins=[AtomicCheckpointIO()], callbacks=[checkpoint, At(5, fill)], default_root_dir=tmp_path,
     )  # fmt: skip
     with pytest.raises(OSError, match="No space left on device"):
         run.fit(Line(), DataLoader(range(12), batch_size=1))
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path)
 
 def test_too_little_room_is_refused_before_training(tmp_path, monkeypatch):
     check_room(tmp_path, 1)
-    monkeypatch.setattr(surviving.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(fault_tolerance.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(MisconfigurationException, match="takes about 2 MiB and .* has 1 MiB free: make room"):
         check_room(tmp_path, 2**21)
     assert not list(tmp_path.iterdir())
@@ -253,7 +253,7 @@ def situation(*callbacks, batch_size=1, max_length=16384, **options):
 
 
 def test_advice_names_only_what_is_not_yet_done():
-    assert list(advice(*situation(MoEGateGradCallback(True, chunk_tokens=1024)))) == [
+    assert list(advice(*situation(MoEGateGradCallback(True, output_buffer_mib=32)))) == [
         "  --data.max_length 8192: shorter sequences"
     ]
 
@@ -262,8 +262,8 @@ def test_advice_names_only_what_is_not_yet_done():
     ("callback", "options", "words"),
     [
         (MoEGateGradCallback(False), {}, "unset LIGHTNING_MOE_GATEGRAD"),
-        (MoEGateGradCallback(True), {}, "chunk_tokens: 2048"),
-        (None, {"checkpointing": "selective"}, "--model.checkpointing full"),
+        (MoEGateGradCallback(True), {}, "output_buffer_mib: 64"),
+        (None, {"checkpointing": "attention"}, "--model.checkpointing full"),
         (None, {"liger": False}, "--model.liger null"),
         (None, {"batch_size": 4}, "--data.batch_size 1, --trainer.accumulate_grad_batches 4: a step in parts, each of"),
         (None, {"tile_tokens": 32768}, "--model.tile_tokens 8192"),
@@ -304,9 +304,9 @@ def test_no_code_in_a_checkpoint_runs(tmp_path, monkeypatch):
     torch.save({"state_dict": {}, "loops": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what others load is theirs
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        CarefulCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
-    CarefulCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+    AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
     assert (tmp_path / "ran").exists()
 
 
@@ -315,12 +315,12 @@ def test_nor_in_one_on_the_web(monkeypatch):
     asked = []
     monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *arguments: asked.append(arguments[2]))
     for weights_only in (None, True, False):
-        CarefulCheckpointIO().load_checkpoint("https://localhost/evil.ckpt", weights_only=weights_only)
+        AtomicCheckpointIO().load_checkpoint("https://localhost/evil.ckpt", weights_only=weights_only)
     assert asked == [True, True, False]
 
 
 def leave_together(folder, asked, number):
-    """How a fit ends in each of two processes, one of which gets a signal in the fourth step."""
+    """How a fit ends on each of two ranks, one of which gets a signal in the fourth step."""
     warnings.simplefilter("ignore")
     rank = int(os.environ["LOCAL_RANK"])
     action = (lambda: signal.raise_signal(number)) if rank == asked else (lambda: None)
@@ -331,7 +331,7 @@ def leave_together(folder, asked, number):
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_all_processes_leave_after_the_same_step(asked, tmp_path):
+def test_all_ranks_leave_after_the_same_step(asked, tmp_path):
     assert together(leave_together, tmp_path, asked, signal.SIGTERM) == [(143, 4), (0, 4)]
     assert len(list(tmp_path.glob("**/interrupted-step=4.ckpt"))) == 1
 
@@ -365,11 +365,11 @@ def is_gone(process):
 
 
 @pytest.mark.parametrize("failing", ["0", "1"])
-def test_a_process_that_fails_takes_the_others_down_with_its_error(failing, tmp_path):
-    """As Lightning starts them: well before the half hour that a process waits for another."""
+def test_a_rank_that_fails_ends_the_others_with_its_error(failing, tmp_path):
+    """As Lightning starts them: well before the half hour that a rank waits for another."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
-    folders = [*Path(__file__).parents[:3], Path(surviving.__file__).parents[1]]
+    folders = [*Path(__file__).parents[:3], Path(fault_tolerance.__file__).parents[1]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path), failing]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

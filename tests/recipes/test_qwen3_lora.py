@@ -11,15 +11,19 @@ from pathlib import Path
 import pytest
 import qwen3_lora
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
-from lora.report import RunReport
+from lora.data import InstructionData
+from lora.module import MoELoRA
+from lora.sharding import FullyShardStrategy
 from peft import PeftModel
-from qwen3_lora import InstructionData, Qwen3LoRA, main
+from qwen3_lora import main
 
 from lightning_moe import patch_moe
 
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's use of jsonargparse, not ours
 
+PACKED = "--data.packing=bfd"
 CONFIGS = Path(qwen3_lora.__file__).parent / "configs"
 
 pytestmark = [
@@ -61,9 +65,9 @@ def test_losses_equal_those_without_the_callback(twenty_steps, tmp_path, monkeyp
     folder, _ = twenty_steps
     monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", "0")
     fit(tmp_path, steps=20)
-    ours, stock = logged(folder, "train/loss"), logged(tmp_path, "train/loss")
-    assert len(ours) == len(stock) == 20
-    assert max(abs(a - b) for a, b in zip(ours, stock, strict=True)) < 1e-4
+    ours, baseline = logged(folder, "train/loss"), logged(tmp_path, "train/loss")
+    assert len(ours) == len(baseline) == 20
+    assert max(abs(a - b) for a, b in zip(ours, baseline, strict=True)) < 1e-4
     assert logged(folder, "gategrad/active_layers") == [4.0] * 20
     with open(tmp_path / "log" / "version_0" / "metrics.csv") as file:
         assert "gategrad" not in file.readline()
@@ -80,10 +84,10 @@ def test_two_runs_are_bit_identical_and_losses_fall(twenty_steps, tmp_path):
 def test_logs_health_and_memory(twenty_steps):
     folder, _ = twenty_steps
     assert logged(folder, "gategrad/nonpositive_gates") == [0.0] * 20
-    assert min(logged(folder, "gategrad/tape_mib_saved")) > 0
+    assert min(logged(folder, "gategrad/activations_mib_saved")) > 0
     assert min(logged(folder, "memory/peak_allocated_gib")) > 0
-    kept, stock = logged(folder, "memory/moe_tape_mib")[0], logged(folder, "memory/moe_tape_stock_mib")[0]
-    assert kept <= 0.45 * stock
+    kept = logged(folder, "memory/moe_activations_mib")[0]
+    assert kept <= 0.45 * logged(folder, "memory/moe_activations_baseline_mib")[0]
 
 
 def test_nothing_stays_patched(twenty_steps):
@@ -103,9 +107,11 @@ def test_resumed_losses_equal_the_uninterrupted_runs(twenty_steps, tmp_path):
 
 def test_options_count_beside_a_checkpoint_and_another_model_is_refused(twenty_steps, tmp_path):
     checkpoint = f"--ckpt_path={twenty_steps[0] / 'log' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
-    changed = ["--model.learning_rate=1e-5", "--model.checkpointing=full", "--model.loss=chunks"]
+    changed = ["--model.learning_rate=1e-5", "--model.checkpointing=full", "--model.loss_impl=chunked"]
     cli = fit(tmp_path, *changed, checkpoint, steps=21)
-    assert [cli.model.hparams[name] for name in ("learning_rate", "checkpointing", "loss")] == [1e-5, "full", "chunks"]
+    assert [cli.model.hparams[name] for name in ("learning_rate", "checkpointing", "loss_impl")] == [
+        1e-5, "full", "chunked"
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=r"another model: model.alpha is 64 and was 32. Set it as it was"):
         fit(tmp_path, "--model.alpha=64", checkpoint, steps=22)
 
@@ -117,16 +123,17 @@ def test_misspelt_options_are_named_before_training(tmp_path):
         fit(tmp_path, "--model.architecture.num_expert=4", steps=1)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_interrupted_run_goes_on_with_the_losses_of_one_that_was_not(precision, tmp_path, monkeypatch):
-    options = [f"--model.dtype={precision}", "--data.packing=separate", "--trainer.accumulate_grad_batches=2"]
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed")])
+def test_an_interrupted_run_goes_on_with_the_losses_of_one_that_was_not(dtype, precision, tmp_path, monkeypatch):
+    options = [f"--model.dtype={dtype}", f"--trainer.precision={precision}", PACKED,
+               "--trainer.accumulate_grad_batches=2"]  # fmt: skip
     fit(tmp_path / "whole", *options, steps=6)
 
     def interrupt(module, batch, batch_idx):
         if batch_idx == 6:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Qwen3LoRA, "on_train_batch_start", interrupt)
+    monkeypatch.setattr(MoELoRA, "on_train_batch_start", interrupt)
     with pytest.raises(SystemExit, match="130"):
         fit(tmp_path / "parts", *options, steps=6)
     monkeypatch.undo()
@@ -159,17 +166,19 @@ def test_adapter_folder_loads_with_peft(twenty_steps):
 @pytest.mark.filterwarnings("ignore:.*pattern keys did not match")  # PEFT's loader; they do match afterwards
 @pytest.mark.filterwarnings("ignore:MoEGateGradCallback. by step 10 some")  # a random router leaves experts idle
 def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
-    options = ["--model.experts=true", "--model.adapter_layouts=[fused, per_expert]"]
+    layouts = tmp_path / "layouts.yaml"
+    export = {"class_path": "lightning_moe.AdapterExport", "init_args": {"layouts": ["fused", "per_expert"]}}
+    layouts.write_text(yaml.safe_dump({"trainer": {"callbacks+": [export]}}))
+    options = ["--model.experts=true", f"--config={layouts}"]
     cli = fit(tmp_path / "ours", *options, steps=12)
     printed = capsys.readouterr().out
     on_experts = 4 * 16 * 16 * ((192 + 2 * 96) + (96 + 192))
     assert f"{on_experts:,}" in printed
-    assert "apart" in printed
     for words in ("PEFT adapter, fused", "PEFT adapter, per_expert"):
         assert words in printed
-    unmoved = logged(tmp_path / "ours", "gategrad/experts_without_update")
-    assert len(unmoved) == 3  # from the tenth step on
-    assert max(unmoved) <= 32
+    not_updated = logged(tmp_path / "ours", "adapters/experts_not_updated")
+    assert len(not_updated) == 3  # from the tenth step on
+    assert max(not_updated) <= 32
 
     run = tmp_path / "ours" / "log" / "version_0"
     tokens = torch.arange(40).view(1, 40)
@@ -182,38 +191,38 @@ def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
     assert sum(".mlp.experts." in name for name in checkpoint["state_dict"]) == 4 * 4
 
     monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", "0")
-    fit(tmp_path / "stock", *options, steps=12)
-    ours, stock = (logged(tmp_path / name, "train/loss") for name in ("ours", "stock"))
-    assert max(abs(a - b) for a, b in zip(ours, stock, strict=True)) < 1e-4
-    assert stock[-1] < stock[0] - 1.0
+    fit(tmp_path / "baseline", *options, steps=12)
+    ours, baseline = (logged(tmp_path / name, "train/loss") for name in ("ours", "baseline"))
+    assert max(abs(a - b) for a, b in zip(ours, baseline, strict=True)) < 1e-4
+    assert baseline[-1] < baseline[0] - 1.0
 
 
-# The same program through each option: what the summary says of it, and that the losses are stock code's.
+# The same program through each option: what the summary says of it, and that the losses are the baseline's.
 OPTIONS = {
     "router trained, with its loss": (
         ["--model.router=trained", "--model.router_aux_loss=0.01"], "trained in full, load-balancing loss x 0.01"
     ),
     "router with LoRA": (["--model.router=lora", "--model.rank=4"], "LoRA of rank 4"),
-    "all recomputed, tiled": (["--model.checkpointing=full", "--model.tile_tokens=64"], "each layer"),
-    "all but experts recomputed": (["--model.checkpointing=selective"], "all but the experts"),
-    "stock attention": (["--model.attention=sdpa"], "sdpa ("),
+    "each layer recomputed, tiled": (["--model.checkpointing=full", "--model.tile_tokens=64"], "each layer"),
+    "attention recomputed": (["--model.checkpointing=attention"], "attention and norms"),
+    "sdpa": (["--model.attention=sdpa"], "| attention | sdpa |"),
     "eager attention, no packing": (["--model.attention=eager", "--data.packing=none", "--data.batch_size=2"], "eager"),
-    "joined": (["--data.packing=joined"], "packs of 256 tokens, 100.0% full"),
+    "wrapped": (["--data.packing=wrapped"], "packs of 256 tokens, 100.0% full"),
     "whole loss": (["--data.assistant_only_loss=false", "--data.long_documents=skip"], "are left out"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_each_option_trains_as_stock_code_does(name, tmp_path, monkeypatch, capsys):
+def test_each_option_trains_as_the_baseline_does(name, tmp_path, monkeypatch, capsys):
     options, words = OPTIONS[name]
-    options = ["--data.packing=separate", "--data.batch_size=1", *options]
+    options = [PACKED, "--data.batch_size=1", *options]
     fit(tmp_path / "ours", *options, steps=3)
     summary = (tmp_path / "ours" / "log" / "version_0" / "report" / "summary.md").read_text()
     assert words in summary + capsys.readouterr().out
     monkeypatch.setenv("LIGHTNING_MOE_GATEGRAD", "0")
-    stock = ["--model.checkpointing=none", "--model.attention=sdpa", "--model.loss=chunks"]
-    fit(tmp_path / "stock", *options, *stock, steps=3)
-    ours, plain = (logged(tmp_path / folder, "train/loss") for folder in ("ours", "stock"))
+    plain = ["--model.checkpointing=none", "--model.attention=sdpa", "--model.loss_impl=chunked"]
+    fit(tmp_path / "baseline", *options, *plain, steps=3)
+    ours, plain = (logged(tmp_path / folder, "train/loss") for folder in ("ours", "baseline"))
     assert ours == pytest.approx(plain, abs=1e-4)
     assert len(set(ours)) == 3
     assert f"{ours[0]:.4f} → {ours[2]:.4f}" in summary
@@ -233,7 +242,7 @@ def test_chats_from_a_file_and_a_base_from_a_folder(tmp_path, capsys):
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     options = ["--model.init=pretrained", f"--model.name={tmp_path / 'base'}", f"--data.source={path}"]
-    options += [f"--data.chat_template={template}", "--data.packing=separate", "--model.modules_to_save=[]"]
+    options += [f"--data.chat_template={template}", "--data.packing=bfd", "--model.modules_to_save=[]"]
     fit(tmp_path / "chats", *options, "--data.batch_size=1", "--data.max_length=64", steps=4)
     printed = capsys.readouterr().out
     assert "30 documents of 30" in printed
@@ -248,21 +257,21 @@ def test_of_a_long_prompt_the_end_is_answered(twenty_steps, monkeypatch):
     generate = cli.model.network.generate
     monkeypatch.setattr(cli.model.network, "generate", lambda **a: seen.append(a["input_ids"]) or generate(**a))
     end = "y" * cli.datamodule.max_length
-    answers = [cli.model.answer(cli.datamodule, prompt) for prompt in ("x" * 1000 + end, end)]
+    answers = [cli.model.generate(cli.datamodule, prompt) for prompt in ("x" * 1000 + end, end)]
     assert seen[0].shape[1] == cli.datamodule.max_length
     assert torch.equal(*seen)
     assert answers[0] == answers[1]
 
 
 def test_lightnings_move_to_the_host_moves_nothing():
-    module = Qwen3LoRA(architecture={})
+    module = MoELoRA(architecture={})
     module.large = torch.nn.Linear(2, 2, device="meta")
     assert module.cpu() is module
     assert module.large.weight.is_meta
 
 
 def test_rounding_precision_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="leave trainer.precision at 32-true and set --model.dtype bfloat16"):
+    with pytest.raises(ValueError, match="set --trainer.precision bf16-mixed and --model.dtype bfloat16"):
         fit(tmp_path, "--trainer.precision=bf16-true", steps=1)
 
 
@@ -278,41 +287,30 @@ def test_weights_that_are_not_there_are_named_before_training(tmp_path):
         fit(tmp_path, "--model.init=pretrained", f"--model.name={tmp_path}", steps=1)
 
 
-def test_a_report_with_pictures_is_left(twenty_steps):
+def test_a_report_is_left(twenty_steps):
     folder, _ = twenty_steps
-    report = folder / "log" / "version_0" / "report"
-    assert {path.name for path in report.iterdir()} == {"summary.md", "loss.png", "memory.png", "expert_load.png"}
-    summary = (report / "summary.md").read_text()
-    for words in ("tokens per second", "most loaded expert", "documents (", "--ckpt_path"):
+    summary = (folder / "log" / "version_0" / "report" / "summary.md").read_text()
+    for words in ("tokens per second", "most loaded expert", "| varlen |", "--ckpt_path", "](../expert_load.png)"):
         assert words in summary
 
 
-def test_speed_rate_and_gradients_are_logged(twenty_steps):
+def test_throughput_rate_and_gradients_are_logged(twenty_steps):
     folder, _ = twenty_steps
-    for name in ("speed/tokens_per_second", "lr-AdamW", "train/grad_norm", "gategrad/load_max_over_mean"):
+    for name in ("train/device/items_per_sec", "lr-AdamW", "train/grad_norm", "moe/load_max_over_mean"):
         assert min(logged(folder, name)) > 0
-
-
-def test_an_earlier_adapter_is_left_alone(tmp_path):
-    first = fit(tmp_path, steps=1)
-    summary = next(callback for callback in first.trainer.callbacks if isinstance(callback, RunReport))
-    folder = tmp_path / "log" / "version_0"
-    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert summary._write_adapters(folder, first.model) == {"fused": folder / "adapter-1"}
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_summary_shows_what_a_user_looks_for(tmp_path, capsys):
     fit(tmp_path, steps=2)
     printed = capsys.readouterr().out
-    for words in ("4 active, 0 fallback", "loss, first and last", "peak memory", "MoE tape, stock and now",
+    for words in ("4 active, 0 fallback", "loss, first and last", "peak memory", "MoE activations, baseline and now",
                   "answer before", "answer after", "CSVLogger", "PEFT adapter", "parameters that train"):  # fmt: skip
         assert words in printed
 
 
 def test_without_arguments_runs_the_tiny_configuration(monkeypatch):
     seen = {}
-    monkeypatch.setattr(qwen3_lora, "CommandLine", lambda *_, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(qwen3_lora, "LightningCLI", lambda *_, **kwargs: seen.update(kwargs))
     monkeypatch.setattr(sys, "argv", ["qwen3_lora.py"])
     main()
     assert seen["args"] == ["fit", "--config", str(CONFIGS / "tiny.yaml")]
@@ -334,39 +332,52 @@ def test_wrong_key_is_named(tmp_path, capsys):
     assert "rnak" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ({"rank": 0}, "model.rank must be positive, not 0"),
-        ({"learning_rate": -1.0}, "model.learning_rate must be positive"),
-        ({"warmup_steps": -1}, "model.warmup_steps must be at least 0"),
-        ({"init": "pretrained"}, "set model.name"),
-        ({"tile_tokens": -1}, "model.tile_tokens must be at least 0"),
-        ({"offload": True, "checkpointing": "selective"}, "it needs --model.checkpointing full"),
-    ],
-)
-def test_model_options_out_of_range(override, words):
-    with pytest.raises(ValueError, match=words):
-        Qwen3LoRA(architecture={}, **override)
+@pytest.mark.parametrize("option", ["rank=0", "learning_rate=-1", "warmup_steps=-1", "tile_tokens=-1", "dtype=half"])
+def test_model_options_out_of_range(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--model.{option}"])
+    assert f"model.{option.partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together():
+    with pytest.raises(ValueError, match="set model.name"):
+        MoELoRA({}, init="pretrained")
+    with pytest.raises(ValueError, match="it needs --model.checkpointing full"):
+        MoELoRA({}, offload=True, checkpointing="attention")
+
+
+def parse(*names):
+    """The objects of configurations one on top of the other, without a hub and without a GPU."""
+    configs = [f"--config={CONFIGS / name}.yaml" for name in names]
+    return LightningCLI(
+        MoELoRA, InstructionData, run=False,
+        args=[*configs, "--model.init=random", "--data.tokenizer=null", "--trainer.accelerator=cpu"],
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.parametrize("name", ["tiny", "qwen3_30b_a3b"])
+def test_the_fsdp_overlay_changes_devices_and_strategy_alone(name):
+    one, several = parse(name), parse(name, "fsdp")
+    assert isinstance(several.trainer.strategy, FullyShardStrategy)
+    assert several.trainer.num_devices == several.trainer.strategy.num_processes == 2
+    configs = [cli.config.as_dict() for cli in (one, several)]
+    strategies = [config["trainer"].pop("strategy") for config in configs]
+    devices = [config["trainer"].pop("devices") for config in configs]
+    assert strategies[0] == "auto"
+    assert (strategies[1]["init_args"]["num_ranks"], *devices) == (2, 1, 2)
+    for config in configs:
+        config.pop("config")
+    assert str(configs[0]) == str(configs[1])
+    kinds = [[type(callback) for callback in cli.trainer.callbacks] for cli in (one, several)]
+    assert kinds[0] == kinds[1]
 
 
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_large_configuration_builds_on_the_meta_device():
-    cli = LightningCLI(
-        Qwen3LoRA,
-        InstructionData,
-        run=False,
-        # No hub and no GPU here: the architecture instead of the weights, bytes instead of the tokenizer.
-        args=[
-            "--config",
-            str(CONFIGS / "qwen3_30b_a3b.yaml"),
-            "--model.init=random",
-            "--data.tokenizer=null",
-            "--trainer.accelerator=cpu",
-        ],  # fmt: skip
-    )
-    with torch.device("meta"):
-        cli.model.configure_model()
+    cli = parse("qwen3_30b_a3b")
+    cli.model.to("meta")
+    cli.model.configure_model()
     network = cli.model.network
     base = sum(p.numel() for name, p in network.named_parameters() if "lora_" not in name)
     assert round(base / 1e9, 2) == 30.53

@@ -1,6 +1,8 @@
-"""The run's report: its rows and pictures are those of what was trained, and it hides no error and causes none."""
+"""The run's report: its rows are those of what was trained, and it hides no error and causes none."""
 
+import csv
 import os
+import re
 import shlex
 from collections import namedtuple
 
@@ -8,14 +10,13 @@ import pytest
 import torch
 from helpers.models import Tiny, qwen3, tokens, with_attention_lora
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
+from lightning.pytorch.loggers import CSVLogger
 from lora import report
-from lora.report import RunReport, plot_expert_load, plot_loss, plot_memory
-from matplotlib.figure import Figure
+from lora.report import RunReport
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback
+from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -24,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
 ]
 
-PICTURES = {"loss.png", "memory.png", "expert_load.png"}
 Example = namedtuple("Example", "prompt answer")
 
 
@@ -45,11 +45,11 @@ class Data(LightningDataModule):
 class Trained(Tiny):
     """Attention adapters, and what the report asks of a module."""
 
-    description = {"attention": "documents"}
+    description = {"attention": "varlen"}
 
     def __init__(self, stop=None):
         super().__init__(lambda: with_attention_lora(qwen3()))
-        self.save_hyperparameters({"adapter_layouts": ["fused"]})
+        self.flops_per_batch = None
         self.stop, self.answers = stop, []
 
     def training_step(self, batch, batch_idx):
@@ -62,7 +62,7 @@ class Trained(Tiny):
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.step(batch))
 
-    def answer(self, data, prompt):
+    def generate(self, data, prompt):
         assert prompt == "  What? "
         self.answers.append(f"[/answer] {len(self.answers)} | <b>")
         return self.answers[-1]
@@ -83,29 +83,29 @@ def trainer(tmp_path, *callbacks, **options):
     return Trainer(callbacks=list(callbacks), default_root_dir=tmp_path, **defaults | options)
 
 
-def run(tmp_path, module=None, *, without=(), **options):
-    """Four steps with all that the report reads, but for what is left out; returns the module."""
+def run(tmp_path, module=None, **options):
+    """Four steps with all that the report reads; returns the module."""
     module = module or Trained()
-    callbacks = [MoEGateGradCallback(), MemoryMonitor(tape_at_step=0), LearningRateMonitor(),
-                 ModelCheckpoint(every_n_train_steps=2, save_last=True), RunReport()]  # fmt: skip
-    kept = [callback for callback in callbacks if not isinstance(callback, tuple(without))]
+    callbacks = [RunReport(), MoEGateGradCallback(), MemoryMonitor(0), ExpertLoadMonitor(), AdapterExport(),
+                 ThroughputMonitor(lambda batch: 1, lambda batch: batch[0].numel(), window_size=2),
+                 ModelCheckpoint(every_n_train_steps=2, save_last=True)]  # fmt: skip
     torch.manual_seed(0)
-    trainer(tmp_path, *kept, **options).fit(module, datamodule=Data())
+    trainer(tmp_path, *callbacks, **options).fit(module, datamodule=Data())
     return module
+
+
+def text(folder):
+    return (folder / "report" / "summary.md").read_text("utf-8")
 
 
 def summary(folder):
     """The rows of summary.md, by name; of those with one name, all."""
     rows = {}
-    for line in (folder / "report" / "summary.md").read_text("utf-8").splitlines():
+    for line in text(folder).splitlines():
         if line.startswith("| ") and line != "| | |":
             name, value = line.removeprefix("| ").removesuffix(" |").split(" | ", 1)
             rows[name] = f"{rows[name]}; {value}" if name in rows else value
     return rows
-
-
-def files(folder):
-    return {path.name for path in (folder / "report").iterdir()}
 
 
 def test_the_report_of_a_run(tmp_path, capsys, monkeypatch):
@@ -113,29 +113,24 @@ def test_the_report_of_a_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").touch()
     module = run(tmp_path)
     rows, printed = summary(tmp_path), capsys.readouterr().out
-    assert files(tmp_path) == PICTURES | {"summary.md"}
-    for name in PICTURES:
-        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+    heat_map = tmp_path / "report" / re.search(r"!\[load of the experts\]\((.*)\)", text(tmp_path))[1]
+    assert heat_map.read_bytes().startswith(b"\x89PNG")
     assert rows["run"] == "4 steps"
     assert rows["loss, first and last"] == f"{module.losses[0]:.4f} → {module.losses[-1]:.4f}"
-    assert rows["MoE tape, stock and now"].endswith("2 layers")
+    assert rows["MoE activations, baseline and now"].endswith("2 layers")
     assert rows["parameters that train"].startswith(
         f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,} "
     )
-    assert rows["attention"] == "documents"
+    assert rows["attention"] == "varlen"
     assert f"torch {torch.__version__}" in rows["versions"]
     assert rows["prompt held out"] == "What?"
     assert rows["answer wanted"] == "[/that] \\| &lt;b&gt;<br>and this"
     assert (rows["answer before"], rows["answer after"]) == ("[/answer] 0 \\| &lt;b&gt;", "[/answer] 1 \\| &lt;b&gt;")
     assert rows["PEFT adapter, fused"] == "adapter"
-    assert "left out" not in rows
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     for words in ("2 active, 0 fallback", "3 documents [of] them", "[/answer] 1 | <b>", *rows):
         assert words in printed
-    text = (tmp_path / "report" / "summary.md").read_text("utf-8")
-    for name in PICTURES:
-        assert f"]({name})" in text
-    words = shlex.split(text.partition("```bash\n")[2].partition("\n```")[0])
+    words = shlex.split(text(tmp_path).partition("```bash\n")[2].partition("\n```")[0])
     assert words[0] == "python"
     assert os.path.samefile(words[1], report.RECIPE)
     assert words[2:-1] == ["fit", "--config", "config.yaml", "--ckpt_path"]
@@ -143,14 +138,19 @@ def test_the_report_of_a_run(tmp_path, capsys, monkeypatch):
     assert torch.load(words[-1], weights_only=True)["global_step"] == 4
 
 
-def test_figures_of_the_rows_are_those_of_the_log(tmp_path):
-    module = run(tmp_path)
-    curves = report.read_curves(module.trainer)
+def test_numbers_of_the_rows_are_those_of_the_log(tmp_path):
+    run(tmp_path)
+    with open(tmp_path / "metrics.csv") as file:
+        lines = list(csv.DictReader(file))
+
+    def logged(name):
+        return [float(line[name]) for line in lines if line.get(name)]
+
     rows = summary(tmp_path)
-    assert curves["train/loss"][1] == pytest.approx(module.losses)
-    assert curves["val/loss"][0] == [1, 3]
-    assert rows["validation loss, first and last"] == " → ".join(f"{value:.4f}" for value in curves["val/loss"][1])
-    assert rows["peak memory (resident)"] == f"{max(curves['memory/peak_allocated_gib'][1]):.2f} GiB"
+    assert rows["validation loss, first and last"] == " → ".join(f"{value:.4f}" for value in logged("val/loss"))
+    assert rows["peak memory (resident)"] == f"{max(logged('memory/peak_allocated_gib')):.2f} GiB"
+    assert rows["tokens per second and rank"] == f"{logged('train/device/items_per_sec')[-1]:,.0f}"
+    assert rows["seconds per step"] == f"{1 / logged('train/device/batches_per_sec')[-1]:.3f}"
 
 
 @pytest.mark.parametrize("error", [ValueError("no | <b>\nmore"), KeyboardInterrupt()])
@@ -158,10 +158,9 @@ def test_a_run_that_stops_has_a_report_of_what_there_is(tmp_path, error, capsys)
     with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else ValueError):
         run(tmp_path, Trained(stop=error))
     rows = summary(tmp_path)
-    assert files(tmp_path) == PICTURES | {"summary.md"}
     assert rows["run"].startswith(f"stopped after 2 steps: {type(error).__name__}(")
     assert "more" not in rows["run"]
-    assert "--ckpt_path" in (tmp_path / "report" / "summary.md").read_text("utf-8")
+    assert "--ckpt_path" in text(tmp_path)
     assert "answer before" in rows
     assert "answer after" not in rows
     assert not (tmp_path / "adapter").exists()
@@ -169,7 +168,7 @@ def test_a_run_that_stops_has_a_report_of_what_there_is(tmp_path, error, capsys)
 
 
 def test_a_report_that_fails_hides_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(RunReport, "_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(RunReport, "_sample_rows", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="no"), pytest.warns(UserWarning, match="could not be written: ZeroDivision"):
         run(tmp_path, Trained(stop=ValueError("no")))
 
@@ -193,32 +192,6 @@ def test_an_exception_after_an_earlier_fit_repeats_no_report(tmp_path):
     assert not (tmp_path / "report" / "summary.md").exists()
 
 
-@pytest.mark.parametrize(
-    ("without", "options", "pictures", "remedy"),
-    [
-        ((), {"logger": "tensorboard"}, {"expert_load.png"}, "loss.png: add lightning.pytorch.loggers.CSVLogger"),
-        ((), {"log_every_n_steps": 9, "limit_val_batches": 0}, {"expert_load.png"}, "lower trainer.log_every_n_steps"),
-        ((MemoryMonitor,), {}, {"loss.png", "expert_load.png"}, "memory.png: add lightning_moe.MemoryMonitor"),
-        ((MoEGateGradCallback,), {}, {"loss.png", "memory.png"}, "expert_load.png: it needs MoEGateGradCallback"),
-    ],
-)
-def test_pictures_without_figures_are_named_with_the_remedy(tmp_path, without, options, pictures, remedy):
-    if options.get("logger"):
-        options = {"logger": TensorBoardLogger(tmp_path, name="", version="")}
-    run(tmp_path, without=without, **options)
-    assert files(tmp_path) == pictures | {"summary.md"}
-    assert remedy in summary(tmp_path)["left out"]
-
-
-def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "plot_memory", lambda curves: 1 / 0)
-    with pytest.warns(UserWarning, match=r"memory.png could not be made: ZeroDivisionError"):
-        run(tmp_path)
-    assert files(tmp_path) == PICTURES - {"memory.png"} | {"summary.md"}
-    assert "memory.png: ZeroDivisionError" in summary(tmp_path)["left out"]
-
-
-@pytest.mark.filterwarnings("ignore:.*could not be made")
 def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path, capsys):
     (tmp_path / "report").touch()
     with pytest.warns(UserWarning, match="summary.md could not be written"):
@@ -226,7 +199,7 @@ def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path, capsys):
     assert "loss, first and last" in capsys.readouterr().out
 
 
-def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
+def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning.pytorch.Trainer.is_global_zero", False)
     with pytest.raises(ValueError, match="no"):
         run(tmp_path, Trained(stop=ValueError("no")))
@@ -248,62 +221,3 @@ def test_without_a_prompt_there_is_no_answer(tmp_path, monkeypatch):
     module = run(tmp_path)
     assert module.answers == []
     assert not {"prompt held out", "answer wanted", "answer before", "answer after"} & summary(tmp_path).keys()
-
-
-def test_an_earlier_adapter_is_left_alone(tmp_path):
-    module = run(tmp_path)
-    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    module.hparams["adapter_layouts"] = ["fused", "fused"]
-    assert RunReport()._write_adapters(tmp_path, module) == {"fused": tmp_path / "adapter-1"}
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
-
-
-CURVES = {
-    "train/loss": ([0, 1, 2], [3.0, float("nan"), 1.0]),
-    "val/loss": ([2], [4.0]),
-    "lr-AdamW": ([0, 1, 2], [0.0, 1e-4, 1e-4]),
-    "memory/peak_allocated_gib": ([0, 1], [5.0, 6.0]),
-    "memory/step_peak_gib": ([0, 1], [1.0, 2.0]),
-    "gategrad/load_max_over_mean": ([0, 1], [2.0, 3.0]),
-    "gategrad/idle_experts": ([0, 1], [0.0, 0.0]),
-}
-
-
-def drawn(figure):
-    """Labels of axes with the points of their lines."""
-    assert isinstance(figure, Figure)
-    return {
-        axes.get_ylabel(): [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
-        for axes in figure.axes
-        if axes.lines
-    }
-
-
-def test_curves_show_what_was_logged():
-    losses = drawn(plot_loss(CURVES))
-    assert list(losses) == ["loss", "learning rate"]  # no gradient norm was logged
-    assert losses["loss"][1] == [(2, 4.0)]
-    assert losses["learning rate"] == [[(0, 0.0), (1, 1e-4), (2, 1e-4)]]
-    assert drawn(plot_memory(CURVES))["GiB"] == [[(0, 1.0), (1, 2.0)]]
-    assert len(plot_memory(CURVES).axes) == 2
-    for figure in (plot_loss(CURVES), plot_memory(CURVES)):
-        for axes in figure.axes:
-            low, high = axes.get_ylim()
-            assert low == 0
-            assert high > max(value for line in axes.lines for value in line.get_ydata() if value == value)
-
-
-def test_the_heat_map_is_each_experts_rows_over_the_mean():
-    load = {"one": torch.tensor([6, 0, 3, 3]), "two": torch.tensor([1, 3]), "three": torch.tensor([0, 0, 0, 0])}
-    figure = plot_expert_load(load, CURVES)
-    (image,) = (image for axes in figure.axes for image in axes.images)
-    shown = image.get_array()
-    assert shown.filled(-1).tolist() == [[2, 0, 1, 1], [0.5, 1.5, -1, -1], [0, 0, 0, 0]]
-    assert (image.norm.vmin, image.norm.vcenter, image.norm.vmax) == (0, 1, 2)
-    assert sorted(line for lines in drawn(figure).values() for line in lines) == [[(0, 0.0), (1, 0.0)],
-                                                                                  [(0, 2.0), (1, 3.0)]]  # fmt: skip
-    assert drawn(plot_expert_load(load, {})) == {}
-
-
-def test_nothing_logged_gives_no_figure():
-    assert plot_loss({}) is plot_memory({}) is plot_expert_load({}, CURVES) is None

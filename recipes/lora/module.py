@@ -1,0 +1,281 @@
+"""MoELoRA: a Mixture-of-Experts language model with LoRA adapters as a LightningModule."""
+
+from types import MethodType
+from typing import Any, Literal, Self
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import HalfPrecision
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lora.adapters import add_adapters, check_checkpoint, check_names, trained_products
+from lora.attention import NAME as VARLEN
+from lora.base_model import apply_liger, build, check_memory, check_weights, read_config
+from lora.checkpointing import Mode, enable_checkpointing
+from lora.data import InstructionData
+from lora.flops import batch_flops
+from lora.loss import LossImpl, choose_loss, losses
+from lora.sharding import check_strategy, rename_optimizer_state, shard
+
+GENERATED_TOKENS = 48
+
+
+class MoELoRA(LightningModule):
+    """A causal language model of Transformers with LoRA adapters; only the adapters train.
+
+    Adapters are float32 and the base may be bfloat16. Under `trainer.precision bf16-mixed` a layer computes with
+    bfloat16 copies of its adapters, and the optimizer sees float32 gradients and steps on float32 values: a step of
+    1e-4 on a bfloat16 weight of 0.05 would be lost.
+
+    Args:
+        architecture: `model_type` and fields of that family's configuration; used where `init` is random.
+        init: `"random"` draws the base from `init_seed`; `"pretrained"` loads `name`.
+        name: a hub name or a folder with the base's weights.
+        init_seed: of the random base, apart from the run's own seed, so that an adapter finds its base again.
+        dtype: of the base. bfloat16 needs `trainer.precision bf16-mixed`.
+        rank: LoRA's rank.
+        alpha: LoRA's alpha; the update is scaled by alpha / rank.
+        target_modules: the linear layers that get an adapter.
+        experts: put adapters on the experts' projections too; most of the model's weights are there.
+        router: what happens to the router: it stays `frozen`, is `trained` in full, or gets `lora`.
+        router_module: the name that the family gives to a layer's router.
+        router_aux_loss: weight of the load-balancing loss, 0 for none.
+        modules_to_save: modules that train in full beside the adapters, such as the head of a random base.
+        learning_rate: of AdamW, after the warm-up.
+        warmup_steps: over which the learning rate rises from 0.
+        checkpointing: what each layer computes again in backward: `full` all of it, `attention` attention and norms,
+            which takes more memory and less time, `none` nothing.
+        offload: keep each layer's input in host memory until backward; with `full` checkpointing on a GPU.
+        tile_tokens: where a sequence is longer, the experts work on this many tokens at a time and once more in
+            backward. 0 for never.
+        attention: `varlen`, the recipe's own, or a name that Transformers knows: `sdpa`, `flash_attention_2`, ...
+        liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had.
+        loss_impl: how the loss avoids the full logits: `torch`, `liger`, `chunked`, or `auto` for the first that can.
+    """
+
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        init: Literal["random", "pretrained"] = "random",
+        name: str | None = None,
+        init_seed: int = 0,
+        dtype: Literal["bfloat16", "float32"] = "float32",
+        rank: PositiveInt = 16,
+        alpha: PositiveInt = 32,
+        target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        experts: bool = False,
+        router: Literal["frozen", "trained", "lora"] = "frozen",
+        router_module: str = "mlp.gate",
+        router_aux_loss: NonNegativeFloat = 0.0,
+        modules_to_save: tuple[str, ...] = (),
+        learning_rate: PositiveFloat = 1e-4,
+        warmup_steps: NonNegativeInt = 10,
+        checkpointing: Mode = "none",
+        offload: bool = False,
+        tile_tokens: NonNegativeInt = 32_768,
+        attention: str = VARLEN,
+        liger: bool | None = None,
+        loss_impl: LossImpl | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__()
+        if init == "pretrained" and not name:
+            raise ValueError("model.init is 'pretrained': set model.name to a hub name or a folder")
+        if offload and checkpointing != "full":
+            raise ValueError("model.offload keeps the layers' inputs: it needs --model.checkpointing full")
+        self.save_hyperparameters()
+        self.network: PeftModel | None = None
+        self.description: dict[str, str] = {}
+        self.strict_loading = False  # checkpoints hold the adapter only
+        self._loss_impl: LossImpl = "chunked"
+        self._boundaries: Tensor | None = None
+
+    @property
+    def _name(self) -> str | None:
+        return self.hparams["name"] if self.hparams["init"] == "pretrained" else None
+
+    def prepare_data(self) -> None:
+        """Looks for the weights, and for room on the disk, before data are read."""
+        if self._name is not None:
+            check_weights(self._name)
+
+    def setup(self, stage: str) -> None:
+        """Checks precision, strategy, names and memory before the model is built."""
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, HalfPrecision):
+            raise ValueError(
+                "trainer.precision bf16-true and 16-true round all that the model holds, its rotary frequencies too, "
+                "which spoils positions: set --trainer.precision bf16-mixed and --model.dtype bfloat16"
+            )
+        if self.hparams["dtype"] == "bfloat16" and precision.precision != "bf16-mixed":
+            raise ValueError(
+                f"model.dtype bfloat16 has float32 adapters on a bfloat16 base, which trainer.precision "
+                f"{precision.precision} does not compute with: set --trainer.precision bf16-mixed"
+            )
+        check_strategy(self.trainer.strategy)
+        if self.network is None:
+            config = read_config(self._name, self.hparams["architecture"])
+            check_names(config, self.hparams)
+            check_memory(config, getattr(torch, self.hparams["dtype"]), self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Builds the base, adds the adapters, and shards it where the strategy has a mesh for that; once."""
+        if self.network is not None:
+            return
+        options = self.hparams
+        base: Any = self.build_base()
+        base.config.use_cache = False
+        norms = apply_liger(base, options["liger"])
+        self.network = add_adapters(base, options)
+        self.network.train()  # a base that was read comes in eval mode
+        layers = base.get_decoder().layers
+        enable_checkpointing(layers, options["checkpointing"], options["offload"], options["tile_tokens"])
+        self._loss_impl = choose_loss(options["loss_impl"], base.get_output_embeddings(), base.device)
+        base.losses = MethodType(losses, base)
+        self.description = {
+            "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}",
+            "attention": options["attention"],
+            "norms and rotary embedding": norms,
+            "loss": f"{self._loss_impl}, without the full logits",
+            "recomputed in backward": {"full": "each layer", "attention": "attention and norms", "none": "nothing"}[
+                options["checkpointing"]
+            ]
+            + (", its input in host memory" if options["offload"] else ""),
+            "router": self._describe_router(),
+        }
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.network, mesh)
+            self.description["sharded"] = f"over {mesh.size()} ranks, layer by layer"
+
+    def build_base(self) -> PreTrainedModel:
+        """The model without adapters, on the module's device."""
+        options = self.hparams
+        config = read_config(self._name, options["architecture"])
+        dtype = getattr(torch, options["dtype"])
+        return build(self._name, config, dtype, self.device, options["attention"], options["init_seed"])
+
+    def _describe_router(self) -> str:
+        balance = f", load-balancing loss x {self.hparams['router_aux_loss']:g}" * bool(self.hparams["router_aux_loss"])
+        said = {"frozen": "frozen", "trained": "trained in full", "lora": f"LoRA of rank {self.hparams['rank']}"}
+        # PEFT adds the update to the router's weight, and rounds the sum.
+        rounds = ", small updates round away in bfloat16" * (self.hparams["dtype"] == "bfloat16")
+        return said[self.hparams["router"]] + rounds * (self.hparams["router"] == "lora") + balance
+
+    def cpu(self) -> Self:
+        """Leaves the model where it is.
+
+        Lightning moves a model to the host at the end of every run, and a base that was made on its device may have no
+        room there. `to("cpu")` moves it.
+        """
+        return self
+
+    @property
+    def flops_per_batch(self) -> int | None:
+        """Model FLOPs of the current training batch, for Lightning's ThroughputMonitor; None where no formula is known.
+
+        Waits for the device, for which the monitor has waited already.
+        """
+        if self._boundaries is None or not self.trainer.training:
+            return None
+        assert self.network is not None
+        config: Any = self.network.get_base_model().config
+        return batch_flops(config, self._boundaries, trained_products(self.hparams))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss over all ranks' tokens that have a label, logged, and the router's on top if asked for."""
+        self._boundaries = batch["cu_seq_lens_q"]
+        loss, balance = self._losses(batch)
+        logged = self._mean(loss)
+        self.log("train/loss", logged, prog_bar=True)
+        total = loss
+        if balance is not None:
+            self.log("train/router_aux_loss", self._mean(balance))
+            total = loss + self.hparams["router_aux_loss"] * balance
+        return {"loss": total, "train/loss": logged}
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the ranks, as the strategy does with their gradients; the host waits for nothing."""
+        mean = value.detach().clone()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(mean)
+        return mean / self.trainer.world_size
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As training_step, on the held-out documents."""
+        self.log("val/loss", self._losses(batch)[0], prog_bar=True, sync_dist=True, batch_size=1)
+
+    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        assert self.network is not None
+        causal: Any = self.network.get_base_model()
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "weight")}
+        balances = bool(self.hparams["router_aux_loss"]) and self.training
+        loss, balance = causal.losses(inputs, batch["labels"], self._loss_impl, balances=balances)
+        return loss * batch["weight"], balance
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what trains, with a linear warm-up."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.hparams["learning_rate"], weight_decay=0.0, fused=self.device.type == "cuda"
+        )
+        # Lightning would hold the gradients until the next backward.
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad(set_to_none=True))
+        warmup = self.hparams["warmup_steps"]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the gradients' norm, before clipping."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the frozen base out, and names what the optimizer's state is of.
+
+        The options go under a name of their own: LightningCLI takes those under `hyper_parameters` for more than the
+        ones that are given beside a checkpoint.
+
+        Lightning counts an epoch as over where `fit` returns: a checkpoint that is saved after that, by
+        `trainer.save_checkpoint`, goes on with the next epoch's order.
+        """
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in set(trained)}
+        checkpoint["optimizer_states"] = [
+            rename_optimizer_state(state, trained) for state in checkpoint.get("optimizer_states", [])
+        ]
+        checkpoint["options"] = checkpoint.pop("hyper_parameters")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the values are this model's.
+
+        Raises:
+            ValueError: where they are another model's, naming the options that differ.
+        """
+        check_checkpoint(self.hparams, checkpoint["options"])
+
+    @torch.no_grad()
+    def generate(self, data: InstructionData, prompt: str) -> str:
+        """What the model answers to a prompt, or to the end of one longer than the data's documents, greedily."""
+        assert self.network is not None
+        was_training = self.network.training
+        self.network.eval()
+        encoded = data.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.device)
+        tokens = {name: encoded[name][:, -data.max_length :] for name in ("input_ids", "attention_mask")}
+        with self.trainer.precision_plugin.forward_context():
+            generated = self.network.generate(
+                **tokens, max_new_tokens=GENERATED_TOKENS, do_sample=False, use_cache=True,
+                pad_token_id=data.tokenizer.pad_token_id, eos_token_id=data.tokenizer.eos_token_id,
+                synced_gpus=self.device_mesh is not None,  # a rank that is done gathers on for the others
+            )  # fmt: skip
+        self.network.train(was_training)
+        base: Any = self.network.get_base_model()
+        if isinstance(base, FSDPModule):  # which leaves gathered what is in no layer
+            base.reshard()
+        answer = data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert isinstance(answer, str)
+        return answer

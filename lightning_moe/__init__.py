@@ -3,47 +3,55 @@
 Trainer(callbacks=[MoEGateGradCallback(), MemoryMonitor()])
 """
 
-from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from lightning_moe.ops.experts import moe_experts
+from lightning_moe.ops.low_rank import LowRank
 
 try:
     from lightning_moe.adapters.export import export_adapter
+    from lightning_moe.callbacks.adapter_export import AdapterExport
+    from lightning_moe.callbacks.adapter_updates import AdapterUpdateCheck
+    from lightning_moe.callbacks.expert_load import ExpertLoadMonitor
     from lightning_moe.callbacks.gate_grad import MoEGateGradCallback
-    from lightning_moe.callbacks.memory import LayerTape, MemoryMonitor, measure_moe_tape
+    from lightning_moe.callbacks.memory import MemoryMonitor
+    from lightning_moe.expert_load import plot_expert_load
+    from lightning_moe.integrations.support import Unsupported
     from lightning_moe.integrations.transformers_experts import register_experts
-    from lightning_moe.metrics import GateGradHealth
-    from lightning_moe.ops.experts import moe_experts
-    from lightning_moe.ops.low_rank import LowRank
+    from lightning_moe.metrics import ExpertLoad, GateGradHealth
     from lightning_moe.patch_report import LayerReport, PatchReport
     from lightning_moe.patching import gategrad, patch_moe, unpatch_moe
-except (ImportError, AttributeError) as error:
-    try:
-        needs = [need for need in requires("lightning_moe") or () if "extra ==" not in need]
-    except PackageNotFoundError:  # a clone that is not installed
-        needs = ["what pyproject.toml lists"]
-    found = []
-    for name in ("torch", "transformers", "peft", "lightning"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"no {name}")
-    raise ImportError(
-        f"{error}. lightning_moe needs {', '.join(needs)} and finds {', '.join(found)}. Where these agree, one of "
-        "the packages is newer than this version of lightning_moe knows: take an older one, or a newer lightning_moe"
-    ) from error
+    from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
+except ModuleNotFoundError as error:  # the operation, in `lightning_moe.ops`, needs torch alone
+    if error.name is None or error.name.partition(".")[0] == "lightning_moe":
+        raise
+    _missing = error
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"lightning_moe.{name} needs {_missing.name}: pip install lightning_moe") from _missing
+        raise AttributeError(f"module 'lightning_moe' has no attribute {name!r}")
+
 
 __all__ = [
+    "AdapterExport",
+    "AdapterUpdateCheck",
+    "ExpertLoad",
+    "ExpertLoadMonitor",
     "GateGradHealth",
     "LayerReport",
-    "LayerTape",
     "LowRank",
     "MemoryMonitor",
     "MoEGateGradCallback",
     "PatchReport",
+    "SavedActivations",
+    "Unsupported",
     "export_adapter",
     "gategrad",
-    "measure_moe_tape",
+    "measure_moe_activations",
     "moe_experts",
     "patch_moe",
+    "plot_expert_load",
     "register_experts",
     "unpatch_moe",
 ]

@@ -1,6 +1,6 @@
-"""Did every expert's adapter move? Whole runs have been lost to adapters that never trained.
+"""Adapter updates: did every expert's adapter train? Whole runs have been lost to adapters that never did.
 
-Watches the trainable factors of PEFT's adapters on experts, expert by expert: whether a gradient other than zero came,
+Tracks the trainable factors of PEFT's adapters on experts, expert by expert: whether a gradient other than zero came,
 and whether the optimizer changed the bits. Until `conclude`, nothing is read from the device.
 """
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.discovery import find_moe_layers
-from lightning_moe.integrations.peft_experts import peft_refusal, split_a, split_b
-from lightning_moe.integrations.sharding import put_at_rest, shape_of, whole, whole_gradient
+from lightning_moe.integrations.peft_experts import split_a, split_b, unsupported_layout
+from lightning_moe.integrations.sharding import full_grad, full_shape, full_tensor, reshard
 
 # Integers as wide as a factor's elements, to compare bits by.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Unmoved:
-    """An adapter on one layer's experts, some of which it did not move for.
+class NotUpdated:
+    """An adapter on one layer's experts that was not updated for some of them.
 
     Attributes:
         layer: the experts module's path in the model, PEFT's wrappers left out.
@@ -60,10 +60,10 @@ class Unmoved:
         return "; ".join(found)
 
 
-def listing(unmoved: Sequence[Unmoved]) -> str:
+def format_report(not_updated: Sequence[NotUpdated]) -> str:
     """Lines for people, in which parameters and layers that share their reasons share a line."""
     layers: dict[tuple[str, str, str], list[str]] = {}
-    for one in unmoved:
+    for one in not_updated:
         layers.setdefault((one.layer, one.adapter, one.reasons), []).append(one.parameter)
     lines: dict[tuple[str, str], list[str]] = {}
     for (layer, adapter, reasons), parameters in layers.items():
@@ -72,7 +72,7 @@ def listing(unmoved: Sequence[Unmoved]) -> str:
 
 
 class _Factor:
-    """One trainable factor: its experts' bits when the watch began, and which got a gradient since."""
+    """One trainable factor: its experts' bits at the beginning, and which got a gradient since."""
 
     def __init__(self, parameter: nn.Parameter, split: Any, num_experts: int) -> None:
         self.parameter, self.split, self.num_experts = parameter, split, num_experts
@@ -80,7 +80,7 @@ class _Factor:
         self.has_gradient = torch.zeros(num_experts, dtype=torch.bool, device=parameter.device)
 
     def note_gradient(self) -> None:
-        if (gradient := whole_gradient(self.parameter)) is not None:
+        if (gradient := full_grad(self.parameter)) is not None:
             size = _size(self.split(gradient, self.num_experts))
             self.has_gradient |= (size != 0) & size.isfinite()
 
@@ -90,7 +90,7 @@ class _Factor:
         return self.has_gradient, _fingerprint(experts) != self.before, _size(experts).isfinite()
 
     def _experts(self) -> Tensor:
-        return self.split(whole(self.parameter).detach(), self.num_experts)
+        return self.split(full_tensor(self.parameter).detach(), self.num_experts)
 
 
 def _size(experts: Tensor) -> Tensor:
@@ -103,10 +103,10 @@ def _fingerprint(experts: Tensor) -> Tensor:
     return experts.view(BITS[experts.element_size()]).sum((1, 2), dtype=torch.int64)
 
 
-class AdapterWatch:
-    """Watches from here on the adapters on a model's experts that train now.
+class AdapterUpdates:
+    """Tracks from here on the adapters on a model's experts that train now.
 
-    Those that FSDP1 has taken apart are left out.
+    Those that FSDP1 has flattened are left out.
 
     Args:
         model: holds the layers, patched or not.
@@ -114,18 +114,18 @@ class AdapterWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._factors: dict[tuple[str, str, str, int], list[_Factor]] = {}
-        put_at_rest(model)
+        reshard(model)
         for name, wrapper, adapter in _adapters(model):
             factors = [
                 _Factor(linear.weight, split, wrapper.num_experts)
                 for linear, split in ((wrapper.lora_A[adapter], split_a), (wrapper.lora_B[adapter], split_b))
-                if linear.weight.requires_grad and len(shape_of(linear.weight)) == 2  # not flattened by FSDP1
+                if linear.weight.requires_grad and len(full_shape(linear.weight)) == 2  # not flattened by FSDP1
             ]
             if factors:
                 self._factors[name, wrapper.parameter_name, adapter, wrapper.num_experts] = factors
 
     def __len__(self) -> int:
-        """How many adapters are watched."""
+        """How many adapters are tracked."""
         return len(self._factors)
 
     def note_gradients(self) -> None:
@@ -134,30 +134,30 @@ class AdapterWatch:
             for factor in factors:
                 factor.note_gradient()
 
-    def conclude(self) -> tuple[int, list[Unmoved]]:
+    def conclude(self) -> tuple[int, list[NotUpdated]]:
         """Compares with the beginning. Waits for the device.
 
         Returns:
-            How many experts, counted over the layers, have an adapter that did not move; and which adapters those are.
+            How many experts, counted over the layers, have an adapter that was not updated, and those adapters.
         """
-        unmoved: list[Unmoved] = []
+        not_updated: list[NotUpdated] = []
         experts: dict[str, Tensor] = {}
         for (layer, parameter, adapter, num_experts), factors in self._factors.items():
             gradients, changes, finite = map(torch.stack, zip(*(factor.verdict() for factor in factors), strict=True))
             is_finite = finite.all(0)
-            moved = (gradients & changes).all(0) & is_finite
-            still = (gradients & ~changes).any(0) & is_finite
-            experts[layer] = ~moved | experts.get(layer, ~moved)
-            figures = [int(which.sum()) for which in (~moved & ~still & is_finite, still, ~is_finite)]
-            if any(figures):
-                unmoved.append(Unmoved(layer, parameter, adapter, num_experts, *figures))
-        return sum(int(still.sum()) for still in experts.values()), unmoved
+            updated = (gradients & changes).all(0) & is_finite
+            unchanged = (gradients & ~changes).any(0) & is_finite
+            experts[layer] = ~updated | experts.get(layer, ~updated)
+            counts = [int(which.sum()) for which in (~updated & ~unchanged & is_finite, unchanged, ~is_finite)]
+            if any(counts):
+                not_updated.append(NotUpdated(layer, parameter, adapter, num_experts, *counts))
+        return sum(int(which.sum()) for which in experts.values()), not_updated
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    if peft_refusal():
+    if unsupported_layout():
         return
     for layer in find_moe_layers(model):
         for wrapper in layer.wrappers:
             for adapter in wrapper.lora_A:
-                yield layer.name.replace(".base_layer", ""), wrapper, adapter
+                yield layer.shown_name, wrapper, adapter

@@ -1,9 +1,9 @@
-"""A mixture of experts of one's own, in twenty lines of PyTorch around `moe_experts`.
+"""A custom mixture of experts, in twenty lines of PyTorch around `moe_experts`.
 
     python recipes/custom_moe.py        trains one for a few seconds on a CPU
 
-Nothing is patched here and no callback is needed: `moe_experts` is differentiable by itself. Experts that are a class
-of their own, whose forward is to stay what runs elsewhere, are registered instead, and the callback patches them:
+Nothing is patched here and no callback is needed: `moe_experts` is differentiable by itself. An experts class that
+shall keep its own forward is registered instead, and the callback patches it:
 
     register_experts(MyExperts)      # forward(hidden_states, top_k_index, top_k_weights), see its docstring
     Trainer(callbacks=[MoEGateGradCallback(audit_every_n_steps=100)])
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_moe import moe_experts
 
 
-class OwnMoE(nn.Module):
+class CustomMoE(nn.Module):
     """Routes each token to its `top_k` best experts of `num_experts`: (..., hidden) to (..., hidden)."""
 
     def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
@@ -29,15 +29,16 @@ class OwnMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The weighted sum of the chosen experts."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        gates, experts = self.router(tokens).softmax(-1).topk(self.top_k)
-        gates = gates / gates.sum(-1, keepdim=True)
-        return moe_experts(tokens, experts, gates, self.gate_up_proj, self.down_proj).view_as(hidden_states)
+        routing_weights, experts = self.router(tokens).softmax(-1).topk(self.top_k)
+        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
+        output = moe_experts(tokens, experts, routing_weights, self.gate_up_proj, self.down_proj)
+        return output.view_as(hidden_states)
 
 
 def main() -> None:
-    """Trains the module to be another one."""
+    """Trains one module to compute what another does."""
     torch.manual_seed(0)
-    teacher, student = OwnMoE(64, 32, 8, 2), OwnMoE(64, 32, 8, 2)
+    teacher, student = CustomMoE(64, 32, 8, 2), CustomMoE(64, 32, 8, 2)
     student.router.load_state_dict(teacher.router.state_dict())
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     losses = []

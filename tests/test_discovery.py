@@ -6,9 +6,10 @@ from helpers.models import experts_modules, gpt_oss, mixtral, qwen3, with_attent
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_moe import measure_moe_tape, patch_moe
-from lightning_moe.discovery import estimate_tape, find_moe_layers
-from lightning_moe.integrations.transformers_experts import read_contract
+from lightning_moe import measure_moe_activations, patch_moe
+from lightning_moe.activation_estimate import estimate_activations
+from lightning_moe.discovery import find_moe_layers
+from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.ops.grouped import gelu_gated, gelu_tanh_gated, silu_gated
 
 
@@ -48,7 +49,7 @@ def test_decorated_layers_are_found_in_order(build):
 def test_activations_with_kernels_are_recognised(build, activation):
     """And compute what the module does; any other is the module's own."""
     experts = experts_modules(build())[0]
-    found = read_contract(experts).activation
+    found = read_spec(experts).activation
     assert found == (activation or experts._apply_gate)
     h = torch.randn(5, 32)
     assert torch.allclose(found(h), experts._apply_gate(h), atol=1e-6)
@@ -68,12 +69,12 @@ def test_layers_under_expert_adapters_are_the_modules_themselves():
 def test_undecorated_layers_are_reported_once(module):
     layers = find_moe_layers(nn.ModuleDict({"mlp": module, "dense": nn.Linear(2, 2)}))
     assert len(layers) == 1
-    assert "does not go through Transformers' experts registry" in layers[0].reason
+    assert layers[0].reason.code == "outside_registry"
     assert not layers[0].is_dispatched
-    assert [layer.status for layer in patch_moe(module if layers[0].name == "mlp" else module).layers] == ["fallback"]
+    assert [layer.status for layer in patch_moe(module)] == ["fallback"]
 
 
-def test_what_holds_the_layers_is_none_whatever_its_class_is_called():
+def test_container_modules_are_not_reported_as_moe_layers():
     class TunedMoE(nn.Module):
         def __init__(self):
             super().__init__()
@@ -82,17 +83,17 @@ def test_what_holds_the_layers_is_none_whatever_its_class_is_called():
     assert len(find_moe_layers(TunedMoE())) == 2
 
 
-def test_a_registry_of_ones_own_is_recognised(monkeypatch):
-    monkeypatch.setattr("lightning_moe.discovery.ALL_EXPERTS_FUNCTIONS", object())
+def test_a_class_with_a_registry_of_its_own_is_not_supported(monkeypatch):
+    monkeypatch.setattr("lightning_moe.integrations.transformers_dispatch.ALL_EXPERTS_FUNCTIONS", object())
     (layer, _) = find_moe_layers(qwen3())
-    assert "a registry of its own" in layer.reason
+    assert layer.reason.code == "other_registry"
     assert not layer.is_dispatched
 
 
-def test_a_private_name_that_is_gone_is_named(monkeypatch):
+def test_a_forward_without_the_decorator_is_not_supported(monkeypatch):
     model = qwen3()
     monkeypatch.delattr(type(experts_modules(model)[0]).forward, "__wrapped__")
-    assert all("__wrapped__" in layer.reason for layer in find_moe_layers(model))
+    assert all(layer.reason.code == "undecorated_forward" for layer in find_moe_layers(model))
 
 
 @pytest.mark.parametrize("trained", ["attention", "everything"])
@@ -101,13 +102,13 @@ def test_the_estimate_is_what_saved_tensor_hooks_measure(build, trained):
     model = with_attention_lora(build()) if trained == "attention" else build()
     ids = torch.randint(0, 64, (4, 64))
     patch_moe(model)
-    with measure_moe_tape(model) as tapes:
+    with measure_moe_activations(model) as tapes:
         model(input_ids=ids, labels=ids)
     assert len(tapes) == 2
     for tape in tapes:
-        estimate = estimate_tape(model.get_submodule(tape.name), {}, recompute_up=False)
+        estimate = estimate_activations(model.get_submodule(tape.name), {}, recompute_gate_up=False)
         rows = tape.num_tokens * 2
         # The layer's input, kept where the first projection trains, and a few indices are not in the estimate.
         slack = 256 * 32 * 4 * 1.25
-        assert 0 <= tape.stock_num_bytes - estimate.stock_per_row * rows <= slack
-        assert 0 <= tape.num_bytes - estimate.kept_per_row * rows <= slack
+        assert 0 <= tape.baseline_num_bytes - estimate.baseline_per_row * rows <= slack
+        assert 0 <= tape.num_bytes - estimate.saved_per_row * rows <= slack

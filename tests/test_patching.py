@@ -29,7 +29,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_moe import gategrad, patch_moe, unpatch_moe
-from lightning_moe.patching import layer_patch, patched_modules, stock_code
+from lightning_moe.layer_patch import default_implementation, patch_of, patched_modules
 
 
 def gradients(model, ids=None, **options):
@@ -136,15 +136,15 @@ def test_wrappers_are_seen_through():
     assert [layer.name for layer in report.active] == [
         f"module.base_model.model.model.layers.{number}.mlp.experts" for number in range(2)
     ]
-    assert all(model.get_submodule(layer.name) in patched_modules(model) for layer in report.layers)
+    assert all(model.get_submodule(layer.name) in patched_modules(model) for layer in report)
 
 
 def test_patching_and_unpatching_twice():
     model = qwen3()
     config, keys = model.config, list(model.state_dict())
-    patch_moe(model, chunk_tokens=3)
-    patch_moe(model, chunk_tokens=5)
-    assert [layer_patch(module).chunk_tokens for module in patched_modules(model)] == [5, 5]
+    patch_moe(model, output_buffer_mib=3)
+    patch_moe(model, output_buffer_mib=5)
+    assert [patch_of(module).output_buffer_mib for module in patched_modules(model)] == [5, 5]
     assert list(model.state_dict()) == keys
     assert model.config is config
     assert config._experts_implementation == "grouped_mm"
@@ -253,8 +253,8 @@ def test_a_layer_that_cannot_take_it_runs_stock_code(change, reason, monkeypatch
         ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: calls.append(args) or args[1]
     )
     report = patch_moe(model)
-    assert [layer.status for layer in report.layers] == ["fallback"]
-    assert reason in report.layers[0].reason
+    assert [layer.status for layer in report] == ["fallback"]
+    assert reason in report[0].reason
     hidden, index = torch.zeros(3, 32, dtype=experts.down_proj.dtype), torch.zeros(3, 2, dtype=torch.int64)
     assert torch.equal(experts(hidden, index, torch.ones(3, 2, dtype=hidden.dtype)), hidden)
     assert len(calls) == 1
@@ -264,8 +264,8 @@ def test_down_bias_fallback_is_stock_code_bit_for_bit():
     model = gpt_oss()
     stock = gradients(model)
     with gategrad(model, down_bias="fallback") as report:
-        assert [layer.status for layer in report.layers] == ["fallback", "fallback"]
-        assert "bias" in report.layers[0].reason
+        assert [layer.status for layer in report] == ["fallback", "fallback"]
+        assert "bias" in report[0].reason
         assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
 
 
@@ -273,7 +273,7 @@ def test_a_reason_that_turns_up_later_is_named():
     model = qwen3(num_hidden_layers=1)
     patch_moe(model)
     with_norm(experts_modules(model)[0])
-    with pytest.warns(UserWarning, match="runs stock code after all: a norm stands"):
+    with pytest.warns(UserWarning, match="runs the default implementation after all: a norm stands"):
         ours = gradients(model)
     assert all(torch.equal(g, ours[name]) for name, g in gradients(model).items())  # named once
     unpatch_moe(model)
@@ -290,7 +290,9 @@ def test_parameters_of_the_activation_unfrozen_after_patching_are_trained():
         assert report.active
         gradients(model)
         experts.act_fn.requires_grad_(True)
-        with pytest.warns(UserWarning, match="runs stock code after all: the module trains parameters .*act_fn"):
+        with pytest.warns(
+            UserWarning, match="runs the default implementation after all: the module trains parameters .*act_fn"
+        ):
             assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
 
 
@@ -324,7 +326,7 @@ def test_a_replaced_forward_is_reported_and_kept():
     (experts,) = experts_modules(model)
     experts.forward = lambda hidden, index, gates: hidden
     report = patch_moe(model)
-    assert "replaced the module's forward" in report.layers[0].reason
+    assert "replaced the module's forward" in report[0].reason
     unpatch_moe(model)
     assert "forward" in vars(experts)
     hidden = torch.zeros(3, 32)
@@ -334,10 +336,10 @@ def test_a_replaced_forward_is_reported_and_kept():
 def test_stock_code_for_a_while():
     model = qwen3(num_hidden_layers=1)
     (experts,) = experts_modules(model)
-    with stock_code(experts):
+    with default_implementation(experts):
         assert experts.config is model.config
     patch_moe(model)
-    with stock_code(experts):
+    with default_implementation(experts):
         assert experts.config is model.config
     assert is_patched(model)
 
@@ -356,7 +358,7 @@ def test_the_report_prints_as_a_table():
     ("options", "words"),
     [
         ({"down_bias": "approximate"}, "down_bias must be 'exact' or 'fallback', not 'approximate'"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be 'auto' or an integer of at least 1, not 0"),
+        ({"output_buffer_mib": 0}, "output_buffer_mib must be a positive number, not 0"),
     ],
 )
 def test_options_out_of_range(options, words):
@@ -368,7 +370,7 @@ def test_options_out_of_range(options, words):
 
 def num_active_executions(model):
     """How often the operation ran in each layer, by what its backward counted."""
-    return [layer_patch(module).health.drain(micro_batches=8).active_layers for module in patched_modules(model)]
+    return [patch_of(module).health.drain(micro_batches=8).active_layers for module in patched_modules(model)]
 
 
 @pytest.mark.parametrize("build", [full, attention_lora, mixtral, gpt_oss, qwen3_vl])
@@ -434,7 +436,7 @@ def test_experts_without_a_gate_projection(implementation):
 
     stock = run()
     with gategrad(experts) as report:
-        assert [(layer.status, layer.class_name) for layer in report.layers] == [("active", "NemotronHExperts")]
+        assert [(layer.status, layer.class_name) for layer in report] == [("active", "NemotronHExperts")]
         assert agree(run(), stock)
         assert num_active_executions(experts) == [1]
 
@@ -540,8 +542,8 @@ def test_fallback_is_stock_code_bit_for_bit(change, reason):
 
     stock = run()
     with gategrad(model) as report:
-        assert [layer.status for layer in report.layers] == ["fallback"]
-        assert reason in report.layers[0].reason
+        assert [layer.status for layer in report] == ["fallback"]
+        assert reason in report[0].reason
         found = run()
     assert found.keys() == stock.keys()
     assert all(torch.equal(g, stock[name]) for name, g in found.items())
@@ -556,7 +558,7 @@ def test_weights_that_are_quantized_after_patching_are_named(change, reason):
     model = qwen3(num_hidden_layers=1)
     patch_moe(model)
     change(experts_modules(model)[0])
-    with pytest.warns(UserWarning, match=f"runs stock code after all: {reason}"):
+    with pytest.warns(UserWarning, match=f"runs the default implementation after all: {reason}"):
         ours = gradients(model)
     assert num_active_executions(model) == [0]
     unpatch_moe(model)
@@ -570,7 +572,7 @@ def test_a_family_outside_the_registry_is_reported_and_kept():
     stock = gradients(model)
     with gategrad(model) as report:
         assert [layer.class_name for layer in report.fallback] == ["Llama4TextExperts"] * 2
-        assert "does not go through Transformers' experts registry" in report.layers[0].reason
+        assert "does not go through Transformers' experts registry" in report[0].reason
         assert not patched_modules(model)
         assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
 
@@ -590,7 +592,7 @@ def test_named_without_a_patch_a_layer_that_cannot_take_it_runs_stock_code(chang
     stock = gradients(model)
     model.set_experts_implementation("gategrad")
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=f"runs stock code after all: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"runs the default implementation after all: .*{reason}"):
         found = gradients(model)
     assert found.keys() == stock.keys()
     assert all(torch.equal(g, stock[name]) for name, g in found.items())

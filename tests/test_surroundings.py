@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CompileConfig
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, unpatch_moe
-from lightning_moe.patching import layer_patch, patched_modules
+from lightning_moe.layer_patch import patch_of, patched_modules
 
 
 def gradients(model, seed=0):
@@ -222,7 +222,7 @@ def test_a_model_compiled_for_inference_runs_the_operation_once_it_trains():
     with torch.no_grad():
         compiled(input_ids=tokens())
     ours = gradients(compiled)
-    assert layer_patch(experts_modules(model)[0]).health.drain(1).active_layers == 1
+    assert patch_of(experts_modules(model)[0]).health.drain(1).active_layers == 1
     assert max(relative_error(a, b) for a, b in zip(ours, stock, strict=True)) < 2e-5
 
 

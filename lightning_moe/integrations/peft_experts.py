@@ -1,10 +1,11 @@
 """PEFT's adapters on experts: the factors out of its wrappers, and why some cannot be had.
 
 PEFT (`target_parameters`) nests a wrapper around the experts module for each adapted parameter, and stores all experts'
-factors in two matrices: `lora_A.weight` (r·E, in), expert by expert, and `lora_B.weight` (out, r·E), rank by rank.
+factors in two matrices: `lora_A.weight` (r·E, in), expert by expert, and `lora_B.weight` (out, r·E), rank by rank. The
+wrapper's names and this layout are not PEFT's public interface and have changed before: read in 0.21.0 to 0.21.2, and
+tried once in each process, on small wrappers (`unsupported_layout`).
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,8 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_moe.integrations.support import Unsupported, unsupported
+from lightning_moe.integrations.transformers_experts import read_flags, read_spec
 from lightning_moe.ops.low_rank import LowRank, merge
 
 
@@ -63,59 +66,57 @@ def foreign_parametrization(module: Any, name: str) -> str | None:
     return next((found.__name__ for found in classes if not found.__module__.startswith("peft.")), None)
 
 
-def adapter_fault(wrapper: ParamWrapper, module: Any) -> str | None:
-    """Why this wrapper's adapters would train wrongly or not at all, whichever implementation runs; None if they train.
+def unsupported_adapter(wrapper: ParamWrapper, module: Any) -> Unsupported | None:
+    """Why this wrapper's adapters would train wrongly or not at all, whichever implementation runs.
 
     Args:
         wrapper: PEFT's.
         module: the experts module inside.
     """
-    if peft_refusal() is not None or not wrapper.lora_A:  # nothing can be read out of it, or nothing is in it
+    if unsupported_layout() is not None or not wrapper.lora_A:  # nothing can be read out of it, or nothing is in it
         return None
     name = wrapper.parameter_name
     if parametrization := foreign_parametrization(module, name):
-        return (
-            f"{name} is parametrized by {parametrization}, and over a parametrized weight LoRA of PEFT "
-            f"{peft.__version__} is broken: its second forward in training raises, without gradients each forward adds "
-            "the update once more, and merging changes nothing"
+        return unsupported(
+            "lora_over_parametrization", name=name, parametrization=parametrization, version=peft.__version__
         )
-    weight = module._parameters.get(name)
+    weight = dict(module.named_parameters(recurse=False)).get(name)
     if weight is not None and weight.dtype.itemsize < 2:
-        return (
-            f"{name} holds quantized values ({weight.dtype}), and PEFT {peft.__version__} adds the update to them "
-            "before they are scaled: the adapter would train next to nothing"
-        )
+        return unsupported("lora_over_quantized", name=name, dtype=weight.dtype, version=peft.__version__)
     return None
 
 
-def merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | None:
-    """Why PEFT has to merge this wrapper's adapters into the weight; None if the factors can be kept apart.
+def unsupported_unmerged(wrapper: ParamWrapper, module: Any) -> Unsupported | None:
+    """Why PEFT has to merge this wrapper's adapters into the weight; None if their factors can stay unmerged.
 
     Args:
         wrapper: PEFT's.
         module: the experts module inside.
-        weights: the names of the two projections' parameters.
     """
-    if refusal := peft_refusal():
-        return f"PEFT merges them: {refusal}"
-    return _own_merge_reason(wrapper, module, weights)
-
-
-def _own_merge_reason(wrapper: Any, module: Any, weights: Sequence[str]) -> str | None:
+    if reason := unsupported_layout():
+        return reason
     name = wrapper.parameter_name
-    if name not in weights:
-        return f"PEFT merges the adapter on {name}: only {' and '.join(weights)} have a low-rank form"
+    if getattr(module, "is_transposed", False) != read_flags(module).is_transposed:
+        return unsupported("lora_transposed", name=name)
+    stems = read_spec(module).stems
+    if name not in stems:
+        return unsupported("lora_parameter", name=name, known=" and ".join(stems))
+    return _unsupported_factors(wrapper, module)
+
+
+def _unsupported_factors(wrapper: Any, module: Any) -> Unsupported | None:
+    name = wrapper.parameter_name
     if type(wrapper).forward is not ParamWrapper.forward:
-        return f"PEFT merges the adapter on {name}: {type(wrapper).__name__} has a forward of its own"
+        return unsupported("lora_forward", name=name)
     if is_parametrized(module, name):
-        return f"PEFT merges the adapter on {name}: the parameter has another parametrization"
+        return unsupported("lora_parametrized", name=name)
     for adapter in active_adapters(wrapper):
         if adapter in wrapper.lora_variant or wrapper.lora_bias.get(adapter):
-            return f"PEFT merges the adapter on {name}: {adapter!r} is a variant of LoRA, or has a bias"
+            return unsupported("lora_variant", name=name, adapter=adapter)
         if isinstance(wrapper.scaling[adapter], Tensor):
-            return f"PEFT merges the adapter on {name}: the scaling of {adapter!r} is a tensor, which may be trained"
+            return unsupported("lora_scaling", name=name, adapter=adapter)
         if not (type(wrapper.lora_A[adapter]) is type(wrapper.lora_B[adapter]) is nn.Linear):
-            return f"PEFT merges the adapter on {name}: the factors of {adapter!r} are not plain linear layers"
+            return unsupported("lora_factors", name=name, adapter=adapter)
     return None
 
 
@@ -132,19 +133,16 @@ class _Weight(nn.Module):
 
 
 @cache
-def peft_refusal() -> str | None:
-    """Why the factors cannot be read out of this version of PEFT; None if they can. Tried once, on small wrappers.
-
-    PEFT's wrappers are not its public interface: their names, and how they lay out their factors, have changed before.
-    """
-    refusal = f"the adapters on experts cannot be read out of PEFT {peft.__version__}: "
+def unsupported_layout() -> Unsupported | None:
+    """Why the factors cannot be read out of this version of PEFT; None if they can. Tried once, on small wrappers."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             for is_transposed in (False, True):
                 if not _is_read_right(_Weight(is_transposed=is_transposed)):
-                    return refusal + "lora_A and lora_B make another update than PEFT's own"
+                    why = "lora_A and lora_B make another update than PEFT's own"
+                    return unsupported("peft_layout", version=peft.__version__, why=why)
     except Exception as error:  # whatever it is, they cannot be read
-        return refusal + str(error)
+        return unsupported("peft_layout", version=peft.__version__, why=error)
     return None
 
 
@@ -155,6 +153,6 @@ def _is_read_right(module: _Weight) -> bool:
     wrapper = holder["experts"]
     updates = [low_rank(wrapper, adapter) for adapter in active_adapters(wrapper)]
     merged = merge(module.weight, updates, is_transposed=module.is_transposed)
-    if wrapper.base_layer is not wrapper.get_base_layer() or _own_merge_reason(wrapper, module, ["weight"]):
+    if wrapper.base_layer is not wrapper.get_base_layer() or _unsupported_factors(wrapper, module):
         return False
     return bool(merged.any()) and torch.allclose(ParamWrapper.forward(wrapper, merged), merged)

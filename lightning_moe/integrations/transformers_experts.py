@@ -1,7 +1,7 @@
-"""Contracts: how an experts class stores its weights and what it computes between them.
+"""Experts specs: how an experts class stores its weights and what it computes between them.
 
 Transformers' decorator leaves this as flags on a module. `register_experts` says the same of a class that is not
-decorated, a user's own say.
+decorated. Private names read here, in Transformers 5.17 to 5.24: `_apply_gate` and `_default_apply_gate`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from transformers.integrations import moe as transformers_moe
 
 from lightning_moe.ops.grouped import Activation, gelu_gated, gelu_tanh_gated, silu_gated
 
-# Activations that, gated as Transformers does it by default, have kernels.
+# Activations with kernels, where the module gates them as Transformers does by default.
 _GATED: dict[type, Activation] = {
     nn.SiLU: silu_gated,
     SiLUActivation: silu_gated,
@@ -23,41 +23,41 @@ _GATED: dict[type, Activation] = {
     GELUTanh: gelu_tanh_gated,
 }
 
-FLAGS = ("has_gate", "has_bias", "is_transposed")
+FLAGS = ("has_gate", "has_bias", "is_transposed")  # of Transformers' decorator
 
 
 class Flags(NamedTuple):
     """What Transformers' decorator says of a class, see `register_experts`."""
 
-    has_gate: bool = True
+    is_gated: bool = True
     has_bias: bool = False
     is_transposed: bool = False
 
 
 # The flags, and the forward that is known to compute by them.
 _registered: dict[type, tuple[Flags, Any]] = {}
-# Known by name, so that they need not be imported: not decorated in Transformers, and of the same contract.
+# By name, so that they need not be imported: not decorated in Transformers, and of the same spec.
 _KNOWN = {"transformers.models.step3p7.modeling_step3p7.Step3p7Experts": Flags()}
 
 
 def register_experts(
-    experts_class: type[nn.Module], *, has_gate: bool = True, has_bias: bool = False, is_transposed: bool = False
+    experts_class: type[nn.Module], *, is_gated: bool = True, has_bias: bool = False, is_transposed: bool = False
 ) -> None:
     """Has the callback and `patch_moe` patch instances of a class that Transformers' registry does not dispatch.
 
-    The class keeps its forward, which stays what runs without a patch. It must compute what `moe_experts` does, and
+    The class keeps its forward, which runs wherever the patch is off. It must compute what `moe_experts` does, and
     nothing besides: `forward(hidden_states, top_k_index, top_k_weights)`, (T, H), (T, K) integer in [0, E) and (T, K),
-    to (T, H), the sum over the slots of gate times expert. Nothing but a bias may stand between down projection and
-    gate. While it is patched the forward does not run: what else it does, such as counting, is not done. Whether the
-    two agree is for `MoEGateGradCallback(audit_every_n_steps=...)` to tell.
+    to (T, H), the sum over the slots of routing weight times expert. Nothing but a bias may stand between the down
+    projection and the routing weight. While the class is patched its forward does not run, nor what else it does, such
+    as counting. `MoEGateGradCallback(audit_every_n_steps=...)` checks that the two agree.
 
     Its instances have `num_experts`, an integer; parameters `gate_up_proj` (E, 2 I, H) and `down_proj` (E, H, I); and
-    between the two `_apply_gate(gate_up)`, (R, 2 I) to (R, I), or `act_fn` alone, for `act_fn(gate) * up` of the
-    halves: row by row, without trained parameters, randomness or state, since backward calls it again.
+    between the two `_apply_gate(gate_up)`, (R, 2 I) to (R, I), or `act_fn` alone, for `act_fn(gate_proj) * up_proj`
+    of the halves: row by row, without trained parameters, randomness or state, since backward calls it again.
 
     Args:
         experts_class: the class. A subclass that overrides any of its methods has to be registered by itself.
-        has_gate: without it the first projection is `up_proj`, (E, I, H), and `act_fn` stands between.
+        is_gated: if False, the first projection is `up_proj`, (E, I, H), and `act_fn` stands between the two.
         has_bias: `gate_up_proj_bias` (E, 2 I), or `up_proj_bias`, and `down_proj_bias` (E, H) are added.
         is_transposed: weights are (E, in, out).
 
@@ -67,7 +67,7 @@ def register_experts(
     """
     if not (inspect.isclass(experts_class) and issubclass(experts_class, nn.Module)):
         raise TypeError(f"register_experts takes a class of modules, not {experts_class!r}")
-    if stock_forward(experts_class) is not None:
+    if undecorated_forward(experts_class) is not None:
         raise ValueError(
             f"{experts_class.__name__}'s forward is decorated: by Transformers' experts registry, and then there is "
             "nothing to register; or by another decorator, which the operation would leave out"
@@ -80,7 +80,7 @@ def register_experts(
         raise TypeError(
             f"{experts_class.__name__}.forward must take (hidden_states, top_k_index, top_k_weights): {error}"
         ) from None
-    _registered[experts_class] = Flags(has_gate, has_bias, is_transposed), experts_class.forward
+    _registered[experts_class] = Flags(is_gated, has_bias, is_transposed), experts_class.forward
 
 
 def is_decorated(module: nn.Module) -> bool:
@@ -93,14 +93,14 @@ def is_registered(module: nn.Module) -> bool:
     return _registration(module) is not None
 
 
-def stock_forward(module: Any) -> Any:
+def undecorated_forward(module: Any) -> Any:
     """The class's own forward, before Transformers' decorator, or None where there is none."""
     experts_class = module if inspect.isclass(module) else type(module)
     return getattr(experts_class.forward, "__wrapped__", None)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
-class ExpertsContract:
+class ExpertsSpec:
     """How an experts class stores its weights and what it computes between them.
 
     Attributes:
@@ -114,6 +114,11 @@ class ExpertsContract:
     is_transposed: bool
     has_bias: bool
     activation: Activation
+
+    @property
+    def stems(self) -> tuple[str, str]:
+        """The names of the two projections' weights."""
+        return self.up_name, "down_proj"
 
     def weights(self, module: Any) -> "ExpertWeights":
         """The tensors of one call. Reads each attribute once: a parametrized one is computed at every reading."""
@@ -134,16 +139,16 @@ class ExpertWeights(NamedTuple):
     down_proj_bias: Tensor | None
 
     @property
-    def are_whole(self) -> bool:
-        """Whether they can be judged now: between calls FSDP1 leaves of a parameter a flat part, and ZeRO-3 nothing."""
+    def are_full(self) -> bool:
+        """Whether they are full tensors now. Between calls FSDP1 leaves a flat part of each, and ZeRO-3 nothing."""
         return self.gate_up_proj.dim() > 1 and self.down_proj.dim() > 1
 
 
-def read_contract(module: Any) -> ExpertsContract:
-    """Reads how a decorated or registered experts module is made. Raises AttributeError where something is missing."""
+def read_spec(module: Any) -> ExpertsSpec:
+    """Reads the spec of a decorated or registered experts module. Raises AttributeError where something is missing."""
     flags = read_flags(module)
-    return ExpertsContract(
-        up_name="gate_up_proj" if flags.has_gate else "up_proj",
+    return ExpertsSpec(
+        up_name="gate_up_proj" if flags.is_gated else "up_proj",
         is_transposed=flags.is_transposed,
         has_bias=flags.has_bias,
         activation=_activation(module, flags),
@@ -157,19 +162,18 @@ def read_flags(module: Any) -> Flags:
 
 def _activation(module: Any, flags: Flags) -> Activation:
     """What stands between the projections: one that has kernels where the module computes just that."""
-    if not flags.has_gate:
+    if not flags.is_gated:
         return module.act_fn
     if is_registered(module) and not hasattr(module, "_apply_gate"):
         return _GATED.get(type(module.act_fn), functools.partial(_gated, module.act_fn))
-    own_gate = getattr(module._apply_gate, "__func__", None)  # the instance may have been given one of its own
-    if own_gate is not None and own_gate is getattr(transformers_moe, "_default_apply_gate", None):
-        return _GATED.get(type(getattr(module, "act_fn", None)), module._apply_gate)
+    if getattr(module._apply_gate, "__func__", None) is transformers_moe._default_apply_gate:
+        return _GATED.get(type(module.act_fn), module._apply_gate)
     return module._apply_gate
 
 
 def _gated(act_fn: Activation, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return act_fn(gate) * up
+    gate_proj, up_proj = gate_up.chunk(2, dim=-1)
+    return act_fn(gate_proj) * up_proj
 
 
 def _registration(module: Any) -> Flags | None:

@@ -1,27 +1,27 @@
 """The operation: a mixture of experts whose gate gradient needs no output of the down projection.
 
 Letters: T tokens, K top_k, S = T x K rows (token, slot) sorted by expert, H hidden, I intermediate, E experts.
-Per row, with gate g, hidden x, weights W1 (gate_up) and W2 (down) and optional biases:
+The *gate* g is a row's routing weight. Per row, with hidden x, weights W1 (gate_up) and W2 (down) and optional biases:
 
     h = x W1ᵀ + b1        a = act(h)        y = a W2ᵀ + b2        out_t = Σ_k g · y
 
-Stock code keeps y to form dg = <dOut, y>. Linearity of the down projection gives the same number from what the
-backward computes anyway. With G = dOut gathered to the rows, not multiplied by the gate:
+The default implementation keeps y to form dg = <dOut, y>. Linearity of the down projection gives the same number from
+what backward computes anyway. With G = dOut gathered to the rows, not multiplied by the gate:
 
     da' = G W2            dg = <a, da'> + <b2, G>            da = g · da'            dh = act'(h) · da
     dx = Σ_k dh W1        dW1 = dhᵀ x        db1 = Σ dh       dW2 = (g·a)ᵀ G          db2 = Σ g·G
 
-Low-rank updates of the weights stay apart: with x A1ᵀ, a A2ᵀ and G B2, all (S, r), and the scalings in B1 and B2,
+Low-rank updates of the weights stay unmerged: with x A1ᵀ, a A2ᵀ and G B2, all (S, r), and the scalings in B1 and B2,
 
     h += (x A1ᵀ) B1ᵀ      y += (a A2ᵀ) B2ᵀ      da' += (G B2) A2      dx += Σ_k (dh B1) A1
     dB2 = Gᵀ (g · a A2ᵀ)      dA2 = (G B2)ᵀ (g·a)      dB1 = dhᵀ (x A1ᵀ)      dA1 = (dh B1)ᵀ x
 
 Exact for any gate: nothing is divided by it. Kept for backward: h (or x, to make h again), the routing, the gates, the
-(S, r) products, and x at token level where W1 or A1 wants a gradient. Not kept: gathered x, a, y, g·y. The down bias
-is linear at token level too, so it never touches a row.
+(S, r) products, and x at token level where W1 or A1 wants a gradient. Not kept: gathered x, a, y, g·y. The `down_proj`
+bias is linear at token level too, so it never touches a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -29,29 +29,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_moe.ops.autograd import FirstOrderOnly, Owner, anchor, graph_is_kept, has_saved_tensors_hooks
 from lightning_moe.ops.grouped import (
     Activation,
     activate,
     activation_backward,
-    combine,
-    grouped_linear,
     grouped_outer,
     grouped_sum,
     product_tiles,
     silu_gated,
 )
-from lightning_moe.ops.low_rank import LowRank, join, split_gradients
+from lightning_moe.ops.low_rank import LowRank, split_gradients
+from lightning_moe.ops.projection import Projection, pre_activation, project_and_combine
 from lightning_moe.ops.routing import Routing, sort_by_expert
-from lightning_moe.ops.validation import ChunkTokens, check_chunk_tokens, shape_problem, unsupported
+from lightning_moe.ops.validation import check_output_buffer, shape_problem, unsupported_weights
 
-# The buffer of projected rows at "auto", bytes, and the fewest hidden features that it takes at a time.
-AUTO_CHUNK_BYTES = 512 * 2**20
-CHUNK_GRANULE = 256
-
-_OWNER = "_lightning_moe_owner"
-
-# PyTorch's private answer to whether a backward may run again.
-GRAPH_QUESTION = "torch._C._autograd._get_current_graph_task_keep_graph"
+# The fewest hidden features that the output buffer takes at a time: the width of a product's tile.
+MIN_BUFFER_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -60,20 +54,20 @@ class _Plan:
 
     Attributes:
         activation: (R, N) to (R, I), row by row.
-        in_first: weights are (E, in, out) rather than (E, out, in).
+        is_transposed: weights are (E, in, out) rather than (E, out, in).
         intermediate: I, what the down projection takes.
-        chunk_columns: hidden features of the projected rows in flight at once.
+        buffer_columns: hidden features that the buffer of projected rows takes at a time.
         recomputes_h: whether backward projects x again instead of keeping h.
-        is_expert_parallel: whether ids of E and above name other processes' experts.
-        anchor: what second derivatives are refused by, see `_anchor`; None where no backward will come.
+        is_expert_parallel: whether ids of E and above name other ranks' experts.
+        anchor: by which second derivatives raise, see `autograd.anchor`; None where no backward will come.
         up_scalings: of the updates of W1; their factors come as a, b, a, b, ... after the other tensors,
         down_scalings: and those of W2's after them.
     """
 
     activation: Activation
-    in_first: bool
+    is_transposed: bool
     intermediate: int
-    chunk_columns: int
+    buffer_columns: int
     recomputes_h: bool
     is_expert_parallel: bool
     anchor: Tensor | None
@@ -87,62 +81,9 @@ class _Plan:
         return found[: len(self.up_scalings)], found[len(self.up_scalings) :]
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """Passes a gradient through and raises when it is itself differentiated.
-
-    `once_differentiable` would not do: where the incoming gradient is a constant it hands out gradients without a
-    graph, and a gradient penalty silently lacks its term.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, incoming: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "moe_experts has no second derivative: for a gradient penalty or a Hessian, train without the callback"
-        )
-
-
-def _anchor(inputs: Sequence[Tensor]) -> Tensor:
-    """An empty tensor that depends on every one of the inputs, without holding on to any of them."""
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return torch.cat([tensor[:0].reshape(-1) for tensor in inputs])
-
-
-class _Owner:
-    """Says which call of forward made a tensor, by a mark on its memory that survives what hooks do, but for a copy."""
-
-    def __init__(self, *, has_hooks: bool) -> None:
-        self.has_hooks = has_hooks
-
-    def mark(self, tensor: Tensor) -> None:
-        """Marks a tensor that this call made."""
-        setattr(tensor.untyped_storage(), _OWNER, self)
-
-    def may_overwrite(self, tensor: Tensor) -> bool:
-        """Whether nobody else can see a saved tensor, once backward has it.
-
-        Saved-tensor hooks may keep what they packed, or a copy of it. Activation checkpointing, a hook as well, has the
-        tensor made again by another call, for this backward alone.
-        """
-        owner = getattr(tensor.untyped_storage(), _OWNER, None)
-        return not self.has_hooks or (owner is not None and owner is not self)
-
-
-def _has_saved_tensors_hooks() -> bool:
-    """Whether saved tensors go through hooks here."""
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks("moe_experts only asks whether there are any"):
-            return False
-    except RuntimeError:
-        return True
-
-
 @dataclass(frozen=True)
-class _Work:
-    """What the way down takes over from the way up.
+class _Intermediates:
+    """What `_FromActivation` continues with.
 
     Attributes:
         routing: the rows.
@@ -150,9 +91,9 @@ class _Work:
         h: (S, N); None where `a` is there already.
         a: (S, I); None where it is still to be made of h.
         down: the projection.
-        down_small: a A2ᵀ (S, R); None where it is still to be made of a.
+        down_in_rank: a A2ᵀ (S, R); None where it is still to be made of a.
         down_bias: (E, H).
-        gates: (T, K).
+        routing_weights: (T, K).
         top_k_index: (T, K).
         out_dtype: of the output.
     """
@@ -161,27 +102,27 @@ class _Work:
     tiles: Tensor | None
     h: Tensor | None
     a: Tensor | None
-    down: "_Projection"
-    down_small: Tensor | None
+    down: Projection
+    down_in_rank: Tensor | None
     down_bias: Tensor | None
-    gates: Tensor
+    routing_weights: Tensor
     top_k_index: Tensor
     out_dtype: torch.dtype
 
 
-class _Up(torch.autograd.Function):
-    """The way up, which keeps what the backward of both ways needs.
+class _UntilActivation(torch.autograd.Function):
+    """The operation up to the activation. Saves what the backward of the whole operation needs.
 
-    Returns a ticket, which stands for the output and hands its gradient on, and the work that is left. The way down
-    keeps nothing: so activation checkpointing, whose second forward ends when all that is kept has been made again,
-    does not project down a second time.
+    Returns a placeholder, which stands for the output and hands its gradient on, and the intermediates.
+    `_FromActivation` saves nothing: activation checkpointing, whose second forward ends when everything saved has been
+    made again, does not run the down projection a second time.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         hidden_states: Tensor,
-        gates: Tensor,
+        routing_weights: Tensor,
         up_weight: Tensor,
         up_bias: Tensor | None,
         down_weight: Tensor,
@@ -189,40 +130,40 @@ class _Up(torch.autograd.Function):
         top_k_index: Tensor,
         plan: _Plan,
         *factors: Tensor,
-    ) -> tuple[Tensor, _Work]:
-        dtype, in_first = down_weight.dtype, plan.in_first
+    ) -> tuple[Tensor, _Intermediates]:
+        dtype, is_transposed = down_weight.dtype, plan.is_transposed
         routing = sort_by_expert(top_k_index, down_weight.shape[0], is_expert_parallel=plan.is_expert_parallel)
         x = hidden_states.to(dtype).contiguous()
         tiles = product_tiles(x, routing.offsets, routing.num_rows)
         up_updates, down_updates = plan.updates(factors)
         needs_up_a, needs_up_b, _, needs_down_b = _needs_factors(ctx, len(up_updates))
         a: Any = None
-        down_small = None
+        down_in_rank = None
         with torch.autocast(x.device.type, enabled=False):
-            up = _Projection.of(up_weight, up_updates, in_first)
-            h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
+            up = Projection.of(up_weight, up_updates, is_transposed)
+            h, up_in_rank = pre_activation(x, up, up_bias, routing, tiles)
             del x, up
-            down = _Projection.of(down_weight, down_updates, in_first)
+            down = Projection.of(down_weight, down_updates, is_transposed)
             saved_h = h if plan.anchor is not None and not plan.recomputes_h else None
             if saved_h is None or needs_down_b:
                 a = _activated(plan, h)
             if needs_down_b:
-                down_small = down.reduce(a, routing, tiles)
-        ticket = hidden_states.new_empty(1, 1).expand(hidden_states.shape)
-        work = _Work(
-            routing, tiles, h if a is None else None, a, down, down_small, down_bias, gates, top_k_index,
+                down_in_rank = down.to_rank(a, routing, tiles)
+        placeholder = hidden_states.new_empty(1, 1).expand(hidden_states.shape)
+        intermediates = _Intermediates(
+            routing, tiles, h if a is None else None, a, down, down_in_rank, down_bias, routing_weights, top_k_index,
             hidden_states.dtype,
         )  # fmt: skip
 
         needs_x, _, needs_up, needs_up_bias, _, _ = ctx.needs_input_grad[:6]
         ctx.plan, ctx.hidden_dtype, ctx.top_k = plan, hidden_states.dtype, routing.top_k
-        ctx.owner, ctx.is_interrupted = _Owner(has_hooks=_has_saved_tensors_hooks()), False
+        ctx.owner, ctx.is_interrupted = Owner(has_hooks=has_saved_tensors_hooks()), False
         if saved_h is not None:
             ctx.owner.mark(saved_h)
         uses_x = needs_up or plan.recomputes_h or needs_up_a
         ctx.save_for_backward(
             hidden_states if uses_x else None,
-            gates,
+            routing_weights,
             up_weight if needs_x or uses_x else None,
             up_bias if needs_up_bias or plan.recomputes_h else None,
             down_weight,
@@ -233,11 +174,11 @@ class _Up(torch.autograd.Function):
             routing.offsets,
             tiles,
             saved_h,
-            up_small if needs_up_b and not plan.recomputes_h else None,
-            down_small,
+            up_in_rank if needs_up_b and not plan.recomputes_h else None,
+            down_in_rank,
             *factors,
         )
-        return ticket, work
+        return placeholder, intermediates
 
     @staticmethod
     @torch.compiler.disable
@@ -252,26 +193,29 @@ class _Up(torch.autograd.Function):
         ctx.is_interrupted = False
         if torch.is_grad_enabled():  # create_graph=True
             anchor = ctx.plan.anchor
-            gradients = [g if g is None else _FirstOrderOnly.apply(anchor, grad_output, g) for g in gradients]
+            gradients = [g if g is None else FirstOrderOnly.apply(anchor, grad_output, g) for g in gradients]
         return *gradients[:6], None, None, *gradients[6:]
 
 
-class _Down(torch.autograd.Function):
-    """The way down and the sum over the slots, which keeps nothing."""
+class _FromActivation(torch.autograd.Function):
+    """The down projection and the sum over the slots. Saves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, work: _Work, plan: _Plan) -> Tensor:  # type: ignore[override]
-        with torch.autocast(ticket.device.type, enabled=False):
-            a = _activated(plan, work.h) if work.a is None else work.a
-            small = work.down.reduce(a, work.routing, work.tiles) if work.down_small is None else work.down_small
-            rounded_once = work.out_dtype if work.down_bias is None else torch.float32  # the bias added
-            output = _project_and_combine(
-                a, work.down, small, work.routing, work.tiles, work.gates, plan.chunk_columns, rounded_once
+    def forward(ctx: Any, placeholder: Tensor, made: _Intermediates, plan: _Plan) -> Tensor:  # type: ignore[override]
+        with torch.autocast(placeholder.device.type, enabled=False):
+            a, in_rank = made.a, made.down_in_rank
+            if a is None:
+                a = _activated(plan, made.h)
+            if in_rank is None:
+                in_rank = made.down.to_rank(a, made.routing, made.tiles)
+            dtype = made.out_dtype if made.down_bias is None else torch.float32  # rounded once, the bias added
+            output = project_and_combine(
+                a, made.down, in_rank, made.routing, made.tiles, made.routing_weights, plan.buffer_columns, dtype
             )
-            del a, small
-            if work.down_bias is not None:
-                _add_biases(output, work.gates, work.top_k_index, work.down_bias, plan)
-                output = output.to(work.out_dtype)
+            del a, in_rank
+            if made.down_bias is not None:
+                _add_biases(output, made.routing_weights, made.top_k_index, made.down_bias, plan)
+                output = output.to(made.out_dtype)
         return output
 
     @staticmethod
@@ -290,189 +234,104 @@ def _activated(plan: _Plan, h: Any) -> Tensor:
     return a
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """Rows times their expert's W + BA, the sum never formed; `mT` is the way back.
-
-    Attributes:
-        weight: (E, in, out), a view of W.
-        a: (E, in, R), the low-rank updates' way down to the rank; None where there are none.
-        b: (E, R, out), and their way up.
-    """
-
-    weight: Tensor
-    a: Tensor | None
-    b: Tensor | None
-
-    @classmethod
-    def of(cls, weight: Tensor, updates: list[LowRank], in_first: bool) -> "_Projection":
-        """The projection in the layout that the products take."""
-        a, b = join(updates, weight.dtype) if updates else (None, None)
-        view = weight if in_first else weight.mT
-        return cls(view, None if a is None else a.mT, None if b is None else b.mT)
-
-    @property
-    def mT(self) -> "_Projection":  # noqa: N802
-        """What takes a gradient back through the projection."""
-        return _Projection(self.weight.mT, None if self.b is None else self.b.mT, None if self.a is None else self.a.mT)
-
-    def reduce(self, rows: Tensor, routing: Routing, tiles: Tensor | None, *, gather: bool = False) -> Tensor | None:
-        """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
-        if self.a is None:
-            return None
-        return grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
-
-    def project(
-        self,
-        rows: Tensor,
-        small: Tensor | None,
-        routing: Routing,
-        tiles: Tensor | None,
-        *,
-        gather: bool = False,
-        columns: slice = slice(None),
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """(S, out), or some columns of it; `small` is what `reduce` made of the rows, `bias` (E, out) is added."""
-        low_rank = None if self.b is None or small is None else (small, self.b[..., columns])
-        tokens = routing.tokens if gather else None
-        return grouped_linear(
-            rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank,
-            bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(),
-        )  # fmt: skip
-
-
 def _needs_factors(ctx: Any, num_up_updates: int) -> tuple[bool, bool, bool, bool]:
     """Whether any A1, B1, A2, B2 wants a gradient."""
     up, down = ctx.needs_input_grad[8 : 8 + 2 * num_up_updates], ctx.needs_input_grad[8 + 2 * num_up_updates :]
     return any(up[::2]), any(up[1::2]), any(down[::2]), any(down[1::2])
 
 
-def _pre_activation(
-    x: Tensor, up: _Projection, bias: Tensor | None, routing: Routing, tiles: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The pre-activation h (S, N), and x A1ᵀ (S, R) where W1 has updates."""
-    small = up.reduce(x, routing, tiles, gather=True)
-    h = up.project(x, small, routing, tiles, gather=True, bias=bias)
-    return h, small
-
-
 def _gradients(ctx: Any, grad_output: Tensor, saved: list[Any]) -> list[Tensor | None]:
     """The gradients of the six floating-point arguments and of the factors, None for one that wants none."""
-    hidden_states, gates, up_weight, up_bias, down_weight, down_bias, top_k_index, *saved = saved
-    permutation, inverse, offsets, tiles, h, up_small, down_small, *factors = saved
+    hidden_states, routing_weights, up_weight, up_bias, down_weight, down_bias, top_k_index, *saved = saved
+    permutation, inverse, offsets, tiles, h, up_in_rank, down_in_rank, *factors = saved
     tokens = permutation // ctx.top_k
     routing = Routing(permutation, inverse, tokens, offsets, ctx.top_k, ctx.plan.is_expert_parallel)
-    needs_x, needs_gates, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
-    plan, dtype, in_first = ctx.plan, down_weight.dtype, ctx.plan.in_first
+    needs_x, needs_routing_weights, needs_up, needs_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:6]
+    plan, dtype, is_transposed = ctx.plan, down_weight.dtype, ctx.plan.is_transposed
     up_updates, down_updates = plan.updates(factors)
     needs_up_a, needs_up_b, needs_down_a, needs_down_b = _needs_factors(ctx, len(up_updates))
-    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, where stock code has them.
-    gates_the_gradient = dtype == torch.float16
+    # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, as the default has them.
+    weighs_the_gradient = dtype == torch.float16
 
     up: Any
     a: Any
-    grad_x = grad_gates = grad_up = grad_up_bias = grad_down = grad_down_bias = None
+    grad_x = grad_routing_weights = grad_up = grad_up_bias = grad_down = grad_down_bias = None
     grad_up_a = grad_up_b = grad_down_a = grad_down_b = None
     with torch.autocast(grad_output.device.type, enabled=False):
-        up = _Projection.of(up_weight, up_updates, in_first) if up_weight is not None else None
+        up = Projection.of(up_weight, up_updates, is_transposed) if up_weight is not None else None
         x: Any = None if hidden_states is None else hidden_states.to(dtype).contiguous()
         if plan.recomputes_h:
-            h, up_small = _pre_activation(x, up, up_bias, routing, tiles)
+            h, up_in_rank = pre_activation(x, up, up_bias, routing, tiles)
 
-        row_gates = gates.flatten().index_select(0, permutation)
-        grad, row_scales, scaled_gates = grad_output, None, row_gates
+        row_weights = routing_weights.flatten().index_select(0, permutation)
+        grad, row_scales, scaled_row_weights = grad_output, None, row_weights
         if dtype == torch.float16:  # G W2 leaves its range sooner than (g·G) W2: what divides G goes with g
             scales = _excess(grad_output)
             grad, row_scales = grad_output / scales, scales[tokens, 0]
-            scaled_gates = row_gates * row_scales
+            scaled_row_weights = row_weights * row_scales
         grad = grad.to(dtype).contiguous()
-        back = _Projection.of(down_weight, down_updates, in_first).mT
-        down_grad_small: Any = back.reduce(grad, routing, tiles, gather=True)
-        grad_a = back.project(grad, down_grad_small, routing, tiles, gather=True)
-        overwrites_saved = not (plan.recomputes_h or _graph_is_kept()) and ctx.owner.may_overwrite(h)
+        back = Projection.of(down_weight, down_updates, is_transposed).mT
+        down_grad_in_rank: Any = back.to_rank(grad, routing, tiles, gather=True)
+        grad_a = back.project(grad, down_grad_in_rank, routing, tiles, gather=True)
+        overwrites_saved = not (plan.recomputes_h or graph_is_kept()) and ctx.owner.may_overwrite(h)
         ctx.is_interrupted = overwrites_saved and not ctx.owner.has_hooks  # which would have h made again
         grad_h, inner, a = activation_backward(
             plan.activation,
             h,
             grad_a,
-            scaled_gates,
-            needs=("a" if gates_the_gradient else "gated a") if needs_down or needs_down_a else None,
+            scaled_row_weights,
+            needs=("a" if weighs_the_gradient else "gated a") if needs_down or needs_down_a else None,
             overwrite=plan.recomputes_h or overwrites_saved,
         )
         del grad_a, h, saved, back
         if row_scales is not None:
             inner *= row_scales
-        if needs_gates:
-            grad_gates = inner.index_select(0, inverse).view_as(gates)
+        if needs_routing_weights:
+            grad_routing_weights = inner.index_select(0, inverse).view_as(routing_weights)
 
-        gate_column = row_gates.unsqueeze(-1)
+        weight_column = row_weights.unsqueeze(-1)
         rows_grad, rows_tokens = grad, tokens
-        if gates_the_gradient and (needs_down or needs_down_b or needs_down_bias):
-            rows_grad, rows_tokens = (grad_output[tokens] * gate_column).to(dtype), None
+        if weighs_the_gradient and (needs_down or needs_down_b or needs_down_bias):
+            rows_grad, rows_tokens = (grad_output[tokens] * weight_column).to(dtype), None
         if needs_down:
             rows = rows_grad if rows_tokens is None else rows_grad[tokens]
-            grad_down = _grad_weight(a, rows, offsets, in_first=in_first)
+            grad_down = _grad_weight(a, rows, offsets, is_transposed=is_transposed)
             del rows
         if needs_down_a:
-            gated = (down_grad_small * scaled_gates[:, None]).to(dtype) if gates_the_gradient else down_grad_small
+            gated = down_grad_in_rank
+            if weighs_the_gradient:
+                gated = (gated * scaled_row_weights[:, None]).to(dtype)
             grad_down_a = grouped_outer(gated, a, offsets, out_dtype=torch.float32)
         if needs_down_b:
-            gated = down_small if gates_the_gradient else (down_small * gate_column).to(dtype)
+            gated = down_in_rank if weighs_the_gradient else (down_in_rank * weight_column).to(dtype)
             grad_down_b = grouped_outer(rows_grad, gated, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
         if needs_down_bias:
-            factor = torch.ones_like(gate_column) if gates_the_gradient else gate_column
+            factor = torch.ones_like(weight_column) if weighs_the_gradient else weight_column
             grad_down_bias = grouped_sum(rows_grad, factor, offsets, tokens=rows_tokens).to(down_bias.dtype)
         del a, rows_grad
 
         if needs_up_bias:
-            grad_up_bias = grouped_sum(grad_h, torch.ones_like(gate_column), offsets).to(up_bias.dtype)
+            grad_up_bias = grouped_sum(grad_h, torch.ones_like(weight_column), offsets).to(up_bias.dtype)
         if needs_up:
-            grad_up = _grad_weight(x[tokens], grad_h, offsets, in_first=in_first)
+            grad_up = _grad_weight(x[tokens], grad_h, offsets, is_transposed=is_transposed)
         if needs_up_b:
-            grad_up_b = grouped_outer(grad_h, up_small, offsets, out_dtype=torch.float32)
+            grad_up_b = grouped_outer(grad_h, up_in_rank, offsets, out_dtype=torch.float32)
         if needs_x or needs_up_a:
-            up_grad_small: Any = up.mT.reduce(grad_h, routing, tiles)
+            up_grad_in_rank: Any = up.mT.to_rank(grad_h, routing, tiles)
         if needs_up_a:
-            grad_up_a = grouped_outer(up_grad_small, x, offsets, right_tokens=tokens, out_dtype=torch.float32)
+            grad_up_a = grouped_outer(up_grad_in_rank, x, offsets, right_tokens=tokens, out_dtype=torch.float32)
         if needs_x:
-            grad_x = _project_and_combine(
-                grad_h, up.mT, up_grad_small, routing, tiles, None, plan.chunk_columns, ctx.hidden_dtype
+            grad_x = project_and_combine(
+                grad_h, up.mT, up_grad_in_rank, routing, tiles, None, plan.buffer_columns, ctx.hidden_dtype
             )
-        if down_bias is not None and grad_gates is not None:
-            grad_gates += _bias_products(grad_output, top_k_index, down_bias, plan)
+        if down_bias is not None and grad_routing_weights is not None:
+            grad_routing_weights += _bias_products(grad_output, top_k_index, down_bias, plan)
 
-    grad_gates = grad_gates.to(gates.dtype) if grad_gates is not None else None
+    grad_routing_weights = grad_routing_weights.to(routing_weights.dtype) if grad_routing_weights is not None else None
     grad_factors = chain(
         *split_gradients(grad_up_a, grad_up_b, up_updates), *split_gradients(grad_down_a, grad_down_b, down_updates)
     )
-    return [grad_x, grad_gates, grad_up, grad_up_bias, grad_down, grad_down_bias, *grad_factors]
-
-
-def _project_and_combine(
-    rows: Tensor,
-    projection: _Projection,
-    small: Tensor | None,
-    routing: Routing,
-    tiles: Tensor | None,
-    gates: Tensor | None,
-    chunk_columns: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Each row projected, summed over the slots: (S, in) to (T, H).
-
-    The hidden features are independent here, so a bounded buffer takes some of them at a time and all rows: the
-    products stay as efficient as they were, and nothing needs to be accumulated.
-    """
-    num_tokens, hidden = routing.num_rows // routing.top_k, projection.weight.shape[2]
-    inverse = routing.inverse.view(num_tokens, routing.top_k)
-    output = rows.new_empty(num_tokens, hidden, dtype=out_dtype)
-    for start in range(0, hidden, chunk_columns):
-        columns = slice(start, min(start + chunk_columns, hidden))
-        part = projection.project(rows, small, routing, tiles, columns=columns)
-        combine(part, inverse, gates, output, start)
-        del part
-    return output
+    return [grad_x, grad_routing_weights, grad_up, grad_up_bias, grad_down, grad_down_bias, *grad_factors]
 
 
 def _excess(gradient: Tensor) -> Tensor:
@@ -487,41 +346,27 @@ def _excess(gradient: Tensor) -> Tensor:
     return power.where(largest.isfinite(), 1.0)
 
 
-def graph_question() -> Callable[[], bool] | None:
-    """What `GRAPH_QUESTION` names, or None where PyTorch has it no more."""
-    found: Any = torch
-    for name in GRAPH_QUESTION.split(".")[1:]:
-        found = getattr(found, name, None)
-    return found
-
-
-def _graph_is_kept() -> bool:
-    """Whether this backward may run again (retain_graph), so that what it saved must not be overwritten."""
-    ask = graph_question()
-    return ask is None or ask()
-
-
-def _grad_weight(inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, *, in_first: bool) -> Tensor:
-    left, right = (inputs, grad_outputs) if in_first else (grad_outputs, inputs)
+def _grad_weight(inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, *, is_transposed: bool) -> Tensor:
+    left, right = (inputs, grad_outputs) if is_transposed else (grad_outputs, inputs)
     return grouped_outer(left, right, offsets)
 
 
-def _add_biases(output: Tensor, gates: Tensor, top_k_index: Tensor, bias: Tensor, plan: _Plan) -> None:
+def _add_biases(output: Tensor, routing_weights: Tensor, top_k_index: Tensor, bias: Tensor, plan: _Plan) -> None:
     """Adds Σ_k g · b2 to a float32 (T, H), slot by slot: no rows, and no token meets another expert's bias."""
-    bias = _with_foreign(bias.to(torch.float32), plan)
+    bias = _with_nonlocal(bias.to(torch.float32), plan)
     for slot, experts in enumerate(top_k_index.clamp(max=bias.shape[0] - 1).unbind(1)):
-        output.addcmul_(bias[experts], gates[:, slot, None].to(torch.float32))
+        output.addcmul_(bias[experts], routing_weights[:, slot, None].to(torch.float32))
 
 
 def _bias_products(grad_output: Tensor, top_k_index: Tensor, bias: Tensor, plan: _Plan) -> Tensor:
     """<b2, G> of every (token, slot) pair, (T, K) float32."""
-    bias = _with_foreign(bias.to(torch.float32), plan)
+    bias = _with_nonlocal(bias.to(torch.float32), plan)
     products = grad_output.to(torch.float32) @ bias.t()
     return products.gather(1, top_k_index.clamp(max=bias.shape[0] - 1))
 
 
-def _with_foreign(bias: Tensor, plan: _Plan) -> Tensor:
-    """The biases (E, H), with zeros for other processes' experts after the last."""
+def _with_nonlocal(bias: Tensor, plan: _Plan) -> Tensor:
+    """The biases (E, H), with zeros for other ranks' experts after the last."""
     return torch.cat([bias, bias.new_zeros(1, bias.shape[1])]) if plan.is_expert_parallel else bias
 
 
@@ -538,8 +383,8 @@ def moe_experts(
     is_transposed: bool = False,
     gate_up_updates: Sequence[LowRank] = (),
     down_updates: Sequence[LowRank] = (),
-    chunk_tokens: ChunkTokens = "auto",
-    recompute_up: bool = False,
+    output_buffer_mib: float = 512,
+    recompute_gate_up: bool = False,
     is_expert_parallel: bool = False,
 ) -> Tensor:
     """Applies each token's experts and sums their outputs, weighted by the gates.
@@ -560,32 +405,31 @@ def moe_experts(
         is_transposed: the weights' layout.
         gate_up_updates: low-rank updates of `gate_up_proj`, all applied; the sum W + BA is never formed.
         down_updates: the same for `down_proj`.
-        chunk_tokens: bounds the buffer of projected rows, (S, H) if nothing did, to the rows of about this many
-            tokens; `"auto"` to 512 MiB. All rows then take a part of the hidden features at a time (at least 256 of
-            them, the width of a product's tile), so that no expert is left with few rows; results do not depend on it
-            beyond rounding.
-        recompute_up: keep `hidden_states` for backward and project them a second time there, rather than keep the
+        output_buffer_mib: bounds the buffer of the experts' outputs, (S, H) if nothing did, in MiB. Where it is
+            smaller, all rows take a part of the hidden features at a time, at least 256 of them (the width of a
+            product's tile), so that no expert is left with few rows. Results do not depend on it beyond rounding.
+        recompute_gate_up: save `hidden_states` for backward and project them a second time there, rather than save the
             projection, (S, N). Results are the same bits. Not worth it under activation checkpointing, which projects
             a second time anyway.
         is_expert_parallel: the weights are some of the layer's experts, and ids of E and above name others', on other
-            processes: such a slot adds nothing to the output and its gate gets a gradient of zero.
+            ranks: such a slot adds nothing to the output and its gate gets a gradient of zero.
 
     Returns:
         (T, H), the dtype of `hidden_states`.
 
     Raises:
         ValueError: on shapes that do not fit each other, an expert out of range (checked where that costs no
-            synchronisation: on the CPU), or `chunk_tokens` below 1.
+            synchronisation: on the CPU), or an `output_buffer_mib` that is not positive.
         TypeError: on a dtype other than float32, bfloat16 or float16, or sizes that `torch.nn.functional.grouped_mm`
             does not take (rows of whole multiples of 16 bytes).
     """
-    check_chunk_tokens(chunk_tokens)
+    check_output_buffer(output_buffer_mib)
     if problem := shape_problem(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias,
         gate_up_updates, down_updates, is_transposed=is_transposed, is_expert_parallel=is_expert_parallel,
     ):  # fmt: skip
         raise ValueError(f"moe_experts: {problem}")
-    if problem := unsupported(gate_up_proj, down_proj):
+    if problem := unsupported_weights(gate_up_proj, down_proj):
         raise TypeError(f"moe_experts: {problem}")
     num_tokens, hidden_size = hidden_states.shape
     top_k = top_k_index.shape[1]
@@ -596,26 +440,23 @@ def moe_experts(
     factors = [factor for update in (*gate_up_updates, *down_updates) for factor in (update.a, update.b)]
     wanting = [tensor for tensor in (*inputs, *factors) if tensor is not None and tensor.requires_grad]
     records = torch.is_grad_enabled() and bool(wanting)
-    chunk_columns = _chunk_columns(chunk_tokens, num_tokens, top_k, hidden_size, down_proj.element_size())
+    buffer_columns = _buffer_columns(output_buffer_mib, num_tokens * top_k, hidden_size, down_proj.element_size())
     plan = _Plan(
         activation=activation,
-        in_first=is_transposed,
+        is_transposed=is_transposed,
         intermediate=down_proj.shape[1 if is_transposed else 2],
-        chunk_columns=chunk_columns,
-        recomputes_h=recompute_up,
+        buffer_columns=buffer_columns,
+        recomputes_h=recompute_gate_up,
         is_expert_parallel=is_expert_parallel,
-        anchor=_anchor(wanting) if records else None,
+        anchor=anchor(wanting) if records else None,
         up_scalings=tuple(update.scaling for update in gate_up_updates),
         down_scalings=tuple(update.scaling for update in down_updates),
     )
-    return _Down.apply(*_Up.apply(*inputs, top_k_index.long(), plan, *factors), plan)
+    placeholder, intermediates = _UntilActivation.apply(*inputs, top_k_index.long(), plan, *factors)
+    return _FromActivation.apply(placeholder, intermediates, plan)
 
 
-def _chunk_columns(chunk_tokens: ChunkTokens, num_tokens: int, top_k: int, hidden_size: int, element_size: int) -> int:
-    """How many hidden features of all rows make a buffer as large as `chunk_tokens` tokens' whole rows."""
-    num_rows = max(num_tokens * top_k, 1)
-    if chunk_tokens == "auto":
-        columns = AUTO_CHUNK_BYTES // (num_rows * element_size)
-    else:
-        columns = chunk_tokens * top_k * hidden_size // num_rows
-    return min(max(columns // CHUNK_GRANULE * CHUNK_GRANULE, CHUNK_GRANULE), hidden_size)
+def _buffer_columns(output_buffer_mib: float, num_rows: int, hidden_size: int, element_size: int) -> int:
+    """How many hidden features of all rows fit the buffer, in whole tiles."""
+    columns = int(output_buffer_mib * 2**20) // max(num_rows * element_size, 1)
+    return min(max(columns // MIN_BUFFER_COLUMNS, 1) * MIN_BUFFER_COLUMNS, hidden_size)

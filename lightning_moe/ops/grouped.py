@@ -2,7 +2,7 @@
 
 Each function here is plain PyTorch and the reference of its kernel in triton_kernels.py. Which one runs is decided by
 the tensors' device and dtype and by the activation, call by call; nothing outside this file knows. None of them records
-anything on the autograd tape.
+anything for autograd.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ NARROW = 256
 
 # Stands for the result of a kernel that did not run.
 NO_KERNEL = object()
-# Kernels that a launch has found too large for this process's GPU, by the launcher's name.
+# Kernels that a launch has found too large for this GPU, by the launcher's name.
 _too_large: set[str] = set()
 
 
@@ -179,18 +179,18 @@ def activation_backward(
     activation: Activation,
     pre_activation: Tensor,
     grad_unscaled: Tensor,
-    gates: Tensor,
+    row_weights: Tensor,
     *,
     needs: Literal["a", "gated a"] | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Recomputes the activation a = act(h) and returns dh, the gates' inner product and, on request, a or g·a.
+    """Recomputes the activation a = act(h) and returns dh, the gate's inner product and, on request, a or g·a.
 
     Args:
         activation: (R, N) to (R, I), row by row.
         pre_activation: h, (R, N).
         grad_unscaled: da' = G W2, (R, I): the gradient of a without the gate. What `needs` asks for takes its memory.
-        gates: g, (R,).
+        row_weights: g, (R,).
         needs: what the gradients of the down projection's weights take.
         overwrite: whether dh may take h's memory.
 
@@ -199,18 +199,18 @@ def activation_backward(
     """
     kind = FUSED_ACTIVATIONS.get(activation)
     if kind:
-        tensors, options = (pre_activation, grad_unscaled, gates), {"needs": needs, "overwrite": overwrite}
+        tensors, options = (pre_activation, grad_unscaled, row_weights), {"needs": needs, "overwrite": overwrite}
         out = _launch("gated_backward", pre_activation, *tensors, kind, **options)
         if out is not NO_KERNEL:
             return out
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
-    inner = gates.new_empty(gates.shape[0], dtype=torch.float32)
-    for start in range(0, gates.shape[0], CHUNK_ROWS):
+    inner = row_weights.new_empty(row_weights.shape[0], dtype=torch.float32)
+    for start in range(0, row_weights.shape[0], CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
         with torch.enable_grad():
             h = pre_activation[part].detach().requires_grad_()
             activated = activation(h)
-        scale = gates[part].to(torch.float32).unsqueeze(-1)
+        scale = row_weights[part].to(torch.float32).unsqueeze(-1)
         grad_activated = (scale * grad_unscaled[part]).to(activated.dtype)
         (grad_h,) = torch.autograd.grad(activated, h, grad_activated)
         activated = activated.detach()
@@ -221,24 +221,24 @@ def activation_backward(
     return grad, inner, grad_unscaled if needs is not None else None
 
 
-def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, start: int = 0) -> None:
+def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: Tensor, start: int = 0) -> None:
     """Writes each token's sum over its slots, in float32 and a fixed order, without atomics.
 
     Args:
         rows: (S, C), sorted by expert.
         inverse: (T, K), the sorted row of each (token, slot) pair.
-        gates: (T, K), multiplied in; None for a plain sum.
+        routing_weights: (T, K), multiplied in; None for a plain sum.
         out: (T, C) or wider, written.
         start: the first column that is written. Not a slice of `out`, in whose place selective activation checkpointing
             may put one that it saved.
     """
-    if _launch("combine", rows, rows, inverse, gates, out, start) is not NO_KERNEL:
+    if _launch("combine", rows, rows, inverse, routing_weights, out, start) is not NO_KERNEL:
         return
     total: Any = None
     for slot, row in enumerate(inverse.unbind(1)):
         picked = rows[row].to(torch.float32)
-        if gates is not None:
-            picked = picked * gates[:, slot, None].to(torch.float32)
+        if routing_weights is not None:
+            picked = picked * routing_weights[:, slot, None].to(torch.float32)
         total = picked if total is None else total + picked
     if total.shape == out.shape:
         out.copy_(total)

@@ -20,7 +20,7 @@ class Routing:
         tokens: (S,) int64, the token of each sorted row.
         offsets: (E,) int32, the end of each expert's rows.
         top_k: number of slots per token.
-        is_expert_parallel: whether rows of other processes' experts may stand at the end, past the last offset.
+        is_expert_parallel: whether rows of other ranks' experts may stand at the end, past the last offset.
     """
 
     permutation: Tensor
@@ -36,12 +36,12 @@ class Routing:
         return self.permutation.shape[0]
 
     def expert_of_row(self) -> Tensor:
-        """The expert of each sorted row, (S,) int64; the last one for rows of other processes' experts."""
+        """The expert of each sorted row, (S,) int64; the last one for rows of other ranks' experts."""
         expert = torch.searchsorted(self.offsets, self._rows(), right=True)
         return expert.clamp_(max=self.offsets.shape[0] - 1) if self.is_expert_parallel else expert
 
     def absent(self) -> Tensor | None:
-        """Which sorted rows are other processes' experts', (S,) bool; None where there can be none."""
+        """Which sorted rows are other ranks' experts', (S,) bool; None where there can be none."""
         return self._rows() >= self.offsets[-1] if self.is_expert_parallel else None
 
     def _rows(self) -> Tensor:

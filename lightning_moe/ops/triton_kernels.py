@@ -261,13 +261,13 @@ def gated(pre_activation: Tensor, kind: str) -> Tensor:
 
 @triton.jit
 def _gated_backward_kernel(
-    grad, pre, grad_pre, gates, inner, num_rows, I: tl.constexpr, KIND: tl.constexpr, NEEDS: tl.constexpr,
+    grad, pre, grad_pre, row_weights, inner, num_rows, I: tl.constexpr, KIND: tl.constexpr, NEEDS: tl.constexpr,
     BR: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     valid = row < num_rows
     wide = row.to(tl.int64)[:, None]
-    scale = tl.load(gates + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+    scale = tl.load(row_weights + row, mask=valid, other=0.0).to(tl.float32)[:, None]
     dot = tl.zeros((BR,), tl.float32)
     for i in tl.static_range(0, I, BI):
         column = i + tl.arange(0, BI)[None, :]
@@ -290,7 +290,13 @@ def _gated_backward_kernel(
 
 
 def gated_backward(
-    pre_activation: Tensor, grad_unscaled: Tensor, gates: Tensor, kind: str, *, needs: str | None, overwrite: bool
+    pre_activation: Tensor,
+    grad_unscaled: Tensor,
+    row_weights: Tensor,
+    kind: str,
+    *,
+    needs: str | None,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     num_rows, intermediate = grad_unscaled.shape
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
@@ -298,7 +304,7 @@ def gated_backward(
     if num_rows:
         block = min(1024, triton.next_power_of_2(intermediate))
         _gated_backward_kernel[(triton.cdiv(num_rows, 2),)](
-            grad_unscaled, pre_activation, grad, gates, inner, num_rows, intermediate, kind, needs, 2, block,
+            grad_unscaled, pre_activation, grad, row_weights, inner, num_rows, intermediate, kind, needs, 2, block,
             num_warps=8,
         )  # fmt: skip
     return grad, inner, grad_unscaled if needs else None
@@ -306,7 +312,7 @@ def gated_backward(
 
 @triton.jit
 def _combine_kernel(
-    rows, inverse, gates, out, num_tokens, start, columns, row_stride, out_stride,
+    rows, inverse, routing_weights, out, num_tokens, start, columns, row_stride, out_stride,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -319,19 +325,19 @@ def _combine_kernel(
         row = tl.load(inverse + pair, mask=valid, other=0).to(tl.int64)
         value = tl.load(rows + row[:, None] * row_stride + column, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            value *= tl.load(gates + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
+            value *= tl.load(routing_weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
         total += value
     target = out + token.to(tl.int64)[:, None] * out_stride + start + column
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
-def combine(rows: Tensor, inverse: Tensor, gates: Tensor | None, out: Tensor, start: int = 0) -> None:
+def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: Tensor, start: int = 0) -> None:
     (num_tokens, top_k), columns = inverse.shape, rows.shape[1]
     if num_tokens == 0:
         return
     block = min(512, triton.next_power_of_2(columns))
     grid = (triton.cdiv(num_tokens, 4), triton.cdiv(columns, block))
     _combine_kernel[grid](
-        rows, inverse, rows if gates is None else gates, out, num_tokens, start, columns, rows.stride(0),
-        out.stride(0), top_k, gates is not None, 4, block,
+        rows, inverse, rows if routing_weights is None else routing_weights, out, num_tokens, start, columns,
+        rows.stride(0), out.stride(0), top_k, routing_weights is not None, 4, block,
     )  # fmt: skip

@@ -1,20 +1,17 @@
-"""What the operation takes: options, shapes and dtypes, refused in words that name the remedy."""
+"""What the operation takes: options, shapes and dtypes. Messages name what is wrong and the remedy."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_moe.ops.low_rank import LowRank
 
-ChunkTokens = int | Literal["auto"]
 
-
-def check_chunk_tokens(chunk_tokens: ChunkTokens) -> None:
-    """Raises ValueError unless `chunk_tokens` is "auto" or a positive integer."""
-    if chunk_tokens != "auto" and not (type(chunk_tokens) is int and chunk_tokens >= 1):
-        raise ValueError(f"chunk_tokens must be 'auto' or an integer of at least 1, not {chunk_tokens!r}")
+def check_output_buffer(output_buffer_mib: float) -> None:
+    """Raises ValueError unless `output_buffer_mib` is a positive number."""
+    if type(output_buffer_mib) not in (int, float) or not 0 < output_buffer_mib < float("inf"):
+        raise ValueError(f"output_buffer_mib must be a positive number, not {output_buffer_mib!r}")
 
 
 def shape_problem(
@@ -92,7 +89,7 @@ def shape_problem(
     return None
 
 
-def unsupported(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
+def unsupported_weights(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
     """Says in words what about the weights the grouped products do not take, or None."""
     dtype = down_proj.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:

@@ -1,14 +1,10 @@
-"""The recipe's data: chats from a file or a dataset, or instruction pairs that every Python has.
+"""The recipe's data: chats from a file or a dataset, in batches without padding.
 
-The embedded pairs are signatures of the standard library (prompt) and docstrings (completion): with a byte-level
-tokenizer, which needs no download, the recipe trains on real text without a network. Batches are free of padding:
-documents stand end to end in one row, and their boundaries go with them. Their order is restored when a run resumes.
+Documents stand end to end in one row, and their boundaries go with them. The order is shuffled, and restored when a run
+resumes. The default is tiny.jsonl, questions and answers that a small random model learns without a download.
 """
 
-import importlib
-import inspect
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,56 +12,18 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
-from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithFlattening
 
-from lora.chat import IGNORED, Document, Encoder, encode_all, read_records
+from lora.chat import IGNORED, ChatTokenizer, Document, encode_all, read_records
 
 LongDocuments = Literal["truncate", "skip"]
-Packing = Literal["none", "separate", "joined"]
+Packing = Literal["none", "bfd", "wrapped"]
 Pack = list[Document]
 
-MODULES = (
-    "argparse", "ast", "asyncio", "base64", "bisect", "calendar", "codecs", "collections", "concurrent.futures",
-    "configparser", "contextlib", "copy", "csv", "datetime", "decimal", "difflib", "email.message", "enum", "fractions",
-    "functools", "glob", "gzip", "heapq", "html", "http.client", "inspect", "io", "itertools", "json", "logging",
-    "math", "os", "os.path", "pathlib", "pickle", "queue", "random", "re", "shlex", "shutil", "socket", "statistics",
-    "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tokenize", "unittest",
-    "urllib.parse", "uuid", "weakref", "zipfile",
-)  # fmt: skip
-
-
-def standard_library_pairs() -> list[dict[str, str]]:
-    """Records of the standard library's public functions, classes and methods: signature, first docstring paragraph."""
-    pairs = {}
-    for module_name in MODULES:
-        module = importlib.import_module(module_name)
-        for name, member in _public_members(module):
-            pairs[f"{module_name}.{name}"] = member
-            if inspect.isclass(member):
-                pairs.update({f"{module_name}.{name}.{method}": f for method, f in _public_members(member)})
-    return [pair for name, member in sorted(pairs.items()) if (pair := _pair(name, member)) is not None]
-
-
-def _public_members(owner: Any) -> Iterator[tuple[str, Any]]:
-    for name, member in inspect.getmembers(owner, callable):
-        if not name.startswith("_"):
-            yield name, member
-
-
-def _pair(name: str, member: Any) -> dict[str, str] | None:
-    try:
-        signature = str(inspect.signature(member))
-    except (TypeError, ValueError):  # written in C, without a signature
-        return None
-    documentation = inspect.getdoc(member)
-    if not documentation or " at 0x" in signature:  # an address would differ from run to run
-        return None
-    answer = " ".join(documentation.split("\n\n")[0].split())
-    return {"prompt": f"Signature: {name}{signature}\nMeaning: ", "completion": answer}
+TINY = Path(__file__).with_name("tiny.jsonl")
 
 
 class InstructionData(LightningDataModule):
@@ -75,15 +33,15 @@ class InstructionData(LightningDataModule):
         batch_size: documents per step and device, or packs of them.
         max_length: tokens of a document, or of a pack.
         tokenizer: a hub name or a folder; None takes ByT5's bytes.
-        source: a .jsonl file of chats or prompts with completions (see conversations.py), the name of a dataset that
-            the `datasets` package loads; None takes the embedded pairs.
+        source: a .jsonl file of chats, or of prompts with completions (see chat.py); or the name of a dataset that the
+            `datasets` package loads. None takes tiny.jsonl.
         split: of a dataset.
         chat_template: a file with a Jinja template in place of the tokenizer's own.
-        assistant_only_loss: no loss on what the assistant does not say.
+        assistant_only_loss: no loss on what the assistant does not write.
         long_documents: `truncate` or `skip` documents of more than `max_length` tokens; both are counted and reported.
-        packing: `none`: a step has `batch_size` documents. `separate`: it has `batch_size` packs, documents end to end
-            that do not see each other. `joined`: all documents make one text, cut into sequences of exactly
-            `max_length` tokens, as in pre-training.
+        packing: `none`: a step has `batch_size` documents. `bfd`, best-fit decreasing: it has `batch_size` packs,
+            documents end to end that do not see each other. `wrapped`: all documents make one text, cut into sequences
+            of exactly `max_length` tokens, as in pre-training.
         validation_every: every so many documents, one is held out.
         seed: of the order of the training data.
     """
@@ -103,8 +61,12 @@ class InstructionData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2),
-                                   ("validation_every", validation_every, 2)):  # fmt: skip
+        at_least = {
+            "batch_size": (batch_size, 1),
+            "max_length": (max_length, 2),
+            "validation_every": (validation_every, 2),
+        }
+        for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {value}")
         for name, chosen, choices in (("long_documents", long_documents, get_args(LongDocuments)),
@@ -115,7 +77,7 @@ class InstructionData(LightningDataModule):
             raise ValueError(f"data.chat_template {str(chat_template)!r}: there is no such file")
         self.batch_size = batch_size
         self.max_length = max_length
-        self.source = source
+        self.source = str(TINY) if source is None else source
         self.split = split
         self.long_documents = long_documents
         self.packing = packing
@@ -127,7 +89,7 @@ class InstructionData(LightningDataModule):
             else AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)  # None would ask on the terminal
         )
         template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
-        self._encoder = Encoder(self.tokenizer, template, assistant_only_loss)
+        self._chat = ChatTokenizer(self.tokenizer, template, assistant_only_loss)
         self._collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
         self._training: list[Pack] = []
         self._validation: list[Pack] = []
@@ -138,16 +100,14 @@ class InstructionData(LightningDataModule):
         """Reads, tokenizes, packs; once.
 
         Raises:
-            ValueError: on bad records, named by where they are, and where there are too few of them.
+            ValueError: on bad records, named by where they stand, and if there are too few of them.
         """
         if self._training:
             return
-        if self.source is None:
-            records: list[tuple[str, Any]] = [(f"pair {i}", pair) for i, pair in enumerate(standard_library_pairs())]
-        else:
-            records = read_records(self.source, self.split)
-        shown = track(records, "tokenizing", transient=True, disable=not self._shows_progress())
-        documents = self._fit(encode_all(shown, self._encoder))
+        records = read_records(self.source, self.split)
+        trainer = self.trainer
+        shows = trainer is not None and trainer.is_global_zero and trainer.progress_bar_callback is not None
+        documents = self._fit(encode_all(track(records, "tokenizing", transient=True, disable=not shows), self._chat))
         if len(documents) < 2:
             raise ValueError(
                 f"data: {len(records)} records leave {len(documents)} documents of at most {self.max_length} tokens, "
@@ -161,11 +121,11 @@ class InstructionData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What a position in the data depends on, for checkpoints."""
         options = {name: getattr(self, name) for name in ("max_length", "packing", "seed")}
-        step = {"batch_size x processes": self.batch_size * self._num_processes}
+        step = {"batch_size x ranks": self.batch_size * self._world_size}
         return step | options | {"number of sequences": len(self._training)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares a checkpoint's data with these, where training would go on.
+        """Compares a checkpoint's data with these, if training is to go on.
 
         Raises:
             ValueError: naming what differs.
@@ -173,9 +133,9 @@ class InstructionData(LightningDataModule):
         mine = self.state_dict()
         differing = [name for name, value in state_dict.items() if mine[name] != value]
         if differing and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            said = "; ".join(f"{name} is {mine[name]!r} and was {state_dict[name]!r}" for name in differing)
+            listed = "; ".join(f"{name} is {mine[name]!r} and was {state_dict[name]!r}" for name in differing)
             raise ValueError(
-                f"the checkpoint's place in the data is not one in these, data: {said}. "
+                f"the checkpoint's position is not one in these data: {listed}. "
                 "Set it as it was, or train anew: no --ckpt_path"
             )
 
@@ -183,50 +143,41 @@ class InstructionData(LightningDataModule):
         """What became of the records, a line each."""
         return self._report
 
-    def _shows_progress(self) -> bool:
-        trainer = self.trainer
-        return trainer is not None and trainer.is_global_zero and trainer.progress_bar_callback is not None
-
     def _fit(self, documents: list[Document]) -> list[Document]:
-        """Makes long documents short or leaves them out, and leaves out what has no label then."""
-        short, skipped, truncated, silent = [], 0, 0, 0
-        for document in documents:
-            ids, labels = document.input_ids, document.labels
-            if self.packing != "joined" and len(ids) > self.max_length:
-                if self.long_documents == "skip":
-                    skipped += 1
-                    continue
-                truncated += 1
-                ids, labels = ids[: self.max_length], labels[: self.max_length]
-            if not any(label != IGNORED for label in labels[1:]):
-                silent += 1
-                continue
-            short.append(Document(ids, labels, document.prompt, document.answer))
-        num_tokens = sum(len(document.input_ids) for document in short)
-        with_loss = _tokens_with_loss([short])
+        """Truncates or leaves out long documents, and leaves out those without a label within the length."""
+        limit = None if self.packing == "wrapped" else self.max_length
+        is_long = [limit is not None and len(document.input_ids) > limit for document in documents]
+        if self.long_documents == "skip":
+            kept, what = [document for document, long in zip(documents, is_long, strict=True) if not long], "left out"
+        else:
+            kept, what = (
+                [Document(d.input_ids[:limit], d.labels[:limit], d.prompt, d.answer) for d in documents],
+                "truncated",
+            )
+        fitting = [document for document in kept if _tokens_with_loss([[document]])]
+        num_tokens = sum(len(document.input_ids) for document in fitting)
+        share = _tokens_with_loss([fitting]) / max(num_tokens, 1)
         self._report = [
-            f"{len(short):,} documents of {len(documents):,}, {num_tokens:,} tokens, "
-            f"{with_loss / max(num_tokens, 1):.0%} of them with a loss"
+            f"{len(fitting):,} documents of {len(documents):,}, {num_tokens:,} tokens, {share:.0%} of them with a loss"
         ]
-        longer = f"longer than {self.max_length:,} tokens"
-        if truncated:
-            self._report.append(f"{truncated:,} documents {longer} are truncated")
-        if skipped:
-            self._report.append(f"{skipped:,} documents {longer} are left out")
-        if silent:
-            self._report.append(f"{silent:,} documents have no token with a loss within that length and are left out")
-        return short
+        if any(is_long):
+            self._report.append(f"{sum(is_long):,} documents longer than {self.max_length:,} tokens are {what}")
+        if without_loss := len(kept) - len(fitting):
+            self._report.append(
+                f"{without_loss:,} documents have no token with a loss within that length and are left out"
+            )
+        return fitting
 
     def _pack(self, documents: list[Document], what: str) -> list[Pack]:
         if self.packing == "none":
             return [[document] for document in documents]
-        packs = self._joined(documents, what) if self.packing == "joined" else pack(documents, self.max_length)
-        num_tokens = sum(len(document.input_ids) for each in packs for document in each)
+        packs = self._wrap(documents, what) if self.packing == "wrapped" else pack_bfd(documents, self.max_length)
+        num_tokens = sum(len(document.input_ids) for pack in packs for document in pack)
         full = num_tokens / (len(packs) * self.max_length)
         self._report.append(f"{what}: {len(packs):,} packs of {self.max_length:,} tokens, {full:.1%} full")
         return packs
 
-    def _joined(self, documents: list[Document], what: str) -> list[Pack]:
+    def _wrap(self, documents: list[Document], what: str) -> list[Pack]:
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.seed)).tolist()
         ids = [token for number in order for token in documents[number].input_ids]
         labels = [label for number in order for label in documents[number].labels]
@@ -234,7 +185,7 @@ class InstructionData(LightningDataModule):
             if what == "validation":  # too little to hold out as much as one sequence: the beginning of a long one
                 return [[Document(ids, labels, "", "")]]
             raise ValueError(
-                f"data.packing 'joined' wants {self.max_length:,} tokens for one sequence and there are {len(ids):,}: "
+                f"data.packing 'wrapped' wants {self.max_length:,} tokens for one sequence and there are {len(ids):,}: "
                 "lower data.max_length, or give more records"
             )
         starts = range(0, len(ids) - self.max_length + 1, self.max_length)
@@ -242,43 +193,37 @@ class InstructionData(LightningDataModule):
         return [[Document(ids[cut], labels[cut], "", "")] for cut in cuts]
 
     @property
-    def _num_processes(self) -> int:
+    def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
-    def _collate_share(self, packs: list[Pack]) -> dict[str, Any]:
-        """This process's share of a batch for all of them, and what its mean loss weighs among theirs.
-
-        The mean over the processes of `weight` times their losses is that over all tokens with a loss. A process for
-        which nothing is left runs along with the first pack, at weight 0.
-        """
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        share = packs[rank :: self._num_processes]
-        weight = self._num_processes * _tokens_with_loss(share) / max(_tokens_with_loss(packs), 1)
-        return {**self.collate(share or packs[:1]), "weight": weight}
-
-    def collate(self, packs: list[Pack]) -> dict[str, Tensor | int]:
-        """One row of documents end to end.
+    def collate(self, packs: list[Pack]) -> dict[str, Any]:
+        """This rank's share of a batch for all ranks: one row of documents end to end.
 
         Returns:
             `input_ids`, `labels` (`IGNORED` at each document's first token) and `position_ids` (from 0 in each
             document), (1, tokens) int64; `cu_seq_lens_q` and `cu_seq_lens_k`, the documents' boundaries,
-            (documents + 1,) int32; `max_length_q` and `max_length_k`, the longest one's tokens.
+            (documents + 1,) int32; `max_length_q` and `max_length_k`, the longest one's tokens; `weight`, by which the
+            mean over the ranks of their mean losses is that over all tokens with a loss. A rank for which nothing is
+            left runs along with the first pack, at weight 0.
         """
-        rows = [{"input_ids": d.input_ids, "labels": d.labels} for each in packs for d in each]
-        return dict(self._collator(rows))
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        share = packs[rank :: self._world_size]
+        weight = self._world_size * _tokens_with_loss(share) / max(_tokens_with_loss(packs), 1)
+        rows = [{"input_ids": d.input_ids, "labels": d.labels} for pack in share or packs[:1] for d in pack]
+        return {**self._collator(rows), "weight": weight}
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled anew in each epoch, with a position that checkpoints keep.
 
-        Every process draws the batches of all and takes its share, so that order and position are the same in each,
-        and in any number of them.
+        Every rank draws the batches of all and takes its share, so that order and position are the same in each, and
+        in any number of them.
 
         With `trainer.limit_train_batches`, a run that stops at the last batch that it allows in an epoch goes on with
         the batches that were left out there.
         """
-        step = self.batch_size * self._num_processes
+        step = self.batch_size * self._world_size
         if len(self._training) < step:
-            each = f" in each of {self._num_processes} processes" if self._num_processes > 1 else ""
+            each = f" on each of {self._world_size} ranks" if self._world_size > 1 else ""
             raise ValueError(
                 f"data.batch_size {self.batch_size}{each} is more than the {len(self._training)} sequences to train "
                 "on: lower it"
@@ -289,21 +234,21 @@ class InstructionData(LightningDataModule):
             # Of its own generator: the loader draws from one too as each epoch begins, which no checkpoint restores.
             sampler=RandomSampler(self._training, generator=torch.Generator().manual_seed(self.seed)),
             drop_last=True,
-            collate_fn=self._collate_share,
+            collate_fn=self.collate,
         )
 
     def val_dataloader(self) -> StatefulDataLoader:
         """The held-out documents in order."""
-        step = self.batch_size * self._num_processes
-        return StatefulDataLoader(self._validation, batch_size=step, collate_fn=self._collate_share)
+        step = self.batch_size * self._world_size
+        return StatefulDataLoader(self._validation, batch_size=step, collate_fn=self.collate)
 
 
 def _tokens_with_loss(packs: list[Pack]) -> int:
-    return sum(label != IGNORED for each in packs for document in each for label in document.labels[1:])
+    return sum(label != IGNORED for pack in packs for document in pack for label in document.labels[1:])
 
 
-def pack(documents: list[Document], capacity: int) -> list[Pack]:
-    """Documents in packs of at most `capacity` tokens: the longest first, each into the fullest pack that takes it."""
+def pack_bfd(documents: list[Document], capacity: int) -> list[Pack]:
+    """Packs of at most `capacity` tokens: the longest document first, each into the fullest pack that has room."""
     packs: list[Pack] = []
     room: list[tuple[int, int]] = []  # what each pack still takes, and which it is, ascending
     for document in sorted(documents, key=lambda document: -len(document.input_ids)):

@@ -28,8 +28,9 @@ from torch import nn
 from transformers import JambaConfig, JambaForCausalLM
 
 from lightning_moe import MoEGateGradCallback, export_adapter, gategrad
-from lightning_moe.adapters.export import CHECKPOINT_KEY, CONFIG, WEIGHTS, describe, export_checkpoint
-from lightning_moe.export import main
+from lightning_moe.adapters.export import describe_adapters, export_checkpoint
+from lightning_moe.adapters.files import CHECKPOINT_KEY, CONFIG, WEIGHTS
+from lightning_moe.cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pattern keys did not match"),  # PEFT's loader; they do match afterwards
@@ -236,7 +237,7 @@ KINDS = {
 def test_a_checkpoint_of_any_kind_of_adapter_exports_what_the_model_does(tmp_path, kind):
     module = Tiny(build=KINDS[kind])
     content = {"state_dict": module.state_dict()}
-    content[CHECKPOINT_KEY] = describe(module, content["state_dict"])
+    content[CHECKPOINT_KEY] = describe_adapters(module, content["state_dict"])
     torch.save(content, tmp_path / "last.ckpt")
     export_adapter(module, tmp_path / "model")
     export_checkpoint(tmp_path / "last.ckpt", tmp_path / "checkpoint")
@@ -255,7 +256,7 @@ def test_compiled_layers_leave_no_trace_in_the_keys(tmp_path, layout):
     layers[0] = torch.compile(layers[0], backend="eager")
     module = Tiny(build=lambda: model)
     content = {"state_dict": module.state_dict()}
-    torch.save(content | {CHECKPOINT_KEY: describe(module, content["state_dict"])}, tmp_path / "last.ckpt")
+    torch.save(content | {CHECKPOINT_KEY: describe_adapters(module, content["state_dict"])}, tmp_path / "last.ckpt")
     export_adapter(module, tmp_path / "model", layout)
     export_checkpoint(tmp_path / "last.ckpt", tmp_path / "checkpoint", layout)
     for name in ("model", "checkpoint"):
@@ -374,7 +375,7 @@ def test_two_peft_models_are_one_too_many(tmp_path):
     both = nn.ModuleList([with_attention_lora(qwen3()), with_attention_lora(qwen3())])
     with pytest.raises(ValueError, match="holds 2 PEFT models and must hold one: pass the one"):
         export_adapter(both, tmp_path)
-    assert describe(both, both.state_dict()) == {}
+    assert describe_adapters(both, both.state_dict()) == {}
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -438,7 +439,7 @@ def test_one_of_several_adapters_has_to_be_named(tmp_path):
     export_adapter(model, tmp_path / "other", "per_expert", adapter="other")
     model.set_adapter("other")
     assert_same(logits(reload(qwen3, tmp_path / "other")), logits(model), "per_expert")
-    assert describe(model, model.state_dict()).keys() == {"default", "other"}
+    assert describe_adapters(model, model.state_dict()).keys() == {"default", "other"}
 
 
 def test_an_adapter_on_a_dense_layer_of_the_same_name_is_refused(monkeypatch, tmp_path):
@@ -467,7 +468,7 @@ def test_a_model_without_an_adapter_and_an_unknown_layout(tmp_path):
         export_adapter(qwen3(), tmp_path)
     with pytest.raises(ValueError, match="layout must be 'fused' or 'per_expert', not 'flat'"):
         export_adapter(with_expert_lora(qwen3()), tmp_path, "flat")
-    assert describe(qwen3(), {}) == {}
+    assert describe_adapters(qwen3(), {}) == {}
 
 
 # What is not to be trusted

@@ -115,7 +115,7 @@ def one_layer():
 
 
 def ours():
-    return [MoEGateGradCallback(audit_every_n_steps=1), MemoryMonitor(tape_at_step=0)]
+    return [MoEGateGradCallback(audit_every_n_steps=1), MemoryMonitor(measure_activations_at_step=0)]
 
 
 def contents(network):
@@ -403,17 +403,17 @@ def fail_at(monkeypatch, call, error):
 
 
 @pytest.mark.parametrize("build", [one_layer, with_adapters])
-@pytest.mark.parametrize("recompute_up", [False, True])
-def test_an_exception_in_any_part_of_the_operation(monkeypatch, build, recompute_up):
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
+def test_an_exception_in_any_part_of_the_operation(monkeypatch, build, recompute_gate_up):
     """The model is stock after the block, and inside it the next forward and backward are those of no failure."""
     module = Module(build)
     before = Before(module)
-    with gategrad(module, recompute_up=recompute_up), monkeypatch.context() as patch:
+    with gategrad(module, recompute_gate_up=recompute_gate_up), monkeypatch.context() as patch:
         names = fail_at(patch, None, None)
         want = outcome(module.network)
     assert set(names) == set(OPERATIONS) - ({"join"} if build is one_layer else set())
     for call in range(len(names)):
-        with gategrad(module, recompute_up=recompute_up):
+        with gategrad(module, recompute_gate_up=recompute_gate_up):
             with monkeypatch.context() as patch:
                 fail_at(patch, call, torch.OutOfMemoryError(f"call {call}"))
                 with pytest.raises(torch.OutOfMemoryError, match=f"call {call}$"):

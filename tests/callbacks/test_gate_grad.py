@@ -1,15 +1,13 @@
 """The callback in a Trainer: on where training is, off wherever it ends, its figures those of the tensors."""
 
-import csv
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import Tiny, experts_modules, gpt_oss, is_patched, qwen3, tokens, with_attention_lora
-from lightning.pytorch import Callback, Trainer
+from helpers.models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora
+from helpers.training import LIGHTNING_WARNINGS, Fails, FailsTwice, fit, is_restored, logged, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -18,47 +16,10 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lightning_moe
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, health, patch_moe
-from lightning_moe.integrations.peft_experts import peft_refusal
-from lightning_moe.patching import patched_modules
+from lightning_moe import MemoryMonitor, MoEGateGradCallback
+from lightning_moe.integrations.peft_experts import unsupported_layout
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
-    pytest.mark.filterwarnings("ignore:.*predict_dataloader"),
-]
-
-
-def trainer(tmp_path, *callbacks, **options):
-    defaults = {
-        "max_steps": 4,
-        "log_every_n_steps": 1,
-        "logger": CSVLogger(tmp_path, name="", version=""),
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
-    }
-    return Trainer(callbacks=list(callbacks), default_root_dir=tmp_path, **defaults | options)
-
-
-def logged(tmp_path, name):
-    with open(tmp_path / "metrics.csv") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
-
-
-def is_stock(model):
-    configs = {id(module.config) for module in experts_modules(model)}
-    return not patched_modules(model) and not is_patched(model) and len(configs) == 1
-
-
-def fit(tmp_path, module, *callbacks, **options):
-    torch.manual_seed(0)
-    trainer(tmp_path, *callbacks, **options).fit(module)
-    return module
+pytestmark = LIGHTNING_WARNINGS
 
 
 @pytest.mark.parametrize("where", ["init", "setup", "configure_model"])
@@ -68,7 +29,7 @@ def test_attaches_in_every_entry_point(tmp_path, where, entry):
     getattr(trainer(tmp_path, callback, limit_val_batches=None), entry)(module)
     assert module.was_patched
     assert all(module.was_patched)
-    assert is_stock(module)
+    assert is_restored(module)
     assert callback.report is None
 
 
@@ -77,7 +38,7 @@ def test_attaches_under_the_learning_rate_finder(tmp_path, where):
     module = Tiny(where=where, num_batches=20)
     Tuner(trainer(tmp_path, MoEGateGradCallback(), max_steps=50)).lr_find(module, num_training=5, update_attr=False)
     assert all(module.was_patched)
-    assert is_stock(module)
+    assert is_restored(module)
 
 
 def test_losses_equal_those_without_and_repeat(tmp_path):
@@ -92,23 +53,6 @@ def test_losses_equal_those_without_and_repeat(tmp_path):
     assert ours[-1] < ours[0]
 
 
-class Fails(Callback):
-    """Raises in one hook."""
-
-    def __init__(self, hook, error):
-        def fail(*_, **__):
-            raise error
-
-        setattr(self, hook, fail)
-
-
-class FailsTwice(Fails):
-    """Raises again when told of its own exception."""
-
-    def on_exception(self, *_):
-        raise RuntimeError("again")
-
-
 HOOKS = ["on_fit_start", "on_train_start", "on_train_batch_start", "on_after_backward", "on_train_batch_end"]
 
 
@@ -120,7 +64,7 @@ def test_another_callbacks_failure_leaves_the_model_as_it_was(tmp_path, hook, fa
     callbacks = [failing(hook, ValueError("no")), MoEGateGradCallback()]
     with pytest.raises((ValueError, RuntimeError)):
         fit(tmp_path, module, *(callbacks if first else callbacks[::-1]))
-    assert is_stock(module)
+    assert is_restored(module)
 
 
 @pytest.mark.parametrize(("error", "seen"), [(ValueError("no"), ValueError), (KeyboardInterrupt(), SystemExit)])
@@ -139,12 +83,12 @@ def test_an_exception_in_training_step_leaves_the_model_as_it_was(tmp_path, erro
     callback = MoEGateGradCallback()
     with pytest.raises(seen):
         fit(tmp_path, module, callback)
-    assert is_stock(module)
+    assert is_restored(module)
     assert list(module.network.state_dict()) == list(before)
     module.training_step = step
     fit(tmp_path, module, callback)
     assert all(module.was_patched)
-    assert is_stock(module)
+    assert is_restored(module)
 
 
 class KnownGates(nn.Module):
@@ -188,14 +132,14 @@ def test_a_model_that_the_module_let_go_of_is_put_back(tmp_path):
 
     module.on_train_end = let_go
     fit(tmp_path, module, MoEGateGradCallback())
-    assert is_stock(kept[0])
+    assert is_restored(kept[0])
 
 
 def test_twice_among_the_callbacks_is_refused(tmp_path):
     module = Tiny()
     with pytest.raises(MisconfigurationException, match="more than once: leave one"):
         fit(tmp_path, module, MoEGateGradCallback(), MoEGateGradCallback())
-    assert is_stock(module)
+    assert is_restored(module)
 
 
 class ByHand(Tiny):
@@ -235,7 +179,7 @@ def test_figures_are_those_of_the_tensors(tmp_path, checkpoint, accumulate, ever
         "bias_fallback_layers": 0,
         # Per row of both layers, float32: stock code keeps Y (32), silu(gate) (16), and, as the weights train, the
         # gathered x (32) and a (16) beside what the operation keeps.
-        "tape_mib_saved": NUM_GATES * (32 + 16 + 32 + 16) * 4 / 2**20,
+        "activations_mib_saved": NUM_GATES * (32 + 16 + 32 + 16) * 4 / 2**20,
     }
     for name, value in figures.items():
         assert logged(tmp_path, f"gategrad/{name}") == pytest.approx([value] * (steps // every)), name
@@ -248,7 +192,7 @@ def test_bias_fallback_is_counted(tmp_path, down_bias):
     callback = MoEGateGradCallback(down_bias=down_bias, on_missing="warn")
     module = Tiny(gpt_oss)
     if fallback:
-        with pytest.warns(UserWarning, match="MoEGateGradCallback"):
+        with pytest.warns(UserWarning, match="down_proj_bias"):
             fit(tmp_path, module, callback)
     else:
         fit(tmp_path, module, callback)
@@ -262,7 +206,7 @@ def test_layers_out_of_reach_are_counted(tmp_path):
     module = Tiny()
     experts = experts_modules(module)[0]
     experts.forward = lambda hidden, index, gates: hidden
-    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+    with pytest.warns(UserWarning, match="Some MoE layers run the default implementation"):
         fit(tmp_path, module, MoEGateGradCallback())
     assert logged(tmp_path, "gategrad/fallback_layers") == [1.0] * 4
     assert logged(tmp_path, "gategrad/active_layers") == [1.0] * 4
@@ -272,7 +216,7 @@ def test_the_host_waits_for_the_device_at_log_steps_only(tmp_path, monkeypatch):
     """On a CPU nothing waits, so the calls that would are watched: those that the package itself makes once patched."""
     synchronising, calls = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"), []
     package = Path(lightning_moe.__file__).parent
-    peft_refusal.cache_clear()  # as in a process whose first fit this is
+    unsupported_layout.cache_clear()  # as in a process whose first fit this is
 
     def watch(name):
         original = getattr(torch.Tensor, name)
@@ -334,7 +278,7 @@ def test_the_audit_flags_a_planted_non_linearity(tmp_path, checkpoint, monkeypat
     def curved(self, hidden, index, gates):
         return eager(self, hidden, index, gates).tanh()
 
-    monkeypatch.setattr("lightning_moe.patching.stock_forward", lambda module: curved)
+    monkeypatch.setattr("lightning_moe.integrations.transformers_dispatch.undecorated_forward", lambda module: curved)
     module.network.layers[0].config._experts_implementation_internal = "eager"
     with pytest.warns(UserWarning, match="audit found a gate gradient that differs"):
         fit(tmp_path, module, MoEGateGradCallback(audit_every_n_steps=1))
@@ -346,7 +290,7 @@ def test_the_audit_flags_a_planted_non_linearity(tmp_path, checkpoint, monkeypat
     [
         ({"enabled": "yes"}, "enabled must be a bool or None, not 'yes'"),
         ({"down_bias": "none"}, "down_bias must be 'exact' or 'fallback'"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be 'auto' or an integer of at least 1"),
+        ({"output_buffer_mib": 0}, "output_buffer_mib must be a positive number"),
         ({"audit_every_n_steps": -1}, "audit_every_n_steps must be an integer of at least 0"),
         ({"audit_every_n_steps": 0.5}, "audit_every_n_steps must be an integer of at least 0"),
         ({"on_missing": "ignore"}, "on_missing must be 'error' or 'warn'"),
@@ -372,24 +316,26 @@ class Dense(nn.Module):
 @pytest.mark.parametrize("entry", ["fit", "validate", "test", "predict"])
 def test_a_model_without_moe_layers_is_refused_before_any_step(tmp_path, entry):
     module, callback = Tiny(Dense), MoEGateGradCallback()
-    with pytest.raises(MisconfigurationException, match=r"no layer of Tiny, which holds no MoE layer.*on_missing"):
+    with pytest.raises(
+        MisconfigurationException, match=r"no layer of Tiny, in which it finds no MoE layer.*on_missing"
+    ):
         getattr(trainer(tmp_path, callback, limit_val_batches=None), entry)(module)
     assert module.was_patched == []
     assert callback.report is None
 
 
 def test_a_model_without_moe_layers_may_pass_with_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match="holds no MoE layer"):
+    with pytest.warns(UserWarning, match="finds no MoE layer"):
         module = fit(tmp_path, Tiny(Dense), MoEGateGradCallback(on_missing="warn"))
     assert len(module.losses) == 4
 
 
-def test_a_fit_without_a_logger_is_refused(tmp_path):
+def test_a_fit_without_a_logger_patches_and_warns(tmp_path):
     module = Tiny()
-    with pytest.raises(MisconfigurationException, match="the Trainer has no logger.*CSVLogger"):
+    with pytest.warns(UserWarning, match="MoEGateGradCallback logs nowhere: the Trainer has no logger"):
         fit(tmp_path, module, MoEGateGradCallback(), logger=False)
-    assert module.was_patched == []
-    assert is_stock(module)
+    assert all(module.was_patched)
+    assert is_restored(module)
     trainer(tmp_path, MoEGateGradCallback(), logger=False, limit_val_batches=None).validate(module)  # logs nothing
 
 
@@ -416,7 +362,7 @@ def test_afterwards_the_model_computes_bit_for_bit_what_a_stock_one_does(tmp_pat
         assert end is not end_well
     assert len(module.losses) == (4 if end is end_well else 3)
     assert all(module.was_patched)
-    assert is_stock(module)
+    assert is_restored(module)
     fresh = qwen3()
     fresh.load_state_dict(module.network.state_dict())
 
@@ -446,7 +392,7 @@ def test_attaches_under_the_batch_size_finder(tmp_path, where):
     tuner.scale_batch_size(module, max_trials=2, steps_per_trial=2)
     assert module.batch_size > 1
     assert all(module.was_patched)
-    assert is_stock(module)
+    assert is_restored(module)
 
 
 @use_experts_implementation
@@ -524,7 +470,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_it_does_without(tmp_path):
         rest = trainer(tmp_path / f"rest {enabled}", MoEGateGradCallback(enabled))
         rest.fit(module, ckpt_path=path, weights_only=True)
         assert set(module.was_patched) == {enabled}
-        assert is_stock(module)
+        assert is_restored(module)
         return module.losses, list(torch.load(path, weights_only=True)["state_dict"])
 
     (ours, our_keys), (stock, stock_keys) = resumed(True), resumed(False)
@@ -533,14 +479,12 @@ def test_a_run_goes_on_from_a_checkpoint_as_it_does_without(tmp_path):
     assert our_keys == stock_keys
 
 
-def test_the_callback_moves_to_the_front_and_drops_none(tmp_path):
+def test_the_trainers_callbacks_are_in_the_users_order_after_the_fit(tmp_path):
     stop, callback = EarlyStopping("gategrad/active_layers", check_on_train_epoch_end=True), MoEGateGradCallback()
     fitting = trainer(tmp_path, stop, callback)
     before = list(fitting.callbacks)
     fitting.fit(Tiny())
-    assert fitting.callbacks[0] is callback
-    assert {id(each) for each in fitting.callbacks} == {id(each) for each in before}
-    assert len(fitting.callbacks) == len(before)
+    assert fitting.callbacks == before
 
 
 def test_every_audit_falls_on_a_layer_that_can_be_audited(tmp_path):
@@ -551,97 +495,7 @@ def test_every_audit_falls_on_a_layer_that_can_be_audited(tmp_path):
     callback = MoEGateGradCallback(audit_every_n_steps=1)
     log = callback._metric.update
     callback._metric.update = lambda counts, n: audits.append(float(counts.audit_rel_error)) or log(counts, n)
-    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
+    with pytest.warns(UserWarning, match="Some MoE layers run the default implementation"):
         fit(tmp_path, module, callback)
     assert len(audits) == 4
     assert not any(error != error for error in audits)
-
-
-class KnownRouting(nn.Module):
-    """Two experts layers, of eight and of four experts, whose 24 tokens each go to expert 0 and to one in turn."""
-
-    # Of 24 tokens: all to expert 0, eight to each of 1, 2 and 3; in the second layer, all to 0 and all to 3.
-    rows = ([24, 8, 8, 8, 0, 0, 0, 0], [24, 0, 0, 24])
-    load_max_over_mean, idle_experts = 24 / (48 / 8), 4 + 2
-
-    def __init__(self, checkpoint=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(64, 32)
-        self.layers = nn.ModuleList([Qwen3MoeExperts(qwen3(num_experts=count).config) for count in (8, 4)])
-        for parameter in self.layers.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        self.checkpoint = checkpoint
-
-    def forward(self, input_ids, labels):
-        hidden = self.embed(input_ids).flatten(0, 1)
-        gates = torch.full((24, 2), 0.5, requires_grad=True)
-        turns = torch.arange(24) % 3 + 1, torch.full((24,), 3)
-        for layer, turn in zip(self.layers, turns, strict=True):
-            index = torch.stack([torch.zeros_like(turn), turn], dim=1)
-            if self.checkpoint:
-                out = torch.utils.checkpoint.checkpoint(layer, hidden, index, gates, use_reentrant=False)
-            else:
-                out = layer(hidden, index, gates)
-            hidden = hidden + out
-        self.loss = hidden.square().mean()
-        return self
-
-
-def fit_known_routing(tmp_path, checkpoint=False, accumulate=1, **options):
-    """Three steps that are logged every second one, and the figures that these have to have."""
-    module, callback = Tiny(lambda: KnownRouting(checkpoint), num_batches=3 * accumulate), MoEGateGradCallback()
-    options = {"max_steps": 3, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate} | options
-    fit(tmp_path, module, callback, **options)
-    assert logged(tmp_path, "gategrad/load_max_over_mean") == [KnownRouting.load_max_over_mean]
-    assert logged(tmp_path, "gategrad/idle_experts") == [KnownRouting.idle_experts]
-    assert {name: rows.tolist() for name, rows in callback.expert_load.items()} == {
-        f"network.layers.{layer}": [3 * accumulate * count for count in rows]
-        for layer, rows in enumerate(KnownRouting.rows)
-    }
-    return module, callback
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_load_of_the_experts_is_that_of_the_routing(tmp_path, checkpoint, accumulate):
-    module, callback = fit_known_routing(tmp_path, checkpoint, accumulate)
-    assert list(callback.expert_load) == [layer.name for layer in patch_moe(module).layers]
-    assert {(rows.dtype, rows.device.type) for rows in callback.expert_load.values()} == {(torch.int64, "cpu")}
-
-
-def test_a_wrong_count_of_the_load_shows(tmp_path, monkeypatch):
-    right = health._count_rows
-    monkeypatch.setattr(health, "_count_rows", lambda index, num_experts: right(index[:, 1:], num_experts))
-    with pytest.raises(AssertionError):
-        fit_known_routing(tmp_path)
-
-
-def test_layers_on_stock_code_are_counted_too(tmp_path):
-    module, callback = Tiny(KnownRouting), MoEGateGradCallback()
-    (first, _) = experts_modules(module)
-    first.has_post_expert_norm, first.post_expert_norm = True, nn.Identity()
-    with pytest.warns(UserWarning, match="leaves some MoE layers to stock code"):
-        fit(tmp_path, module, callback)
-    assert logged(tmp_path, "gategrad/fallback_layers") == [1.0] * 4
-    assert logged(tmp_path, "gategrad/load_max_over_mean") == [KnownRouting.load_max_over_mean] * 4
-    assert [rows.tolist() for rows in callback.expert_load.values()] == [
-        [4 * count for count in rows] for rows in KnownRouting.rows
-    ]
-
-
-def test_a_fit_starts_the_load_again_and_nothing_else_does(tmp_path):
-    module, callback = fit_known_routing(tmp_path)
-    load = callback.expert_load
-    trainer(tmp_path, callback, limit_val_batches=None).validate(module)
-    assert callback.expert_load is load
-    fit(tmp_path / "again", module, callback, max_steps=1)
-    assert [rows.tolist() for rows in callback.expert_load.values()] == list(KnownRouting.rows)
-
-
-def test_a_layer_that_no_backward_comes_by_is_idle(tmp_path):
-    module, callback = Tiny(KnownRouting), MoEGateGradCallback()
-    module.network.unused = Qwen3MoeExperts(qwen3(num_experts=5).config)
-    fit(tmp_path, module, callback)
-    assert logged(tmp_path, "gategrad/idle_experts") == [KnownRouting.idle_experts + 5] * 4
-    assert callback.expert_load["network.unused"].tolist() == [0] * 5

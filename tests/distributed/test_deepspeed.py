@@ -6,26 +6,26 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers.distributed import BATCH, LIMIT, METRICS, STEPS, build, deviation, fit, outcome
 from helpers.models import experts_modules, tokens
 from helpers.ranks import together
 from helpers.reference import relative_error
+from helpers.training import LIGHTNING_WARNINGS, logged
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors.torch import load_file
-from test_gate_grad import logged
-from test_two_ranks import BATCH, COUNTS, LIMIT, STEPS, build, deviation, fit, outcome
-from test_two_ranks import pytestmark as warnings_of_lightning
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter
-from lightning_moe.adapters.export import WEIGHTS, export_checkpoint
+from lightning_moe import AdapterExport, AdapterUpdateCheck, MemoryMonitor, MoEGateGradCallback, export_adapter
+from lightning_moe.adapters.export import export_checkpoint
+from lightning_moe.adapters.files import WEIGHTS
 from lightning_moe.integrations.sharding import is_sharded
 
 pytestmark = [
-    *warnings_of_lightning,
+    *LIGHTNING_WARNINGS,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"),
 ]
-MOVED = "gategrad/experts_without_update"
+NOT_UPDATED = "adapters/experts_not_updated"
 
 
 class OnCPU(DeepSpeedStrategy):
@@ -66,14 +66,13 @@ def zero_outcome(folder, stage, make, **attributes):
     [(stage, "experts", False) for stage in (1, 2)]
     + [(3, adapters, recompute) for adapters in ("none", "attention", "experts") for recompute in (False, True)],
 )
-def test_two_processes_train_as_one_does(tmp_path, stage, adapters, recompute):
+def test_two_ranks_train_as_one_does(tmp_path, stage, adapters, recompute):
     make = partial(build, adapters, recompute, turned=True)
     alone = outcome(tmp_path / "one", "auto", make)
     results = together(zero_outcome, tmp_path / "two", stage, make)
     assert deviation(results, alone) < LIMIT
-    for name in COUNTS:
-        assert logged(tmp_path / "two", f"gategrad/{name}") == logged(tmp_path / "one", f"gategrad/{name}"), name
-    assert logged(tmp_path / "two", MOVED) == logged(tmp_path / "one", MOVED)
+    for name in METRICS:
+        assert logged(tmp_path / "two", name) == logged(tmp_path / "one", name), name
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -84,20 +83,20 @@ def test_experts_without_a_token(tmp_path, stage):
     alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False), data=data)
     results = together(zero_outcome, tmp_path / "two", stage, partial(build, "experts", False), data=data)
     assert deviation(results, alone) < LIMIT
-    assert logged(tmp_path / "two", MOVED) == logged(tmp_path / "one", MOVED) != [0.0] * 2
-    assert [text for text in results[0]["said"] if "not moved" in text] == [
-        text for text in alone["said"] if "not moved" in text
+    assert logged(tmp_path / "two", NOT_UPDATED) == logged(tmp_path / "one", NOT_UPDATED) != [0.0] * 2
+    assert [text for text in results[0]["said"] if "not updated" in text] == [
+        text for text in alone["said"] if "not updated" in text
     ]
 
 
 def accumulated(folder, stage):
-    callback = MoEGateGradCallback(check_adapters_after_n_steps=2)
+    callbacks = MoEGateGradCallback(), AdapterUpdateCheck(2)
     make, data = partial(build, "experts", False), tokens(BATCH * STEPS * 2)
     fit(
         folder,
         zero(stage),
         make,
-        callback,
+        *callbacks,
         options={"accumulate_grad_batches": 2},
         data=data,
         gradients={"none": None},
@@ -108,18 +107,18 @@ def accumulated(folder, stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_are_noted_where_they_are_accumulated(tmp_path, stage):
     together(accumulated, tmp_path, stage)
-    assert set(logged(tmp_path, MOVED)) == {0.0}
+    assert set(logged(tmp_path, NOT_UPDATED)) == {0.0}
 
 
 def measured(folder, kind):
-    monitor = MemoryMonitor(tape_at_step=0)
+    monitor = MemoryMonitor(measure_activations_at_step=0)
     strategy = zero(kind) if isinstance(kind, int) else kind
     make, callback = partial(build, "experts", False), MoEGateGradCallback(audit_every_n_steps=1)
     fit(folder, strategy, make, callback, monitor, **whole_at_first(make))
-    return [(layer.num_bytes, layer.stock_num_bytes) for layer in monitor.tape]
+    return [(layer.num_bytes, layer.baseline_num_bytes) for layer in monitor.activations]
 
 
-def test_the_tape_and_the_audit(tmp_path):
+def test_saved_activations_and_the_audit(tmp_path):
     """What is gathered for a layer is a parameter, which the tape leaves out."""
     whole, partitioned = (together(measured, tmp_path / str(kind), kind)[0] for kind in ("ddp", 3))
     assert partitioned == whole
@@ -161,7 +160,8 @@ def exported(folder, stage):
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=STEPS)
     strategy = zero(stage) if stage else "auto"
     make, options = partial(build, "experts", False), {"enable_checkpointing": True}
-    module, *_ = fit(folder, strategy, make, MoEGateGradCallback(), saving, options=options, **whole_at_first(make))
+    callbacks = MoEGateGradCallback(), AdapterExport(()), saving
+    module, _ = fit(folder, strategy, make, *callbacks, options=options, **whole_at_first(make))
     first = not stage or torch.distributed.get_rank() == 0
     if first or is_sharded(module):
         export_adapter(module, folder / "adapter")

@@ -1,4 +1,4 @@
-"""Expert parallelism: a process holds some of a layer's experts, and foreign ids reach the operation."""
+"""Expert parallelism: a rank holds some of a layer's experts, and ids of non-local ones reach the operation."""
 
 import importlib.util
 from dataclasses import replace
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers.distributed import turn_gates
 from helpers.models import Tiny, qwen3, tokens
 from helpers.ranks import together
 from helpers.reference import (
@@ -21,13 +22,12 @@ from helpers.reference import (
     relative_error,
     run,
 )
+from helpers.training import logged, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_gate_grad import logged, trainer
-from test_two_ranks import turn_gates
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from lightning_moe import MoEGateGradCallback, gategrad
+from lightning_moe import ExpertLoadMonitor, MoEGateGradCallback, gategrad
 
 RANKS = {"plain": {}, "low_rank": {"gate_up_ranks": (4,), "down_ranks": (4,)}}
 PER_EXPERT = (*WEIGHTS, *FACTORS)
@@ -65,13 +65,16 @@ def run_stock_shard(problem):
     return gradients(problem, leaves, output)
 
 
-@pytest.mark.parametrize("recompute_up", [False, True])
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_shards_add_up_to_the_whole(layout, ranks, recompute_up):
+def test_the_shards_add_up_to_the_whole(layout, ranks, recompute_gate_up):
     problem = make_problem(layout, gates="mixed", num_experts=6, **RANKS[ranks])
     whole = run(problem)
-    parts = [run(shard(problem, first, 2), is_expert_parallel=True, recompute_up=recompute_up) for first in (0, 2, 4)]
+    parts = [
+        run(shard(problem, first, 2), is_expert_parallel=True, recompute_gate_up=recompute_gate_up)
+        for first in (0, 2, 4)
+    ]
     summed = {
         name: torch.cat([part[name] for part in parts]) if name in PER_EXPERT else sum(part[name] for part in parts)
         for name in whole
@@ -159,7 +162,7 @@ def one_of_two_processes(rank, folder, how):
 
     stock = run()
     with gategrad(model) as report:
-        assert [layer.status for layer in report.layers] == ["active", "active"]
+        assert [layer.status for layer in report] == ["active", "active"]
         ours = run()
     assert_agrees(ours, stock)
     assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
@@ -193,11 +196,13 @@ class OfParts(Tiny):
 
 
 def trained(folder, strategy, devices):
-    module, callback = OfParts(qwen3, "configure_model", learning_rate=0.0), MoEGateGradCallback()
-    run = trainer(folder, callback, strategy=strategy, devices=devices, use_distributed_sampler=False)
+    module, monitor = OfParts(qwen3, "configure_model", learning_rate=0.0), ExpertLoadMonitor()
+    run = trainer(
+        folder, MoEGateGradCallback(), monitor, strategy=strategy, devices=devices, use_distributed_sampler=False
+    )
     run.fit(module)
     assert all(module.was_patched)
-    return module.losses, callback.expert_load
+    return module.losses, monitor.expert_load
 
 
 @needs_expert_parallelism
@@ -209,9 +214,9 @@ def test_each_gate_is_counted_where_its_expert_is(tmp_path):
     ours = together(trained, tmp_path / "two", strategy, 2)
     for losses, load in ours:
         assert losses == pytest.approx(alone[0], rel=1e-5)
-        assert not load  # the processes' experts have the same numbers
+        assert not load  # the ranks' experts have the same numbers
     assert alone[1]
     for name in ("active_layers", "fallback_layers", "nonpositive_gates", "nonpositive_fraction", "zero_gates"):
         assert logged(tmp_path / "two", f"gategrad/{name}") == logged(tmp_path / "one", f"gategrad/{name}"), name
     assert min(logged(tmp_path / "two", "gategrad/zero_gates")) > 0
-    assert not logged(tmp_path / "two", "gategrad/idle_experts")
+    assert not logged(tmp_path / "two", "moe/idle_experts")

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 over two gloo processes: the same losses, gradients and figures as one process with the whole batch."""
+"""DDP and FSDP2 over two gloo ranks: the same losses, gradients and metrics as one rank with the whole batch."""
 
 import os
 import re
@@ -10,170 +10,52 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora, with_expert_lora
+from helpers.distributed import ADAPTERS, BATCH, LIMIT, METRICS, STEPS, Distributed, build, deviation, fit, outcome, run
+from helpers.models import Tiny, gpt_oss, qwen3, tokens
 from helpers.ranks import together
 from helpers.reference import LOW_PRECISION_SLACK, relative_error, with_scatter
+from helpers.training import LIGHTNING_WARNINGS, is_restored, logged, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
-from test_gate_grad import is_stock, logged, trainer
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, export_adapter, gategrad
-from lightning_moe.adapter_updates import AdapterWatch
-from lightning_moe.adapters.export import WEIGHTS, export_checkpoint
+from lightning_moe import (
+    AdapterExport,
+    AdapterUpdateCheck,
+    ExpertLoadMonitor,
+    MemoryMonitor,
+    MoEGateGradCallback,
+    export_adapter,
+    gategrad,
+)
+from lightning_moe.adapter_updates import AdapterUpdates
+from lightning_moe.adapters.export import export_checkpoint
+from lightning_moe.adapters.files import WEIGHTS
 from lightning_moe.callbacks import memory
-from lightning_moe.integrations.sharding import whole, whole_gradient
-from lightning_moe.patching import layer_patch, patched_modules
+from lightning_moe.integrations.sharding import full_tensor
+from lightning_moe.layer_patch import patch_of, patched_modules
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
-]
-
-ADAPTERS = {
-    "none": lambda model: model,
-    "attention": with_attention_lora,
-    "experts": partial(with_expert_lora, attention=True),
-}
-BATCH, STEPS = 4, 3
-COUNTS = ("active_layers", "fallback_layers", "nonpositive_gates", "zero_gates", "nonpositive_fraction",
-          "load_max_over_mean", "idle_experts")  # fmt: skip
-
-
-def turn_gates(router, arguments, output):
-    """Some gates zero and some negative, so that there is something to count."""
-    logits, gates, index = output
-    return logits, gates.masked_fill(index == 0, 0.0) * (1 - 2 * (index == 1)), index
-
-
-def build(adapters, recompute, turned=False):
-    model = ADAPTERS[adapters](qwen3())
-    if recompute:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if turned:
-        for module in model.modules():
-            if type(module).__name__ == "Qwen3MoeTopKRouter":
-                module.register_forward_hook(turn_gates)
-    return model
-
-
-class Spread(Tiny):
-    """A model in every process, or a part of one; each batch is split over the processes in order."""
-
-    shards = ("layers", "model")
-    policy = MixedPrecisionPolicy()
-    data = None
-
-    def __init__(self, build):
-        super().__init__(build, "configure_model")
-        self.gradients = {}
-
-    def configure_model(self):
-        super().configure_model()
-        if self.device_mesh is None:
-            return
-        shard = partial(fully_shard, mesh=self.device_mesh["data_parallel"], mp_policy=self.policy)
-        base = getattr(self.network, "get_base_model", lambda: self.network)()
-        if "experts" in self.shards:
-            for experts in experts_modules(base):
-                shard(experts)
-        if "layers" in self.shards:
-            for layer in base.model.layers:
-                shard(layer)
-        if "model" in self.shards:
-            shard(self.network)
-
-    def on_before_optimizer_step(self, optimizer):
-        if not self.gradients:
-            gradients = {n: whole_gradient(p) for n, p in self.named_parameters() if p.requires_grad}
-            self.gradients = {n: gradient.clone() for n, gradient in gradients.items() if gradient is not None}
-
-    def train_dataloader(self):
-        data = TensorDataset(tokens(BATCH * STEPS) if self.data is None else self.data)
-        processes, rank = self.trainer.world_size, self.trainer.global_rank
-        if self.device_mesh is not None:
-            processes, rank = (
-                self.device_mesh["data_parallel"].size(),
-                self.device_mesh["data_parallel"].get_local_rank(),
-            )
-        sampler = DistributedSampler(data, processes, rank, shuffle=False)
-        return DataLoader(data, BATCH // processes, sampler=sampler)
-
-
-def strategy(kind):
-    if kind == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
-    if kind in ("fsdp", "fsdp_twice"):
-        return ModelParallelStrategy(2, 1 + (kind == "fsdp_twice"), save_distributed_checkpoint=False)
-    return kind
-
-
-def run(folder, kind, *callbacks, **options):
-    devices = {"auto": 1, "fsdp_twice": 4}.get(kind, 2) if isinstance(kind, str) else 2
-    defaults = {"max_steps": STEPS, "use_distributed_sampler": False, "devices": devices}
-    return trainer(folder, *callbacks, strategy=strategy(kind), **defaults | options)
-
-
-def fit(folder, kind, build, *callbacks, options=None, **attributes):
-    """A fit in this process, as one of two unless `kind` is "auto"; the module, the callback and what it warned of."""
-    module = Spread(build)
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    callback = next((c for c in callbacks if isinstance(c, MoEGateGradCallback)), None)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        run(folder, kind, *callbacks, **options or {}).fit(module)
-    return module, callback, [str(warning.message) for warning in said]
-
-
-def outcome(folder, kind, build, enabled=True, **attributes):
-    """What a fit leaves, for the test's own process to look at."""
-    callback = MoEGateGradCallback(enabled, check_adapters_after_n_steps=2)
-    module, callback, said = fit(folder, kind, build, callback, **attributes)
-    assert all(module.was_patched) == enabled
-    assert is_stock(module)
-    trained = {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}
-    return {
-        "losses": torch.tensor(module.losses),
-        "gradients": module.gradients,
-        "trained": trained,
-        "load": callback.expert_load,
-        "said": said,
-    }
-
-
-def deviation(results, alone):
-    """The largest relative error of losses, gradients and trained values beside those of one process."""
-    errors = [relative_error(torch.stack([each["losses"] for each in results]).mean(0), alone["losses"])]
-    for each in results:
-        for what in ("gradients", "trained"):
-            assert each[what].keys() == alone[what].keys()
-            errors += [relative_error(each[what][name], value) for name, value in alone[what].items()]
-    return max(errors)
-
-
-LIMIT = 1e-5
+pytestmark = LIGHTNING_WARNINGS
 
 
 def check_as_one_process(folder, kind, make, num_processes):
     alone = outcome(folder / "one", "auto", make)
     results = together(outcome, folder / "all", kind, make, num_processes=num_processes)
     assert deviation(results, alone) < LIMIT
-    for name in (*COUNTS, "experts_without_update"):
-        assert logged(folder / "all", f"gategrad/{name}") == logged(folder / "one", f"gategrad/{name}"), name
+    for name in METRICS:
+        assert logged(folder / "all", name) == logged(folder / "one", name), name
     assert min(logged(folder / "all", "gategrad/zero_gates")) > 0
     for each in results:
         assert each["load"].keys() == alone["load"].keys()
@@ -183,15 +65,15 @@ def check_as_one_process(folder, kind, make, num_processes):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_does(tmp_path, kind, adapters, recompute):
+def test_two_ranks_train_as_one_does(tmp_path, kind, adapters, recompute):
     check_as_one_process(tmp_path, kind, partial(build, adapters, recompute, turned=True), 2)
 
 
-def test_tensor_parallel_processes_count_the_batch_that_they_share_once(tmp_path):
+def test_tensor_parallel_ranks_count_their_batch_once(tmp_path):
     check_as_one_process(tmp_path, "fsdp_twice", partial(build, "experts", False, turned=True), 4)
 
 
-def test_the_limit_tells_processes_apart_that_do_not_share(tmp_path):
+def test_ranks_that_do_not_share_exceed_the_limit(tmp_path):
     make = partial(build, "attention", False)
     alone = outcome(tmp_path / "one", "auto", make)
     half = outcome(tmp_path / "half", "auto", make, data=tokens(BATCH * STEPS)[::2].repeat_interleave(2, 0))
@@ -200,7 +82,7 @@ def test_the_limit_tells_processes_apart_that_do_not_share(tmp_path):
 
 @pytest.mark.parametrize("adapters", ["none", "experts"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_experts_without_a_token_in_one_process(tmp_path, kind, adapters):
+def test_experts_without_a_token_in_one_rank(tmp_path, kind, adapters):
     data = tokens(BATCH * STEPS)
     data[1::2] = 7  # the second process has one token only, so that at most four of eight experts get rows there
     alone = outcome(tmp_path / "one", "auto", partial(build, adapters, False), data=data)
@@ -214,14 +96,24 @@ def rank_times_gib(device):
 
 def memory_fit(folder, kind):
     memory._allocated = rank_times_gib
-    fit(folder, kind, partial(build, "attention", False), MoEGateGradCallback(), MemoryMonitor(tape_at_step=0))
+    fit(
+        folder,
+        kind,
+        partial(build, "attention", False),
+        MoEGateGradCallback(),
+        MemoryMonitor(measure_activations_at_step=0),
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_memory_is_the_maximum(tmp_path, kind):
     together(memory_fit, tmp_path, kind)
     assert logged(tmp_path, "memory/peak_allocated_gib") == [2.0] * STEPS
-    assert 0 < logged(tmp_path, "memory/moe_tape_mib")[0] < logged(tmp_path, "memory/moe_tape_stock_mib")[0]
+    assert (
+        0
+        < logged(tmp_path, "memory/moe_activations_mib")[0]
+        < logged(tmp_path, "memory/moe_activations_baseline_mib")[0]
+    )
 
 
 class Calls(TorchDispatchMode):
@@ -236,7 +128,8 @@ class Calls(TorchDispatchMode):
 
 def collectives(folder, kind, every, check):
     """How many each step takes, and what comes after the last one."""
-    callbacks = [] if check is None else [MoEGateGradCallback(check_adapters_after_n_steps=check), MemoryMonitor()]
+    callbacks = [] if check is None else [MoEGateGradCallback(), MemoryMonitor(), ExpertLoadMonitor()]
+    callbacks += [AdapterUpdateCheck(check)] if check else []
     after = []
 
     class Noting(Callback):
@@ -256,7 +149,8 @@ def test_nothing_is_communicated_between_log_steps(tmp_path, kind):
     )
     *steps, end = stock
     assert all(steps)
-    assert ours == [*steps, end + 2]  # the experts' rows when training ends: Lightning's barrier, and the sum
+    assert ours[:-1] == steps
+    assert ours[-1] > end  # the experts' rows when training ends, and where their heat map goes
     assert watching[2:] == ours[2:]
     gathers = [more - own for more, own in zip(watching[:2], ours[:2], strict=True)]
     assert gathers == [0, 0] if kind == "ddp" else all(number > 0 for number in gathers)
@@ -274,7 +168,7 @@ def kept_shapes(folder, kind, enabled):
             shapes.append(sorted(tuple(t.shape) for t in kept if t.untyped_storage()._cdata not in own))
             kept.clear()
 
-    class Recording(Spread):
+    class Recording(Distributed):
         def step(self, batch):
             with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
                 return super().step(batch)
@@ -300,7 +194,7 @@ def cast(folder, build, enabled, shards):
     """FSDP2 that casts float32 weights to bfloat16 for each call."""
     callback = MoEGateGradCallback(enabled, audit_every_n_steps=1)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    module, _, said = fit(folder, "fsdp", build, callback, shards=shards, policy=policy)
+    module, said = fit(folder, "fsdp", build, callback, shards=shards, policy=policy)
     return torch.tensor(module.losses), module.gradients, said
 
 
@@ -319,11 +213,11 @@ def test_weights_cast_for_the_call(tmp_path, shards):
     assert not [message for message in ours[2] if "audit" in message]
     rows = BATCH // 2 * 12 * 2
     kept = 2 * (2 * 8 + 2) + 2 * 32  # a row's bfloat16 activations and output
-    assert logged(tmp_path / "True", "gategrad/tape_mib_saved")[0] < 2 * rows * 2 * kept / 2**20
+    assert logged(tmp_path / "True", "gategrad/activations_mib_saved")[0] < 2 * rows * 2 * kept / 2**20
 
 
 def sharded(data_parallel, tensor_parallel, shards=("layers", "model")):
-    module = Spread(partial(build, "attention", False))
+    module = Distributed(partial(build, "attention", False))
     module.shards = shards
     how = ModelParallelStrategy(data_parallel, tensor_parallel, save_distributed_checkpoint=False)
     train = trainer("ignored", MoEGateGradCallback(), logger=CSVLogger("ignored"), strategy=how, devices=2, max_steps=1)
@@ -335,7 +229,7 @@ def refused(folder, *arguments):
     module, train = sharded(*arguments)
     with pytest.raises(MisconfigurationException) as refusal:
         train.fit(module)
-    assert is_stock(module)
+    assert is_restored(module)
     assert not module.losses
     return str(refusal.value)
 
@@ -343,18 +237,18 @@ def refused(folder, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("auto", "auto"), "sharded over a mesh of one process"),
-        ((1, 2), "sharded over a mesh of one process"),
+        (("auto", "auto"), "sharded over a mesh of one rank"),
+        ((1, 2), "sharded over a mesh of one rank"),
         ((2, 1, ()), "is not sharded"),
     ],
 )
-def test_processes_that_would_train_apart_are_refused(tmp_path, arguments, what):
+def test_unsynchronized_replicas_are_an_error(tmp_path, arguments, what):
     for said in together(refused, tmp_path, *arguments):
         assert what in said
         assert "data_parallel_size=2, tensor_parallel_size=1" in said
 
 
-class OverTheWrongProcesses(Spread):
+class OverTheWrongRanks(Distributed):
     """Those that get the same batches."""
 
     def configure_model(self):
@@ -363,17 +257,17 @@ class OverTheWrongProcesses(Spread):
 
 
 def wrongly_sharded(folder):
-    module = OverTheWrongProcesses(partial(build, "attention", False))
-    with pytest.raises(MisconfigurationException, match="sharded over the wrong processes"):
+    module = OverTheWrongRanks(partial(build, "attention", False))
+    with pytest.raises(MisconfigurationException, match="sharded over the wrong ranks"):
         run(folder, "fsdp_twice", MoEGateGradCallback()).fit(module)
-    return is_stock(module)
+    return is_restored(module)
 
 
 def test_a_model_over_the_wrong_mesh_is_refused(tmp_path):
     assert all(together(wrongly_sharded, tmp_path, num_processes=4))
 
 
-class Kept(Spread):
+class Kept(Distributed):
     """Weights stay gathered after a forward without a backward."""
 
     def configure_model(self):
@@ -396,47 +290,47 @@ class Kept(Spread):
 def validated(folder, shards, before):
     module = Kept(partial(build, "experts", False))
     module.shards = shards
-    callback = MoEGateGradCallback(check_adapters_after_n_steps=2)
-    fitting = run(folder, "fsdp", callback, num_sanity_val_steps=1 - before, limit_val_batches=1)
+    callbacks = MoEGateGradCallback(), AdapterUpdateCheck(2)
+    fitting = run(folder, "fsdp", *callbacks, num_sanity_val_steps=1 - before, limit_val_batches=1)
     if before:
         fitting.validate(module, verbose=False)
     fitting.fit(module)
-    return module.losses, fitting.logged_metrics["gategrad/experts_without_update"].item()
+    return module.losses, fitting.logged_metrics["adapters/experts_not_updated"].item()
 
 
 @pytest.mark.parametrize(("shards", "before"), [(("layers",), False), ((), False), ((), True)])
-def test_adapters_are_watched_after_a_validation_that_left_weights_gathered(tmp_path, shards, before):
+def test_adapter_updates_after_a_validation_that_left_weights_gathered(tmp_path, shards, before):
     ours = together(validated, tmp_path, shards, before)
     alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False))
     assert relative_error(torch.tensor([each[0] for each in ours]).mean(0), alone["losses"]) < LIMIT
     assert {each[1] for each in ours} == {0.0}
 
 
-def test_what_trains_unshared_is_named(tmp_path):
+def test_unsynced_parameters_are_named(tmp_path):
     parts = partial(build, "none", False)
     for shards, alone in ((("layers",), True), (("layers", "model"), False)):
         said = together(outcome, tmp_path / str(alone), "fsdp", parts, shards=shards)[0]["said"]
-        named = [message for message in said if "no process shares the gradients of network." in message]
+        named = [message for message in said if "no rank shares the gradients of network." in message]
         assert bool(named) == alone
 
 
 def side_by_side(folder):
-    monitor, callback = MemoryMonitor(tape_at_step=0), MoEGateGradCallback()
+    monitor, callback = MemoryMonitor(measure_activations_at_step=0), MoEGateGradCallback()
     make = partial(build, "experts", False)
-    module, _, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
-    assert all(layer.num_bytes and layer.stock_num_bytes is None for layer in monitor.tape)
-    return {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}, said
+    module, said = fit(folder, "fsdp", make, callback, monitor, shards=("experts", "layers", "model"))
+    assert all(layer.num_bytes and layer.baseline_num_bytes is None for layer in monitor.activations)
+    return {name: full_tensor(p).detach() for name, p in module.named_parameters() if p.requires_grad}, said
 
 
-def test_a_layer_that_stock_code_cannot_run_trains_and_is_measured(tmp_path):
+def test_a_layer_that_only_the_operation_can_run_trains_and_is_measured(tmp_path):
     """PEFT cannot merge where the experts are sharded by themselves: its factors are gathered, the weights are not."""
     alone = outcome(tmp_path / "one", "auto", partial(build, "experts", False))["trained"]
     results = together(side_by_side, tmp_path / "two")
-    unmeasured = [sum("stock code's tape cannot be measured" in message for message in said) for _, said in results]
-    assert unmeasured == [2, 0]  # once for each layer, in one process
+    unmeasured = [sum("activations cannot be measured" in message for message in said) for _, said in results]
+    assert unmeasured == [2, 0]  # once for each layer, in one rank
     for trained, _ in results:
         assert max(relative_error(trained[name], value) for name, value in alone.items()) < LIMIT
-    assert len(logged(tmp_path / "two", "memory/moe_tape_mib")) == STEPS
+    assert len(logged(tmp_path / "two", "memory/moe_activations_mib")) == STEPS
 
 
 class Living(TorchDispatchMode):
@@ -462,7 +356,7 @@ def experts_alive(folder, enabled, adapters):
         sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 32, "num_hidden_layers": 4}
         return ADAPTERS[adapters](qwen3(**sizes))
 
-    class Measured(Spread):
+    class Measured(Distributed):
         def training_step(self, batch, batch_idx):
             if batch_idx == 0:
                 living.__enter__()
@@ -473,7 +367,7 @@ def experts_alive(folder, enabled, adapters):
                 living.__exit__(None, None, None)
 
     living, module = Living(), Measured(build_wide)
-    run(folder, "fsdp", MoEGateGradCallback(enabled, check_adapters_after_n_steps=0)).fit(module)
+    run(folder, "fsdp", MoEGateGradCallback(enabled)).fit(module)
     return living.most / (32 * 3 * 64 * 128 * 4)
 
 
@@ -500,7 +394,7 @@ def flattened(adapters, recompute, on):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     with gategrad(model) if on else nullcontext() as report:
-        watch = AdapterWatch(model)
+        watch = AdapterUpdates(model)
         for step in range(STEPS):
             ids = tokens(BATCH, seed=step).chunk(2)[torch.distributed.get_rank()]
             loss = model(input_ids=ids, labels=ids).loss
@@ -512,15 +406,15 @@ def flattened(adapters, recompute, on):
         assert watch.conclude() == (0, [])  # of nothing
         if on:
             assert str(report)
-            assert [layer.status for layer in report.layers] == ["active"] * 2
-            assert all(layer_patch(module).reason is None for module in patched_modules(model))
-            assert all(layer_patch(module).tape.kept_per_row for module in patched_modules(model))
+            assert [layer.status for layer in report] == ["active"] * 2
+            assert all(patch_of(module).reason is None for module in patched_modules(model))
+            assert all(patch_of(module).estimate.saved_per_row for module in patched_modules(model))
     return losses
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("adapters", ADAPTERS)
-def test_parameters_that_are_taken_apart_are_judged_when_they_are_there(adapters, recompute):
+def test_fsdp1_parameters_are_judged_at_the_call(adapters, recompute):
     losses = []
     model = build(adapters, recompute)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -539,12 +433,12 @@ def test_parameters_that_are_taken_apart_are_judged_when_they_are_there(adapters
 def save_in_parts(folder):
     warnings.simplefilter("ignore")
     saving = ModelCheckpoint(folder, "parts", every_n_train_steps=STEPS)
-    how, module = ModelParallelStrategy(2, 1), Spread(partial(build, "experts", False))
-    run(folder, how, MoEGateGradCallback(), saving, enable_checkpointing=True).fit(module)
+    how, module = ModelParallelStrategy(2, 1), Distributed(partial(build, "experts", False))
+    run(folder, how, MoEGateGradCallback(), AdapterExport(()), saving, enable_checkpointing=True).fit(module)
     export_adapter(module.network, folder / "adapter")
 
 
-def test_a_checkpoint_in_parts_is_exported_as_the_refusal_says(tmp_path):
+def test_a_sharded_checkpoint_is_exported_as_the_error_says(tmp_path):
     together(save_in_parts, tmp_path)
     parts = tmp_path / "parts.ckpt"
     with pytest.raises(ValueError, match="consolidate_checkpoint") as refusal:
@@ -558,17 +452,17 @@ def test_a_checkpoint_in_parts_is_exported_as_the_refusal_says(tmp_path):
 
 
 def what_is_said(folder, kind):
-    callback = MoEGateGradCallback(down_bias="fallback", on_missing="warn", check_adapters_after_n_steps=0)
-    module, _, said = fit(folder, kind, gpt_oss, callback)
-    return torch.tensor(module.losses), [message for message in said if "MoE" in message]
+    callback = MoEGateGradCallback(down_bias="fallback", on_missing="warn")
+    module, said = fit(folder, kind, gpt_oss, callback)
+    return torch.tensor(module.losses), [message for message in said if "MoE layers run" in message]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_what_falls_back_is_said_once_and_counted_everywhere(tmp_path, kind):
+def test_fallbacks_are_reported_once_and_counted_by_every_rank(tmp_path, kind):
     (first, said), (second, nothing) = together(what_is_said, tmp_path / "two", kind)
     alone, _ = what_is_said(tmp_path / "one", "auto")
     assert relative_error((first + second) / 2, alone) < LIMIT
-    assert any("leaves some MoE layers to stock code" in message for message in said)
+    assert any("Some MoE layers run the default implementation" in message for message in said)
     assert not nothing
     for name in ("fallback_layers", "bias_fallback_layers"):
         assert logged(tmp_path / "two", f"gategrad/{name}") == [2.0] * STEPS

@@ -241,6 +241,11 @@ def call(problem, leaves, **options):
     )
 
 
+def buffer_mib(num_tokens):
+    """The `output_buffer_mib` that as many tokens' expert outputs fill: 3 slots of 16 float32 features each."""
+    return num_tokens * 3 * 16 * 4 / 2**20
+
+
 def run(problem, **options):
     """The operation under test."""
     leaves = problem.leaves()

@@ -17,8 +17,8 @@ import transformers
 from helpers.families import adapted, build, experts_classes, family_names, results, rounding, truth
 from torch import nn
 
-from lightning_moe import gategrad, measure_moe_tape, moe_experts, patching
-from lightning_moe.discovery import estimate_tape
+from lightning_moe import gategrad, measure_moe_activations, moe_experts, patching
+from lightning_moe.activation_estimate import estimate_activations
 
 TABLE = Path(__file__).parents[2] / "lightning_moe" / "families.md"
 TABLE_VERSION = "5.24.0"  # of Transformers; others know other families
@@ -79,11 +79,9 @@ def test_loss_and_every_gradient(family, experts_class, how, seed, monkeypatch):
     )
     with gategrad(model) as report:
         ours = results(model, seed)
-    layers = [
-        layer for layer in report.layers if layer.class_name.removeprefix("Parametrized") == experts_class.__name__
-    ]
+    layers = [layer for layer in report if layer.class_name.removeprefix("Parametrized") == experts_class.__name__]
     assert layers
-    assert report.active if calls else report.fallback == report.layers
+    assert report.active if calls else report.fallback == report
     if not report.active:
         assert all(torch.equal(ours[name], stock[name]) for name in stock)
     assert problems(model, ours, stock, seed) == []
@@ -218,8 +216,8 @@ def tape_kept(experts):
             real = type(experts)(type(experts.config)()).bfloat16().requires_grad_(False)
         except TypeError:  # a size is None
             return "-"
-    tape = estimate_tape(real, {}, recompute_up=False)
-    return f"{tape.kept_per_row / tape.stock_per_row:.2f}"
+    tape = estimate_activations(real, {}, recompute_gate_up=False)
+    return f"{tape.saved_per_row / tape.baseline_per_row:.2f}"
 
 
 def table():
@@ -227,7 +225,7 @@ def table():
     for family, experts_class in all_families():
         model = build(family, experts_class)
         with gategrad(model) as report:
-            layer = next(layer for layer in report.layers if layer.class_name == experts_class.__name__)
+            layer = next(layer for layer in report if layer.class_name == experts_class.__name__)
             kept = tape_kept(model.get_submodule(layer.name)) if layer.status == "active" else "1.00"
         rows.append(f"| {family} | {experts_class.__name__} | {layer.status} | {layer.reason} | {kept} |\n")
     return INTRODUCTION + "".join(rows)
@@ -248,17 +246,17 @@ def test_the_readme_counts_the_tables_families():
 @pytest.mark.parametrize(("family", "experts_class"), FAMILIES)
 def test_the_estimated_tape_is_the_measured_one(family, experts_class):
     model = adapted(build(family, experts_class), "attention")
-    with gategrad(model) as report, measure_moe_tape(model) as tapes:
+    with gategrad(model) as report, measure_moe_activations(model) as tapes:
         results(model)
         for tape in tapes:
-            layer = next(layer for layer in report.layers if layer.name == tape.name)
-            if layer.status == "active" and tape.stock_num_bytes:  # else no adapter stands before it
-                estimate = estimate_tape(model.get_submodule(tape.name), {}, recompute_up=False)
+            layer = next(layer for layer in report if layer.name == tape.name)
+            if layer.status == "active" and tape.baseline_num_bytes:  # else no adapter stands before it
+                estimate = estimate_activations(model.get_submodule(tape.name), {}, recompute_gate_up=False)
                 rows = tape.num_tokens * TOP_K.get(family, 2)
-                assert tape.num_bytes == pytest.approx(estimate.kept_per_row * rows, rel=0.05)
+                assert tape.num_bytes == pytest.approx(estimate.saved_per_row * rows, rel=0.05)
                 # A cast or a mask in stock code may keep a copy more than the estimate counts; a loop keeps several.
                 more = 4 if family == "step3p7" else 1.25
-                assert 0.95 <= tape.stock_num_bytes / (estimate.stock_per_row * rows) <= more
+                assert 0.95 <= tape.baseline_num_bytes / (estimate.baseline_per_row * rows) <= more
     assert tapes
 
 

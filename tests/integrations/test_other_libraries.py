@@ -101,7 +101,7 @@ def test_put_on_before_patching(build, place, put_on):
     calls.clear()
     with gategrad(model) as report:
         assert others(module) == left
-        (layer,) = report.layers
+        (layer,) = report
         if place is the_experts and put_on is not hook_of_accelerate:
             assert "replaced the module's forward" in layer.reason
         else:

@@ -31,9 +31,10 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from lightning_moe import MoEGateGradCallback, gategrad, measure_moe_tape, moe_experts, patch_moe, unpatch_moe
+from lightning_moe import MoEGateGradCallback, gategrad, measure_moe_activations, moe_experts, patch_moe, unpatch_moe
+from lightning_moe.layer_patch import default_implementation, patch_of, patched_modules
 from lightning_moe.ops.low_rank import LowRank, join, split_gradients
-from lightning_moe.patching import layer_patch, patched_modules, stock_code, touched_modules
+from lightning_moe.patching import touched_modules
 
 GATE_UP, DOWN = EXPERT_TARGETS
 SUBSETS = {"gate_up": (GATE_UP,), "down": (DOWN,), "both": EXPERT_TARGETS}
@@ -131,14 +132,14 @@ def test_gradients_are_split_as_the_factors_were_joined():
 # Apart and merged train alike
 
 
-@pytest.mark.parametrize("recompute_up", [False, True])
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
 @pytest.mark.parametrize("targets", SUBSETS)
 @pytest.mark.parametrize("rank", [4, 3])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_loss_and_every_gradient_equal_pefts(targets, rank, use_rslora, recompute_up):
+def test_loss_and_every_gradient_equal_pefts(targets, rank, use_rslora, recompute_gate_up):
     model = with_expert_lora(qwen3(), SUBSETS[targets], r=rank, attention=True, use_rslora=use_rslora)
     stock = gradients(model)
-    with gategrad(model, recompute_up=recompute_up) as report:
+    with gategrad(model, recompute_gate_up=recompute_gate_up) as report:
         assert {layer.adapters for layer in report.active} == {"apart"}
         assert is_apart(model)
         ours = gradients(model)
@@ -321,8 +322,8 @@ def test_without_gradients(mode):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("recompute_up", [False, True])
-def test_activation_checkpointing(use_reentrant, recompute_up):
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
+def test_activation_checkpointing(use_reentrant, recompute_gate_up):
     model = with_expert_lora(qwen3(), attention=True).train()
     stock = gradients(model)
     base = model.base_model.model
@@ -330,7 +331,7 @@ def test_activation_checkpointing(use_reentrant, recompute_up):
     enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
-    with gategrad(model, recompute_up=recompute_up):
+    with gategrad(model, recompute_gate_up=recompute_gate_up):
         assert agree(gradients(model), stock)
 
 
@@ -472,7 +473,7 @@ def test_a_layer_that_falls_back_after_all_merges_its_adapters(monkeypatch):
     stock = gradients(model)
     with gategrad(model):
         monkeypatch.setattr("lightning_moe.patching.refusal", lambda module, down_bias: "something changed")
-        with pytest.warns(UserWarning, match="runs stock code after all: something changed"):
+        with pytest.warns(UserWarning, match="runs the default implementation after all: something changed"):
             ours = gradients(model)
         again = gradients(model)
     assert agree(ours, stock)
@@ -529,9 +530,12 @@ def test_flat_weights_are_taken_for_ones_that_a_strategy_has_taken_apart_until_t
     experts = model.model.layers[0].mlp.experts
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().flatten())
     assert not patch_moe(model).fallback
-    with pytest.warns(UserWarning, match="runs stock code after all: gate_up_proj must be three-"), suppress(Exception):
+    with (
+        pytest.warns(UserWarning, match="runs the default implementation after all: gate_up_proj must be three-"),
+        suppress(Exception),
+    ):
         model(input_ids=tokens())
-    assert "gate_up_proj must be three-dimensional" in layer_patch(experts).reason
+    assert "gate_up_proj must be three-dimensional" in patch_of(experts).reason
 
 
 # The patch itself
@@ -579,7 +583,7 @@ def test_stock_code_is_pefts_path():
     patch_moe(model)
     inner, outer = patched_modules(model)[0], model.base_model.model.model.layers[0].mlp.experts
     inputs = torch.randn(4, 32), torch.zeros(4, 2).long(), torch.rand(4, 2)
-    with pytest.MonkeyPatch.context() as patch, stock_code(inner):
+    with pytest.MonkeyPatch.context() as patch, default_implementation(inner):
         patch.setattr(ParamWrapper, "_activate_lora", None)
         with pytest.raises(TypeError):
             outer(*inputs)
@@ -593,7 +597,7 @@ def test_stock_code_is_pefts_path():
 def test_the_audit_compares_with_merged_adapters(autocast):
     model = two_adapters()
     patch_moe(model)
-    patch = layer_patch(patched_modules(model)[0])
+    patch = patch_of(patched_modules(model)[0])
     patch.health.audit_due = True
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         gradients(model)
@@ -631,11 +635,11 @@ def test_the_savings_count_the_weights_that_are_not_merged_now():
     merged = sum(parameter.numel() * 4 for parameter in expert_weights(model, 0))
     patch_moe(model)
     gradients(model)
-    saved = layer_patch(patched_modules(model)[0]).health.drain(micro_batches=8).tape_bytes_saved
+    saved = patch_of(patched_modules(model)[0]).health.drain(micro_batches=8).activation_bytes_saved
     with model.disable_adapter():
         embeddings = torch.randn(2, 12, 32, requires_grad=True)
         model(inputs_embeds=embeddings, labels=tokens()).loss.backward()
-    without = layer_patch(patched_modules(model)[0]).health.drain(micro_batches=8).tape_bytes_saved
+    without = patch_of(patched_modules(model)[0]).health.drain(micro_batches=8).activation_bytes_saved
     assert saved - without == merged
     unpatch_moe(model)
 
@@ -646,19 +650,19 @@ def expert_weights(model, layer):
 
 
 def test_the_estimated_tape_is_the_measured_one():
-    for recompute_up in (False, True):
+    for recompute_gate_up in (False, True):
         model = with_expert_lora(qwen3(), attention=True)
         ids = torch.randint(0, 64, (4, 64))
-        report = patch_moe(model, recompute_up=recompute_up)
-        with measure_moe_tape(model) as tapes:
+        report = patch_moe(model, recompute_gate_up=recompute_gate_up)
+        with measure_moe_activations(model) as tapes:
             model(input_ids=ids, labels=ids)
         assert len(tapes) == 2
         for tape, layer in zip(tapes, report.active, strict=True):
             token_level = ids.numel() * 32 * 4  # the layer's input, which stock code and the operation need as well
-            kept = layer.bytes_after * ids.numel()
+            kept = layer.saved_bytes * ids.numel()
             assert kept <= tape.num_bytes <= 1.1 * (kept + token_level)
-            stock = layer.bytes_before * ids.numel() + layer.bytes_merged
-            assert stock <= tape.stock_num_bytes <= 1.2 * (stock + token_level)
+            stock = layer.baseline_bytes * ids.numel() + layer.merged_bytes
+            assert stock <= tape.baseline_num_bytes <= 1.2 * (stock + token_level)
         unpatch_moe(model)
 
 

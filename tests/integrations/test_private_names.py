@@ -21,10 +21,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lightning_moe
 from lightning_moe import MoEGateGradCallback, export_adapter, gategrad, patch_moe
-from lightning_moe.adapter_updates import AdapterWatch
-from lightning_moe.adapters.export import CONFIG, describe
-from lightning_moe.discovery import is_expert_parallel, read_contract
-from lightning_moe.integrations.peft_experts import peft_refusal
+from lightning_moe.adapter_updates import AdapterUpdates
+from lightning_moe.adapters.export import describe_adapters
+from lightning_moe.adapters.files import CONFIG
+from lightning_moe.integrations.peft_experts import unsupported_layout
+from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
+from lightning_moe.integrations.transformers_experts import read_spec
 
 
 @pytest.fixture
@@ -57,8 +59,8 @@ def falls_back(model, name):
     """Whether every layer's reason has the name, and training gives stock code's own bits."""
     stock = gradients(model)
     with gategrad(model) as report:
-        assert len(report.fallback) == len(report.layers) == 2
-        assert all(name in layer.reason for layer in report.layers), report.layers[0].reason
+        assert len(report.fallback) == len(report) == 2
+        assert all(name in layer.reason for layer in report), report[0].reason
         ours = gradients(model)
     return ours.keys() == stock.keys() and all(torch.equal(ours[key], stock[key]) for key in stock)
 
@@ -186,7 +188,7 @@ def test_the_default_gating_costs_its_kernel(monkeypatch):
         report = patch_moe(model)
     assert len(report.active) == 2
     experts = experts_modules(model)[0]
-    assert read_contract(experts).activation == experts._apply_gate
+    assert read_spec(experts).activation == experts._apply_gate
     assert agree(gradients(model), stock)
 
 
@@ -204,9 +206,9 @@ def test_the_table_of_names_before_fusion(name, hide, tmp_path):
 
 @pytest.fixture
 def peft_asked_again():
-    peft_refusal.cache_clear()
+    unsupported_layout.cache_clear()
     yield
-    peft_refusal.cache_clear()
+    unsupported_layout.cache_clear()
 
 
 def leaves_adapters_to_peft(model, name, tmp_path):
@@ -217,8 +219,8 @@ def leaves_adapters_to_peft(model, name, tmp_path):
         assert all(name in layer.adapters for layer in report.merging), report.merging[0].adapters
         assert not any("forward" in vars(module) for module in model.modules())
         ours = gradients(model)
-        assert len(AdapterWatch(model)) == 0
-        assert describe(model, model.state_dict()) == {}
+        assert len(AdapterUpdates(model)) == 0
+        assert describe_adapters(model, model.state_dict()) == {}
     export_adapter(model, tmp_path / "fused")
     assert json.loads((tmp_path / "fused" / CONFIG).read_text())["target_parameters"]
     with pytest.raises(ValueError, match=f"{name}.*; use layout='fused'"):
@@ -258,7 +260,7 @@ def test_asking_peft_draws_no_random_numbers():
     torch.manual_seed(0)
     want = torch.rand(3)
     torch.manual_seed(0)
-    assert peft_refusal() is None
+    assert unsupported_layout() is None
     assert torch.equal(torch.rand(3), want)
 
 
@@ -266,7 +268,7 @@ def test_asking_peft_draws_no_random_numbers():
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
 def test_peft_can_be_asked_anywhere(mode):
     with mode():
-        assert peft_refusal() is None
+        assert unsupported_layout() is None
 
 
 def test_pefts_table_of_families(monkeypatch, tmp_path):
@@ -370,5 +372,5 @@ def test_trying_peft_leaves_nothing_in_a_recomputed_forward():
     enable({"use_reentrant": False})
     model.train()
     with gategrad(model):
-        peft_refusal.cache_clear()
+        unsupported_layout.cache_clear()
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()

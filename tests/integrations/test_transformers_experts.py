@@ -15,7 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, register_experts, unpatch_moe
 from lightning_moe.integrations import transformers_experts as contracts
-from lightning_moe.integrations.transformers_experts import read_contract
+from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.ops.grouped import silu_gated
 
 
@@ -82,7 +82,7 @@ def test_a_registered_class_runs_the_operation(layout):
     experts = OwnExperts(layout)
     stock = gradients(experts, layout)
     with gategrad(experts) as report:
-        assert [layer.status for layer in report.layers] == ["active"]
+        assert [layer.status for layer in report] == ["active"]
         ours = gradients(experts, layout)
     assert_agrees(ours, stock)
     assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
@@ -94,8 +94,8 @@ def test_a_registered_class_runs_the_operation(layout):
 def test_what_is_not_registered_is_reported_with_the_remedy():
     experts = OwnExperts()
     report = patch_moe(experts)
-    assert [layer.status for layer in report.layers] == ["fallback"]
-    assert "register_experts may take its experts" in report.layers[0].reason
+    assert [layer.status for layer in report] == ["fallback"]
+    assert "register_experts may take its experts" in report[0].reason
     assert "forward" not in vars(experts)
 
 
@@ -127,10 +127,10 @@ def test_act_fn_alone_is_gated_as_transformers_does():
     experts = OwnExperts()
     del experts._apply_gate
     experts.act_fn = nn.SiLU()
-    assert read_contract(experts).activation is silu_gated
+    assert read_spec(experts).activation is silu_gated
     experts.act_fn = nn.Tanh()
     h = torch.randn(3, 8)
-    assert torch.equal(read_contract(experts).activation(h), h[:, :4].tanh() * h[:, 4:])
+    assert torch.equal(read_spec(experts).activation(h), h[:, :4].tanh() * h[:, 4:])
 
 
 def test_copies_and_pickles_run_their_own_weights():
@@ -170,7 +170,7 @@ def test_adapters_on_it_stay_apart():
     model = get_peft_model(Block(), config)
     stock = gradients(model)
     with gategrad(model) as report:
-        assert [layer.adapters for layer in report.layers] == ["apart"]
+        assert [layer.adapters for layer in report] == ["apart"]
         assert_agrees(gradients(model), stock, tolerance=2e-5)  # PEFT rounds the merged weight
 
 
@@ -250,8 +250,8 @@ def test_what_differs_from_the_registered_class_stays_as_it_is(change, words):
     change(experts)
     before, stock = dict(vars(experts)), gradients(experts)
     with gategrad(experts) as report:
-        assert [layer.status for layer in report.layers] == ["fallback"]
-        assert words in report.layers[0].reason
+        assert [layer.status for layer in report] == ["fallback"]
+        assert words in report[0].reason
         assert all(torch.equal(result, stock[name]) for name, result in gradients(experts).items())
     assert vars(experts) == before
 
@@ -274,7 +274,7 @@ def test_classes_of_one_name_are_registered_apart():
         experts = experts_class(layout)
         stock = gradients(experts, layout)
         with gategrad(experts) as report:
-            assert [layer.status for layer in report.layers] == ["active"]
+            assert [layer.status for layer in report] == ["active"]
             assert_agrees(gradients(experts, layout), stock)
 
 
@@ -333,7 +333,7 @@ def test_adapters_on_transposed_weights_are_pefts():
     model = get_peft_model(Block(), expert_lora_config(("experts.down_proj",)))
     stock = gradients(model)
     with gategrad(model) as report:
-        assert "it reads is_transposed off the module" in report.layers[0].adapters
+        assert "it reads is_transposed off the module" in report[0].adapters
         assert_agrees(gradients(model), stock)
 
 
@@ -342,7 +342,7 @@ def test_a_down_bias_can_be_left_to_stock_code():
     experts = OwnExperts("biased")
     stock = gradients(experts, "biased")
     with gategrad(experts, down_bias="fallback") as report:
-        assert [layer.status for layer in report.layers] == ["fallback"]
+        assert [layer.status for layer in report] == ["fallback"]
         assert all(torch.equal(result, stock[name]) for name, result in gradients(experts, "biased").items())
 
 

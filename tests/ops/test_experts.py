@@ -19,6 +19,7 @@ from helpers.reference import (
     Layout,
     assert_agrees,
     assert_no_worse,
+    buffer_mib,
     call,
     call_stock,
     corrupt,
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_moe import LowRank, moe_experts
 from lightning_moe.ops import experts as experts_module
 from lightning_moe.ops import grouped as kernels_module
+from lightning_moe.ops import projection
 
 # A subnormal float32 has fewer bits than a normal one: products with it are rounded more coarsely, by any code.
 SUBNORMAL_TOLERANCE = 1e-5
@@ -72,12 +74,12 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("recompute_up", [False, True])
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_low_rank_updates_equal_stock_code_with_merged_weights_and_the_loop(layout, ranks, recompute_up):
+def test_low_rank_updates_equal_stock_code_with_merged_weights_and_the_loop(layout, ranks, recompute_gate_up):
     problem = make_problem(layout, gates="mixed", **RANKS[ranks])
-    results = run(problem, recompute_up=recompute_up)
+    results = run(problem, recompute_gate_up=recompute_gate_up)
     assert set(results) == {"output", *problem.everything}
     assert_agrees(results, run_stock(problem))
     assert_agrees(results, run_loop(problem))
@@ -297,7 +299,7 @@ def test_an_expert_without_a_token_has_gradients_of_exact_zeros():
 @pytest.mark.parametrize("wants", [DIFFERENTIABLE, FROZEN_WEIGHTS, ()], ids=["all", "frozen_weights", "none"])
 def test_zero_tokens_give_an_empty_output_and_zero_gradients(wants, dtype):
     problem = make_problem("gpt_oss", num_tokens=0, dtype=dtype, requires_grad=wants)
-    results = run(problem, chunk_tokens=2)
+    results = run(problem, output_buffer_mib=buffer_mib(2))
     assert results["output"].shape == (0, 16)
     assert_agrees(results, run_loop(problem))
 
@@ -443,46 +445,44 @@ def test_under_autocast_results_equal_stock_code_under_autocast(layout):
 def _narrow_chunks():
     """Lets the small problems here be cut: eight features at a time, the fewest that grouped_mm takes of 16 bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_module, "CHUNK_GRANULE", 8)
+        patch.setattr(experts_module, "MIN_BUFFER_COLUMNS", 8)
         yield
 
 
 @pytest.fixture
 def buffers(monkeypatch):
     """The shapes of the projected rows in flight, in order."""
-    shapes, combine = [], experts_module.combine
-    monkeypatch.setattr(
-        experts_module, "combine", lambda rows, *args: shapes.append(rows.shape) or combine(rows, *args)
-    )
+    shapes, combine = [], projection.combine
+    monkeypatch.setattr(projection, "combine", lambda rows, *args: shapes.append(rows.shape) or combine(rows, *args))
     return shapes
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, 6, 7, 100])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 6, 7, 100])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_change_results_by_rounding_only(layout, chunk_tokens, buffers):
+def test_a_smaller_output_buffer_changes_results_by_rounding_only(layout, num_tokens, buffers):
     problem = make_problem(layout, gates="mixed")
     whole = run(problem)
     assert buffers == [(21, 16)] * 2  # once forward, once backward
     buffers.clear()
-    assert_agrees(run(problem, chunk_tokens=chunk_tokens), whole)
-    assert buffers == ([(21, 8)] * 4 if chunk_tokens < 7 else [(21, 16)] * 2)
+    assert_agrees(run(problem, output_buffer_mib=buffer_mib(num_tokens)), whole)
+    assert buffers == ([(21, 8)] * 4 if num_tokens < 7 else [(21, 16)] * 2)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_chunks_without_a_tape_change_the_output_by_rounding_only(context, buffers):
     problem = make_problem("gpt_oss")
     with context():
-        output = call(problem, problem.leaves(), chunk_tokens=2)
+        output = call(problem, problem.leaves(), output_buffer_mib=buffer_mib(2))
     assert buffers == [(21, 8)] * 2
     assert_agrees({"output": output}, {"output": run_loop(problem)["output"]})
 
 
-def test_auto_takes_as_many_features_as_fit_the_buffer(monkeypatch, buffers):
+def test_the_output_buffer_takes_as_many_features_as_fit(buffers):
     problem = make_problem(requires_grad=FROZEN_WEIGHTS)
     expected = run(problem)
-    monkeypatch.setattr(experts_module, "AUTO_CHUNK_BYTES", 21 * 12 * 4)  # twelve features of 21 float32 rows
     buffers.clear()
-    assert_agrees(run(problem), expected)
+    twelve_features = 21 * 12 * 4 / 2**20  # of 21 float32 rows
+    assert_agrees(run(problem, output_buffer_mib=twelve_features), expected)
     assert buffers == [(21, 8)] * 4
 
 
@@ -493,10 +493,10 @@ def test_long_gathers_are_cut_too(monkeypatch):
     assert_agrees(run(problem), expected)
 
 
-@pytest.mark.parametrize("chunk_tokens", ["auto", 2])
-def test_each_tokens_results_depend_on_that_token_alone(chunk_tokens):
+@pytest.mark.parametrize("output_buffer_mib", [512, buffer_mib(2)])
+def test_each_tokens_results_depend_on_that_token_alone(output_buffer_mib):
     problem = make_problem("gpt_oss", requires_grad=FROZEN_WEIGHTS)
-    together = run(problem, chunk_tokens=chunk_tokens)
+    together = run(problem, output_buffer_mib=output_buffer_mib)
     for token in range(7):
         one = slice(token, token + 1)
         alone = replace(
@@ -520,9 +520,9 @@ def test_a_permuted_batch_gives_permuted_results():
     assert_agrees(run(permuted), expected)
 
 
-@pytest.mark.parametrize("chunk_tokens", ["auto", 1, 2])
+@pytest.mark.parametrize("output_buffer_mib", [512, buffer_mib(1), buffer_mib(2)])
 @pytest.mark.parametrize("poisoned", ["hidden_states", "top_k_weights", "grad_output"])
-def test_a_token_of_nans_spoils_no_other_token(poisoned, chunk_tokens):
+def test_a_token_of_nans_spoils_no_other_token(poisoned, output_buffer_mib):
     problem = make_problem("gpt_oss", requires_grad=FROZEN_WEIGHTS)
     truth = run_loop(problem)
     tensor = (problem.grad_output if poisoned == "grad_output" else problem.tensors[poisoned]).clone()
@@ -532,7 +532,7 @@ def test_a_token_of_nans_spoils_no_other_token(poisoned, chunk_tokens):
     else:
         problem = problem.with_tensors(**{poisoned: tensor})
     others = [0, 1, 2, 4, 5, 6]
-    results = run(problem, chunk_tokens=chunk_tokens)
+    results = run(problem, output_buffer_mib=output_buffer_mib)
     assert_agrees({n: r[others] for n, r in results.items()}, {n: t[others] for n, t in truth.items()})
 
 
@@ -609,12 +609,12 @@ def test_where_nothing_wants_a_gradient_nothing_is_recorded():
     assert not output.requires_grad
 
 
-@pytest.mark.parametrize("chunk_tokens", ["auto", 2])
+@pytest.mark.parametrize("output_buffer_mib", [512, buffer_mib(2)])
 @pytest.mark.parametrize("wants", [DIFFERENTIABLE, FROZEN_WEIGHTS], ids=["all", "frozen_weights"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_bit_identical(dtype, wants, chunk_tokens):
+def test_two_runs_are_bit_identical(dtype, wants, output_buffer_mib):
     problem = make_problem("gpt_oss", dtype=dtype, num_tokens=64, requires_grad=wants)
-    first, second = run(problem, chunk_tokens=chunk_tokens), run(problem, chunk_tokens=chunk_tokens)
+    first, second = run(problem, output_buffer_mib=output_buffer_mib), run(problem, output_buffer_mib=output_buffer_mib)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -633,18 +633,18 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
 
 @pytest.mark.parametrize("ranks", [{}, {"down_ranks": (4,)}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=str)
 def test_the_second_forward_of_checkpointing_does_not_project_down_again(ranks, monkeypatch):
-    ways_down = []
-    project = experts_module._project_and_combine
+    projections = []
+    project = experts_module.project_and_combine
 
     def counting(*args):
-        ways_down.append(args)
+        projections.append(args)
         return project(*args)
 
-    monkeypatch.setattr(experts_module, "_project_and_combine", counting)
+    monkeypatch.setattr(experts_module, "project_and_combine", counting)
     problem = make_problem("default", **ranks, requires_grad=(*FROZEN_WEIGHTS, *FACTORS))
     leaves = problem.leaves()
     checkpoint(lambda: call(problem, leaves) + 1.0, use_reentrant=False).sum().backward()
-    assert len(ways_down) == 2  # the output's, and the way back of the gradient
+    assert len(projections) == 2  # of the activations, and of dh
 
 
 # The tape
@@ -734,30 +734,30 @@ def test_low_rank_updates_keep_their_small_products_and_no_row_of_x_or_a():
 
 
 @pytest.mark.parametrize("ranks", [{}, RANKS["both"]], ids=["plain", "low_rank"])
-def test_recompute_up_keeps_the_input_instead_of_the_pre_activation(ranks):
+def test_recompute_gate_up_keeps_the_input_instead_of_the_pre_activation(ranks):
     problem = make_problem("gpt_oss", **TAPE_SIZES, **ranks).wanting(*FROZEN_WEIGHTS, *FACTORS)
-    inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, recompute_up=True), problem)
+    inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, recompute_gate_up=True), problem)
     assert made == ([problem.top_k_index.numel() * 8] if ranks else [])
     assert "hidden_states" in inputs
 
 
 @pytest.mark.parametrize("ranks", [{}, RANKS["both"]], ids=["plain", "low_rank"])
-def test_recompute_up_gives_the_same_bits(ranks):
+def test_recompute_gate_up_gives_the_same_bits(ranks):
     problem = make_problem("gpt_oss", **ranks)
-    kept, recomputed = run(problem), run(problem, recompute_up=True)
+    kept, recomputed = run(problem), run(problem, recompute_gate_up=True)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 @pytest.mark.parametrize("layout", ["default", "gpt_oss"])
-@pytest.mark.parametrize("recompute_up", [False, True])
-def test_nothing_as_large_as_a_merged_weight_is_allocated(layout, recompute_up):
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
+def test_nothing_as_large_as_a_merged_weight_is_allocated(layout, recompute_gate_up):
     sizes = {"num_tokens": 4, "top_k": 2, "num_experts": 32, "hidden_size": 64, "intermediate_size": 32}
     problem = make_problem(layout, **sizes, gate_up_ranks=(4,), down_ranks=(4,))
     problem = problem.wanting(*FROZEN_WEIGHTS, *FACTORS)
     leaves = problem.leaves()  # before the watch: the weights themselves are that large
     smallest_weight = min(leaves[name].numel() for name in ("gate_up_proj", "down_proj"))
     with largest_allocation() as ours:
-        gradients(problem, leaves, call(problem, leaves, recompute_up=recompute_up))
+        gradients(problem, leaves, call(problem, leaves, recompute_gate_up=recompute_gate_up))
     assert ours.elements <= smallest_weight / 4
     leaves = problem.leaves()
     with largest_allocation() as stock:
@@ -767,7 +767,7 @@ def test_nothing_as_large_as_a_merged_weight_is_allocated(layout, recompute_up):
 
 def test_chunks_keep_no_more():
     problem = make_problem("gpt_oss", **TAPE_SIZES, requires_grad=FROZEN_WEIGHTS)
-    inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, chunk_tokens=2), problem)
+    inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, output_buffer_mib=buffer_mib(2)), problem)
     assert made == [pre_activation_size(problem)]
     assert "hidden_states" not in inputs
 
@@ -833,8 +833,8 @@ SHAPE_ERRORS = [
     ({"top_k_index": torch.full((7, 3), 5)}, "top_k_index names experts 5 to 5, but there are 5"),
     ({"top_k_index": torch.full((7, 3), -1)}, "top_k_index names experts -1 to -1"),
     *(
-        ({"chunk_tokens": value}, f"chunk_tokens must be 'auto' or an integer of at least 1, not {value!r}")
-        for value in (0, -1, 1.5, "many", True, None)
+        ({"output_buffer_mib": value}, f"output_buffer_mib must be a positive number, not {value!r}")
+        for value in (0, -1, float("nan"), float("inf"), "auto", True, None)
     ),
 ]
 HALF, DOUBLE = torch.float16, torch.float64

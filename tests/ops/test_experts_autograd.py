@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.reference import DIFFERENTIABLE, FACTORS, assert_agrees, call, gradients, make_problem, run
+from helpers.reference import DIFFERENTIABLE, FACTORS, assert_agrees, buffer_mib, call, gradients, make_problem, run
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -192,7 +192,7 @@ def segment_gradients(problem, saved=None, **options):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels_module, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(experts_module, "CHUNK_GRANULE", 4)
+    monkeypatch.setattr(experts_module, "MIN_BUFFER_COLUMNS", 4)
 
 
 LOW_RANK = {"gate_up_ranks": (3, 2), "down_ranks": (3,)}
@@ -210,7 +210,7 @@ def test_selective_checkpointing_gives_the_same_gradients(
     if is_expert_parallel:
         index = problem.top_k_index.masked_fill(problem.top_k_index == 2, problem.num_experts)
         problem = replace(problem, top_k_index=index)
-    options = {"chunk_tokens": 1, "is_expert_parallel": is_expert_parallel}
+    options = {"output_buffer_mib": buffer_mib(1), "is_expert_parallel": is_expert_parallel}
     expected = segment_gradients(problem, **options)
     results = segment_gradients(problem, SAVED[saved], **options)
     assert all(torch.equal(results[name], expected[name]) for name in expected)
@@ -233,11 +233,11 @@ class operations(TorchDispatchMode):  # noqa: N801 (a context manager)
 def test_whatever_selective_checkpointing_saves_gradients_are_right_or_it_raises(layout, ranks, small_chunks):
     problem = make_problem(layout, **ranks)
     with operations() as ran:
-        expected = segment_gradients(problem, chunk_tokens=1)
+        expected = segment_gradients(problem, output_buffer_mib=buffer_mib(1))
     refused = {}
     for operation in ran.seen:
         try:
-            results = segment_gradients(problem, {operation}, chunk_tokens=1)
+            results = segment_gradients(problem, {operation}, output_buffer_mib=buffer_mib(1))
         except RuntimeError as error:
             refused[operation._schema.name] = str(error)
         else:

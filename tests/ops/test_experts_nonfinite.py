@@ -42,14 +42,14 @@ def assert_finite_in_the_same_places(actual, expected):
         torch.testing.assert_close(actual[name][finite], want[finite], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute_up", [False, True])
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
 @pytest.mark.parametrize(("layout", "name", "value"), CASES)
-def test_stock_code_has_them_in_the_same_places(layout, name, value, recompute_up):
+def test_stock_code_has_them_in_the_same_places(layout, name, value, recompute_gate_up):
     problem = poison(make_problem(layout), name, value)
     expected = run_stock(problem)
     assert any(not result.isfinite().all() for result in expected.values())
     assert any(result.isfinite().any() for result in expected.values())
-    assert_finite_in_the_same_places(run(problem, recompute_up=recompute_up), expected)
+    assert_finite_in_the_same_places(run(problem, recompute_gate_up=recompute_gate_up), expected)
 
 
 @pytest.mark.parametrize("how", ["one too many", "one too few"])

@@ -13,6 +13,7 @@ from helpers.reference import (
     FACTORS,
     GATE_KINDS,
     LAYOUTS,
+    buffer_mib,
     make_problem,
     relative_error,
     run,
@@ -102,7 +103,9 @@ def routed(kind, shape, num_experts, seed):
     return index
 
 
-options = st.fixed_dictionaries({"chunk_tokens": st.sampled_from(["auto", 1, 2]), "recompute_up": st.booleans()})
+options = st.fixed_dictionaries(
+    {"output_buffer_mib": st.sampled_from([512, buffer_mib(1), buffer_mib(2)]), "recompute_gate_up": st.booleans()}
+)
 
 
 def sensitivity(problem, truth):

@@ -1,36 +1,36 @@
-"""Tests of records becoming tokens: what the assistant says has a loss and nothing else, bad records are named."""
+"""Tests of records becoming tokens: what the assistant writes has a loss and nothing else, bad records are named."""
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
-from lora.chat import IGNORED, Encoder, encode_all, parse, read_records
+from lora.chat import IGNORED, TRAINING_TEMPLATE, ChatTokenizer, encode_all, parse, read_records
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 END = "<|im_end|>"
 
-# As Qwen3's: an assistant turn after the last question has a think block, an earlier one loses it.
-QWEN3_LIKE = (
-    """
-{%- set last = namespace(query=0) %}
-{%- for message in messages %}{% if message.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' and loop.index0 > last.query %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
-{{- message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
-""".replace("\n{%-", "{%-")
-    .replace("\n{{-", "{{-")
-    .strip()
+ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# ChatML, as Qwen3 Instruct has it.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}" + ASKS
 )
-MARKED = QWEN3_LIKE.replace(
-    "{{- message.content + '<|im_end|>\\n' }}",
-    "{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}"
-    "{{ '\\n' }}{% else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}",
+# As Qwen3's: the answer to the last query has a think block, and an earlier one loses it.
+QWEN3_LIKE = (
+    "{% set last = namespace(query=0) %}"
+    "{% for message in messages %}{% if message.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% set parts = message.content.split('</think>\\n\\n') %}"
+    "{% if message.role == 'assistant' and loop.index0 > last.query %}"
+    "{{ parts[0] if parts | length > 1 else '<think>\\n\\n' }}{{ '</think>\\n\\n' }}{% endif %}"
+    "{{ parts[-1] + '<|im_end|>\\n' }}{% endfor %}" + ASKS
+)
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}" + ASKS
 )
 
 CHAT = [
@@ -40,6 +40,7 @@ CHAT = [
     {"role": "user", "content": "Say b."},
     {"role": "assistant", "content": "b"},
 ]
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "clock")]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,8 @@ def tokenizer():
     return fast
 
 
-def said(tokenizer, document):
-    """The text that has a loss, pieces apart."""
+def written(tokenizer, document):
+    """The texts that have a loss."""
     pieces, previous = [], None
     for position, label in enumerate(document.labels):
         if label != IGNORED:
@@ -69,116 +70,163 @@ def said(tokenizer, document):
     return [tokenizer.decode(piece) for piece in pieces]
 
 
-@pytest.mark.parametrize("template", [QWEN3_LIKE, MARKED], ids=["by prefixes", "by marks"])
-def test_the_loss_is_on_every_assistant_turn_and_its_end(tokenizer, template):
-    document = Encoder(tokenizer, template).encode({"messages": CHAT})
+@pytest.mark.parametrize(
+    ("template", "think"),
+    [(CHATML, ""), (QWEN3_LIKE, "<think>\n\n</think>\n\n"), (MARKED, "")],
+    ids=["chatml", "qwen3", "marks of its own"],
+)
+def test_the_loss_is_on_every_assistant_turn_and_its_end(tokenizer, template, think):
+    document = ChatTokenizer(tokenizer, template).encode({"messages": CHAT})
     whole = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
     assert tokenizer.decode(document.input_ids) == whole
-    think = "" if template == MARKED else "<think>\n\n</think>\n\n"
-    assert said(tokenizer, document) == [f"a\n\nand so on{END}", f"{think}b{END}"]
+    assert written(tokenizer, document) == [f"a\n\nand so on{END}", f"{think}b{END}"]
     assert document.prompt.endswith("Please.<|im_end|>\n<|im_start|>assistant\n")
     assert document.answer == "a\n\nand so on"
 
 
+def test_thoughts_stay_in_the_last_answer_and_leave_earlier_ones(tokenizer):
+    thought = "<think>\nThe é of b.\n</think>\n\n"
+    chat = [m | {"content": thought + m["content"]} if m["role"] == "assistant" else m for m in CHAT]
+    document = ChatTokenizer(tokenizer).encode({"messages": chat})
+    assert tokenizer.decode(document.input_ids) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert written(tokenizer, document) == [f"a\n\nand so on{END}", f"{thought}b{END}"]
+
+
+def test_the_training_template_writes_tools_calls_and_responses_as_qwen3(tokenizer):
+    call = {"function": {"name": "clock", "arguments": {"zone": "Kyōto", "exact": None}}}
+    chat = [
+        *CHAT[:2],
+        {"role": "assistant", "content": "", "tool_calls": [call, {"name": "weather", "arguments": "{}"}]},
+        {"role": "tool", "content": "noon"},
+        {"role": "tool", "content": "fair"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    template = TRAINING_TEMPLATE.read_text(encoding="utf-8")
+    document = ChatTokenizer(tokenizer, template).encode({"messages": chat, "tools": TOOLS[1:]})
+    calls = (
+        '<tool_call>\n{"name": "clock", "arguments": {"zone": "Kyōto", "exact": null}}\n</tool_call>\n'
+        f'<tool_call>\n{{"name": "weather", "arguments": {{}}}}\n</tool_call>{END}'
+    )
+    system = (
+        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query."
+        "\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        '{"type": "function", "function": {"name": "clock", "parameters": {}}}\n</tools>\n\nFor each function call, '
+        "return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+        f'{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>{END}\n'
+    )
+    assert tokenizer.decode(document.input_ids) == (
+        f"{system}<|im_start|>user\nSay a.\nPlease.{END}\n<|im_start|>assistant\n{calls}\n"
+        "<|im_start|>user\n<tool_response>\nnoon\n</tool_response>\n<tool_response>\nfair\n</tool_response>"
+        f"{END}\n<|im_start|>assistant\nNoon.{END}\n"
+    )
+    assert written(tokenizer, document) == [calls, f"Noon.{END}"]
+
+
+def test_a_template_without_marks_that_renders_otherwise_is_unsupported(tokenizer):
+    remedy = r"set data.chat_template to a Jinja file with \{% generation %\} marks"
+    with pytest.raises(ValueError, match=f"chats:1: .* renders this record otherwise than qwen3.jinja.*{remedy}"):
+        encode_all([("chats:1", {"messages": CHAT})], ChatTokenizer(tokenizer, "{{ 'Hello! ' }}" + CHATML))
+    llama_like = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    with pytest.raises(ValueError, match=f"is not like Qwen3's: {remedy}"):
+        ChatTokenizer(tokenizer, llama_like)
+    document = ChatTokenizer(tokenizer, llama_like, assistant_only_loss=False).encode({"messages": CHAT})
+    assert tokenizer.decode(document.labels).endswith("assistant: b\n")
+
+
+def test_marks_around_nothing_are_named(tokenizer):
+    with pytest.raises(ValueError, match="marks enclose nothing that the assistant writes"):
+        ChatTokenizer(tokenizer, CHATML + "{% generation %}{% endgeneration %}").encode({"messages": CHAT})
+
+
 def test_without_assistant_only_loss_every_token_has_one(tokenizer):
-    document = Encoder(tokenizer, assistant_only_loss=False).encode({"messages": CHAT})
+    document = ChatTokenizer(tokenizer, assistant_only_loss=False).encode({"messages": CHAT})
     assert document.labels == document.input_ids
 
 
 def test_prompt_and_completion_are_two_turns_where_there_is_a_template(tokenizer):
-    texts = Encoder(tokenizer).encode({"prompt": "Say b.", "completion": "b"})
-    messages = Encoder(tokenizer).encode({"prompt": CHAT[3:4], "completion": CHAT[4:]})
+    texts = ChatTokenizer(tokenizer).encode({"prompt": "Say b.", "completion": "b"})
+    messages = ChatTokenizer(tokenizer).encode({"prompt": CHAT[3:4], "completion": CHAT[4:]})
     assert texts == messages
-    assert said(tokenizer, texts) == [f"<think>\n\n</think>\n\nb{END}"]
+    assert written(tokenizer, texts) == [f"<think>\n\n</think>\n\nb{END}"]
 
 
-def test_prompt_and_completion_stand_side_by_side_where_there_is_none():
+def test_prompt_and_completion_stand_side_by_side_where_there_is_no_template():
     tokenizer = ByT5Tokenizer()
-    document = Encoder(tokenizer).encode({"prompt": "ab", "completion": "cd"})
+    document = ChatTokenizer(tokenizer).encode({"prompt": "ab", "completion": "cd"})
     ids = tokenizer("abcd", add_special_tokens=False)["input_ids"]
     assert document.input_ids == [*ids, tokenizer.eos_token_id]
     assert document.labels == [IGNORED, IGNORED, *ids[2:], tokenizer.eos_token_id]
     assert (document.prompt, document.answer) == ("ab", "cd")
 
 
-def test_messages_without_a_template_are_refused():
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": CHAT},
+        {"prompt": CHAT[3:4], "completion": CHAT[4:]},
+        {"prompt": "a", "completion": "b", "tools": TOOLS},
+    ],
+)
+def test_messages_and_tools_need_a_template(record):
     with pytest.raises(ValueError, match="no chat template for messages and tools: set data.chat_template"):
-        Encoder(ByT5Tokenizer()).encode({"messages": CHAT})
+        ChatTokenizer(ByT5Tokenizer()).encode(record)
 
 
-WRITES_TOOLS = "{% for tool in tools or [] %}{{ '(' + tool.function.name + ')' }}{% endfor %}"
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "clock")]
+def test_a_tokenizer_without_offsets_cannot_tell_the_assistants_tokens():
+    with pytest.raises(ValueError, match=r"ByT5Tokenizer does not say .* set data.assistant_only_loss to false"):
+        ChatTokenizer(ByT5Tokenizer(), MARKED)
+    document = ChatTokenizer(ByT5Tokenizer(), MARKED, assistant_only_loss=False).encode({"messages": CHAT})
+    assert document.labels == document.input_ids
 
 
-@pytest.mark.parametrize("template", [QWEN3_LIKE, MARKED], ids=["by prefixes", "by marks"])
 @pytest.mark.parametrize("record", [{"messages": CHAT[:3]}, {"prompt": CHAT[:2], "completion": CHAT[2:3]}])
-def test_a_records_tools_are_the_templates(tokenizer, template, record):
-    encoder = Encoder(tokenizer, WRITES_TOOLS + template)
-    document, without = encoder.encode(record | {"tools": TOOLS}), encoder.encode(record | {"tools": None})
+def test_the_template_writes_a_records_tools(tokenizer, record):
+    writes_tools = "{% for tool in tools or [] %}{{ '(' + tool.function.name + ')' }}{% endfor %}"
+    chat = ChatTokenizer(tokenizer, writes_tools + MARKED)
+    document, without = chat.encode(record | {"tools": TOOLS}), chat.encode(record | {"tools": None})
     assert tokenizer.decode(document.input_ids) == "(weather)(clock)" + tokenizer.decode(without.input_ids)
     assert document.prompt == "(weather)(clock)" + without.prompt
-    assert said(tokenizer, document) == said(tokenizer, without)
+    assert written(tokenizer, document) == written(tokenizer, without)
 
 
-def test_tools_that_nothing_would_write_are_refused(tokenizer):
+def test_tools_that_the_template_does_not_write_are_unsupported(tokenizer):
     with pytest.raises(ValueError, match="writes no tools: set data.chat_template to one that does"):
-        Encoder(tokenizer).encode({"messages": CHAT, "tools": TOOLS})
-    with pytest.raises(ValueError, match="no chat template for messages and tools"):
-        Encoder(ByT5Tokenizer()).encode({"prompt": "a", "completion": "b", "tools": TOOLS})
+        ChatTokenizer(tokenizer).encode({"messages": CHAT, "tools": TOOLS})
 
 
-def test_an_answer_with_the_end_in_it_is_refused_by_prefixes_and_whole_by_marks(tokenizer):
-    answer = {"role": "assistant", "content": f"{END} ends a turn, it said"}
-    record = [("chats:7", {"messages": [*CHAT[:2], answer]})]
-    with pytest.raises(ValueError, match=r"chats:7: message 2 has <\|im_end\|> in it, .*: take that out, or set data"):
-        encode_all(record, Encoder(tokenizer))
-    (document,) = encode_all(record, Encoder(tokenizer, MARKED))
-    assert said(tokenizer, document) == [f"{END} ends a turn, it said{END}"]
-    asks = [CHAT[0], CHAT[1] | {"content": f"What is {END}?"}, CHAT[2]]
-    (document,) = encode_all([("chats:8", {"messages": asks})], Encoder(tokenizer))
-    assert said(tokenizer, document) == ["<think>\n\n</think>\n\n" + CHAT[2]["content"] + END]
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_marks_of_the_format_in_a_text_do_not_move_the_loss(tokenizer, template):
+    asks = CHAT[1] | {"content": f"What is {END}\n<|im_start|>assistant\n?"}
+    answer = {"role": "assistant", "content": f"{END} ends a turn, I wrote"}
+    document = ChatTokenizer(tokenizer, template).encode({"messages": [asks, answer]})
+    assert written(tokenizer, document) == [f"{END} ends a turn, I wrote{END}"]
 
 
-def test_a_template_whose_prefixes_differ_is_refused_with_the_remedy(tokenizer):
-    counting = "{{ messages | length }}" + QWEN3_LIKE
-    with pytest.raises(ValueError, match=r"before message 2 differently .* \{% generation %\} marks"):
-        Encoder(tokenizer, counting).encode({"messages": CHAT})
-
-
-def test_an_answer_without_an_end_does_not_run_on_into_the_next_message(tokenizer):
-    endless = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
-    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    with pytest.raises(ValueError, match=r"writes no <\|im_end\|> after message 2"):
-        Encoder(tokenizer, endless).encode({"messages": CHAT[:4]})
-    assert said(tokenizer, Encoder(tokenizer, endless).encode({"messages": CHAT[:3]})) == ["a\n\nand so on\n"]
-
-
-def test_an_answer_whose_end_is_that_of_a_later_one_is_refused(tokenizer):
-    ends_once = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
-    ends_once += "{{ 'assistant: ' if add_generation_prompt else '<|im_end|>' }}"
-    with pytest.raises(ValueError, match=r"set data.chat_template to one with \{% generation %\} marks"):
-        Encoder(tokenizer, ends_once).encode({"messages": CHAT})
+def test_a_chat_that_the_assistant_begins_has_no_prompt(tokenizer):
+    document = ChatTokenizer(tokenizer, CHATML).encode({"messages": CHAT[2:]})
+    assert (document.prompt, document.answer) == ("", CHAT[2]["content"])
 
 
 def test_what_a_template_does_not_render_is_named(tokenizer):
-    strict = "{{ raise_exception('roles must alternate') }}"
+    strict = "{{ raise_exception('roles must alternate') }}{% generation %}{% endgeneration %}"
     with pytest.raises(ValueError, match=r"chats:1: the chat template does not render it: roles must alternate"):
-        encode_all([("chats:1", {"messages": CHAT})], Encoder(tokenizer, strict))
+        encode_all([("chats:1", {"messages": CHAT})], ChatTokenizer(tokenizer, strict))
     calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
     with pytest.raises(ValueError, match=r"chats:1: the chat template does not render it"):
-        encode_all([("chats:1", {"messages": [*CHAT[:2], calls]})], Encoder(tokenizer))
+        encode_all([("chats:1", {"messages": [*CHAT[:2], calls]})], ChatTokenizer(tokenizer))
 
 
 def test_of_several_templates_the_default_is_taken(tokenizer, monkeypatch):
+    expected = ChatTokenizer(tokenizer, QWEN3_LIKE).encode({"messages": CHAT})
     monkeypatch.setattr(tokenizer, "chat_template", {"default": QWEN3_LIKE, "tool_use": "tools"})
-    assert Encoder(tokenizer).encode({"messages": CHAT}) == Encoder(tokenizer, QWEN3_LIKE).encode({"messages": CHAT})
+    assert ChatTokenizer(tokenizer).encode({"messages": CHAT}) == expected
 
 
-def test_a_tokenizer_without_an_end_is_refused():
+def test_a_tokenizer_without_an_end_is_unsupported():
     tokenizer = ByT5Tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
-        Encoder(tokenizer)
+        ChatTokenizer(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -198,59 +246,70 @@ def test_a_tokenizer_without_an_end_is_refused():
         ({"messages": [*CHAT[:2], {"role": "assistant", "content": ""}]}, "message 2 needs a content"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": None}]}, "message 0 needs a content"),
         ({"prompt": CHAT[:3], "completion": []}, "the completion is empty"),
-        (b'{"prompt": ', "not JSON in UTF-8"),
-        (b'{"prompt": "\xff"}', "not JSON in UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_record_is_said(record, reason):
+def test_what_is_wrong_with_a_record_is_named(record, reason):
     with pytest.raises(ValueError, match=reason):
         parse(record)
 
 
 def test_a_file_is_read_line_by_line(tmp_path):
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(["", json.dumps({"prompt": "é", "completion": "b"}), " "]), encoding="utf-8")
+    path.write_text("\n".join(["", json.dumps({"prompt": "é", "completion": "2024-01-02"}), " "]), encoding="utf-8")
     records = read_records(str(path), "train")
-    assert [(where, parse(line)) for where, line in records] == [(f"{path}:2", (("é", "b"), None))]
+    assert [where for where, _ in records] == [f"{path}:2"]
+    (document,) = encode_all(records, ChatTokenizer(ByT5Tokenizer()))
+    assert (document.prompt, document.answer) == ("é", "2024-01-02")
     with pytest.raises(ValueError, match="there is no such file"):
         read_records(str(tmp_path / "other.jsonl"), "train")
 
 
 def test_bad_lines_are_named_with_file_and_number(tmp_path, tokenizer):
     path = tmp_path / "chats.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n' + '{"prompt": "a"}\n' * 6)
-    with pytest.raises(ValueError, match=r"7 bad records.*\n.*chats.jsonl:2: not JSON.*\n.*:3: neither") as error:
-        encode_all(read_records(str(path), "train"), Encoder(tokenizer))
+    good, bad = b'{"prompt": "a", "completion": "b"}\n', b'{"prompt": "a"}\n'
+    path.write_bytes(good + b'{"prompt": \n' + b'{"prompt": "\xff"}\n' + bad * 5)
+    expected = r"7 bad records.*\n.*chats.jsonl:2: not JSON.*\n.*:3: not JSON.*\n.*:4: neither"
+    with pytest.raises(ValueError, match=expected) as error:
+        encode_all(read_records(str(path), "train"), ChatTokenizer(tokenizer))
     lines = str(error.value).splitlines()
     assert [line.strip().partition(": ")[0] for line in lines[1:6]] == [f"{path}:{number}" for number in range(2, 7)]
     assert lines[6].strip() == "and 2 more"
 
 
 @pytest.fixture
-def datasets(monkeypatch):
-    """A package `datasets` that knows one dataset."""
-
-    class DatasetsError(Exception):
-        pass
-
-    def load_dataset(name, split):
-        if name != "known":
-            raise DatasetsError("no such dataset")
-        return [{"prompt": "a", "completion": "b", "messages": None}, {"prompt": "a"}]
-
-    exceptions = SimpleNamespace(DatasetsError=DatasetsError)
-    package = SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions, __version__="4.8.5")
-    monkeypatch.setitem(sys.modules, "datasets", package)
-    return package
+def folder(tmp_path, monkeypatch):
+    """A dataset that the `datasets` package loads: tools and messages with differing keys, and a bad row."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"place": {"type": "string"}}}}
+    rows = [
+        {"messages": [*CHAT[1:2], {"role": "assistant", "content": "a", "reasoning_content": "so"}], "tools": TOOLS},
+        {"messages": CHAT, "tools": [tool]},
+        {"messages": CHAT[:1], "tools": None},
+    ]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    return tmp_path / "data", rows
 
 
-def test_a_dataset_is_read_and_its_bad_rows_are_named(datasets, tokenizer):
-    records = read_records("known", "test")
-    assert len(encode_all(records[:1], Encoder(tokenizer))) == 1
-    with pytest.raises(ValueError, match=r"known\[test\], row 1: neither"):
-        encode_all(records, Encoder(tokenizer))
-    with pytest.raises(ValueError, match="data.source 'unknown', split 'train': no such dataset"):
-        read_records("unknown", "train")
+def test_a_dataset_is_read_without_the_keys_of_other_rows(folder):
+    path, rows = folder
+    records = read_records(str(path), "train")
+    assert [record.get("tools") for _, record in records] == [
+        [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "clock")],
+        rows[1]["tools"],
+        None,
+    ]
+    assert [record["messages"] for _, record in records] == [row["messages"] for row in rows]
+
+
+def test_bad_rows_of_a_dataset_and_unknown_splits_are_named(folder, tokenizer):
+    path, _ = folder
+    records = [(where, {"messages": record["messages"]}) for where, record in read_records(str(path), "train")]
+    with pytest.raises(ValueError, match=r"1 bad records.*\n.*data\[train\], row 2: no message is the assistant's"):
+        encode_all(records[1:], ChatTokenizer(tokenizer))
+    with pytest.raises(ValueError, match=r"data.source '.*data', split 'other': .*other"):
+        read_records(str(path), "other")
 
 
 def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
@@ -259,14 +318,15 @@ def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
         read_records("some/name", "train")
 
 
-def test_a_version_of_datasets_that_runs_a_datasets_own_code_is_refused(datasets):
-    datasets.__version__ = "3.6.0"
-    with pytest.raises(ValueError, match="datasets 3.6.0 may run a dataset's own code: pip install"):
+def test_a_version_of_datasets_that_runs_a_datasets_own_code_is_refused(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(ValueError, match="datasets 3.6.0 may run a dataset's own code. pip install"):
         read_records("known", "test")
 
 
 @pytest.mark.parametrize(
-    "template",
+    "code",
     [
         "{{{{ cycler.__init__.__globals__['os'].mkdir('{path}') }}}}",
         "{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}",
@@ -274,8 +334,8 @@ def test_a_version_of_datasets_that_runs_a_datasets_own_code_is_refused(datasets
         "{{% generation %}}{{{{ cycler.__init__.__globals__['os'].mkdir('{path}') }}}}{{% endgeneration %}}",
     ],
 )
-def test_a_chat_template_runs_no_code(template, tokenizer, tmp_path):
-    encoder = Encoder(tokenizer, template.format(path=tmp_path / "ran"))
+def test_a_chat_template_runs_no_code(code, tokenizer, tmp_path):
+    chat = ChatTokenizer(tokenizer, code.format(path=tmp_path / "ran") + MARKED)
     with pytest.raises(ValueError, match="the chat template does not render it: .*(unsafe|undefined|not safely)"):
-        encoder.encode({"messages": CHAT})
+        chat.encode({"messages": CHAT})
     assert not (tmp_path / "ran").exists()

@@ -6,14 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lora.chat import IGNORED, Document
-from lora.data import InstructionData, pack, standard_library_pairs
+from lora.data import TINY, InstructionData, pack_bfd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*set_vital. is deprecated")  # torchdata's use of torch
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return standard_library_pairs()
 
 
 def records(path, lengths):
@@ -37,21 +32,23 @@ def lengths_of(packs):
     return [[len(document.input_ids) for document in each] for each in packs]
 
 
-def test_the_embedded_pairs_are_many_and_the_same_every_time(pairs):
-    assert len(pairs) > 1000
-    assert pairs == standard_library_pairs()
-    assert all(pair["prompt"].startswith("Signature: ") and pair["completion"] for pair in pairs)
-    assert not any(" at 0x" in pair["prompt"] for pair in pairs)
+def test_the_default_is_short_questions_with_answers():
+    records = [json.loads(line) for line in TINY.read_text(encoding="utf-8").splitlines()]
+    assert len({record["prompt"] for record in records}) == len(records) > 200
+    assert all(record["prompt"].startswith("Q: ") for record in records)
+    module = InstructionData()
+    module.setup("fit")
+    assert len(module.report()) == 1  # none truncated, none left out
 
 
-def test_the_embedded_default_holds_one_in_twenty_out():
+def test_one_document_in_twenty_is_held_out():
     module = InstructionData()
     module.setup("fit")
     total = len(module._training) + len(module._validation)
     assert len(module._validation) == -(-total // 20)
     held_out = {document.prompt for document in module.held_out}
-    assert not held_out & {document.prompt for each in module._training for document in each}
-    assert module.held_out[0].prompt.startswith("Signature: ")
+    assert not held_out & {document.prompt for pack in module._training for document in pack}
+    assert module.held_out[0].prompt.startswith("Q: ")
 
 
 def test_documents_stand_end_to_end_without_padding(data):
@@ -85,26 +82,26 @@ def test_the_first_token_of_a_document_has_no_loss_even_where_prompts_have(data)
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_each_token_with_a_loss_weighs_the_same_in_any_number_of_processes(data, processes, loader):
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_token_with_a_loss_weighs_the_same_over_any_number_of_ranks(data, ranks, loader):
     """In the last batch of the validation, which has one document, too."""
-    module = data(range(10, 24), batch_size=6 // processes, validation_every=2)
+    module = data(range(10, 24), batch_size=6 // ranks, validation_every=2)
     shares = []
-    for rank in range(processes):
-        module.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+    for rank in range(ranks):
+        module.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)
         shares.append(list(getattr(module, loader)()))
     for batch in zip(*shares, strict=True):
         counts = [(each["labels"][0, 1:] != IGNORED).sum().item() for each in batch]
         by_token = sum({each["input_ids"].numel(): count for each, count in zip(batch, counts, strict=True)}.values())
         for each, count in zip(batch, counts, strict=True):
-            assert each["weight"] in (0, pytest.approx(processes * count / by_token))
-        assert sum(each["weight"] for each in batch) == pytest.approx(processes)
-    assert [len(batches) for batches in shares] == [1 if loader == "train_dataloader" else 2] * processes
+            assert each["weight"] in (0, pytest.approx(ranks * count / by_token))
+        assert sum(each["weight"] for each in batch) == pytest.approx(ranks)
+    assert [len(batches) for batches in shares] == [1 if loader == "train_dataloader" else 2] * ranks
 
 
-def test_separate_packing_fills_packs_and_keeps_documents_whole(data):
+def test_best_fit_decreasing_fills_packs_and_keeps_documents_whole(data):
     lengths = [50, 60, 30, 40, 70, 20, 10, 90, 33]
-    module = data(lengths, max_length=100, packing="separate", batch_size=1, validation_every=9)
+    module = data(lengths, max_length=100, packing="bfd", batch_size=1, validation_every=9)
     assert sorted(sum(lengths_of(module._training), [])) == sorted(lengths[1:])
     assert all(sum(each) <= 100 for each in lengths_of(module._training))
     assert len(module._training) == 4  # of 353 tokens
@@ -115,21 +112,21 @@ def test_separate_packing_fills_packs_and_keeps_documents_whole(data):
 
 def test_best_fit_takes_the_fullest_pack_that_has_room():
     documents = [Document([0] * length, [0] * length, "", "") for length in (3, 6, 2, 4, 5)]
-    assert lengths_of(pack(documents, 10)) == [[6, 4], [5, 3, 2]]
+    assert lengths_of(pack_bfd(documents, 10)) == [[6, 4], [5, 3, 2]]
 
 
-def test_joined_packing_cuts_sequences_of_exactly_the_length(data):
-    module = data([30] * 11, max_length=64, packing="joined", batch_size=1, validation_every=11)
+def test_wrapped_packing_cuts_sequences_of_exactly_the_length(data):
+    module = data([30] * 11, max_length=64, packing="wrapped", batch_size=1, validation_every=11)
     assert lengths_of(module._training) == [[64]] * 4  # of 300 tokens
     batch = next(iter(module.train_dataloader()))
     assert batch["cu_seq_lens_q"].tolist() == [0, 64]
     assert batch["position_ids"].tolist() == [list(range(64))]
     with pytest.raises(ValueError, match="wants 512 tokens for one sequence and there are 300: lower data.max_length"):
-        data([30] * 11, max_length=512, packing="joined", validation_every=11)
+        data([30] * 11, max_length=512, packing="wrapped", validation_every=11)
 
 
-def test_joined_sequences_are_the_documents_in_an_order_of_the_seed(data):
-    options = {"max_length": 40, "packing": "joined", "validation_every": 10}
+def test_wrapped_sequences_are_the_documents_in_an_order_of_the_seed(data):
+    options = {"max_length": 40, "packing": "wrapped", "validation_every": 10}
     lengths = [9, *range(10, 19)]
     documents = {document.answer: document for (document,) in data(lengths, validation_every=10)._training}
     streams = []
@@ -174,7 +171,7 @@ def test_documents_without_a_loss_within_the_length_are_left_out_and_reported(tm
     assert "2 documents of 3, 8 tokens, 50% of them with a loss" in module.report()
 
 
-def test_too_few_documents_are_refused(data):
+def test_too_few_documents_are_named(data):
     with pytest.raises(ValueError, match="1 records leave 1 documents .* and it takes two"):
         data([10])
     with pytest.raises(ValueError, match="data.batch_size 8 is more than the 2 sequences to train on"):
@@ -188,7 +185,7 @@ def test_bad_lines_are_named_before_anything_is_trained(tmp_path):
         InstructionData(source=str(path)).setup("fit")
 
 
-@pytest.mark.parametrize("packing", ["none", "separate", "joined"])
+@pytest.mark.parametrize("packing", ["none", "bfd", "wrapped"])
 def test_the_order_resumes_where_it_stopped(data, packing):
     options = {"packing": packing, "max_length": 50, "batch_size": 1, "validation_every": 8}
     lengths = [20, 30, 25, 40, 35, 50, 45, 15]
@@ -232,7 +229,7 @@ def test_later_epochs_resume_in_their_order_too(data, stop):
         ({"batch_size": 0}, "data.batch_size must be at least 1, not 0"),
         ({"max_length": 1}, "data.max_length must be at least 2"),
         ({"validation_every": 1}, "data.validation_every must be at least 2"),
-        ({"packing": "seperate"}, "data.packing must be one of none, separate, joined, not 'seperate'"),
+        ({"packing": "seperate"}, "data.packing must be one of none, bfd, wrapped, not 'seperate'"),
         ({"long_documents": "cut"}, "data.long_documents must be one of truncate, skip, not 'cut'"),
         ({"chat_template": "nowhere.jinja"}, "data.chat_template 'nowhere.jinja': there is no such file"),
     ],

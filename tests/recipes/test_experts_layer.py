@@ -1,9 +1,9 @@
-"""The layer benchmark's contenders compute the same layer; its table and plot come out; without a GPU it says so."""
+"""The layer benchmark's variants compute the same layer; its table and plot are written; without a GPU it says so."""
 
+import experts_layer
 import pytest
 import torch
-from benchmarks import experts_layer as bench_layer
-from benchmarks.experts_layer import HEADERS, MODELS, Block, Result, contenders, errors, main, make_inputs, reference
+from experts_layer import HEADERS, MODELS, Block, Result, errors, main, make_inputs, reference, variants
 from transformers import Qwen3MoeConfig
 
 
@@ -14,16 +14,16 @@ def config():
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
-def test_every_contender_computes_the_same_layer(mode, monkeypatch):
-    monkeypatch.setattr(bench_layer.importlib.util, "find_spec", lambda name: None)  # peers need a GPU
+def test_every_variant_computes_the_same_layer(mode, monkeypatch):
+    monkeypatch.setattr(experts_layer.importlib.util, "find_spec", lambda name: None)  # peers need a GPU
     device = torch.device("cpu")
     inputs = make_inputs(config(), 64, device, seed=0)
     wanted = reference(Block(config(), mode, device), inputs)
     assert len(wanted) == (7 if mode == "lora" else 3)
-    for name, make in contenders(mode, 64).items():
+    for name, make in variants(mode).items():
         block = Block(config(), mode, device)
-        found = errors(make(block), block, inputs, wanted)
-        assert found.pop("repeats") == 1.0
+        found, same_bits = errors(make(block), block, inputs, wanted)
+        assert same_bits
         assert max(found.values()) < 2e-2, name
 
 
@@ -31,20 +31,32 @@ def test_the_comparison_sees_another_layer():
     device = torch.device("cpu")
     inputs, others = (make_inputs(config(), 64, device, seed) for seed in range(2))
     block = Block(config(), "frozen", device)
-    assert min(v for n, v in errors(block, block, inputs, reference(block, others)).items() if n != "repeats") > 0.5
+    found, _ = errors(block, block, inputs, reference(block, others))
+    assert min(found.values()) > 0.5
+
+
+def test_the_reference_sees_the_adapters():
+    device = torch.device("cpu")
+    block, inputs = Block(config(), "lora", device), make_inputs(config(), 64, device, seed=0)
+    wanted = reference(block, inputs)
+    for parameter in block.adapters().values():
+        parameter.data = parameter.data.roll(1, 0)
+    found, _ = errors(block, block, inputs, wanted)
+    assert min(found.values()) > 0.1
 
 
 def test_table_and_plot(tmp_path):
     results = [
-        Result("stock", 8, kept=4.0, peak=8.0, forward=1.0, total=4.0, errors={"output": 0.5, "repeats": 0.0}),
-        Result("ours", 8, kept=1.0, peak=4.0, forward=0.5, total=2.0, errors={"output": 0.25, "repeats": 1.0}),
+        Result("baseline", 8, kept=4.0, peak=8.0, forward=1.0, total=4.0, errors={"output": 0.5}),
+        Result("ours", 8, kept=1.0, peak=4.0, forward=0.5, total=2.0, errors={"output": 0.25}, same_bits=True),
         Result("peer", 8, failure="ImportError: no"),
     ]
-    rows = bench_layer.rows_of(results, {8: 1.0})
+    rows = experts_layer.rows_of(results, {8: 1.0})
     assert {len(row) for row in rows} == {len(HEADERS)}
     assert rows[1] == ["8", "ours", "1 (0.25)", "4 (0.50)", "0.50", "2.00 (0.50)", "2.00", "2.5e-01", "yes"]
+    assert [row[-1] for row in rows] == ["no", "yes", ""]
     assert rows[2][2] == "ImportError: no"
-    bench_layer.plot(results, "title", tmp_path / "plot.png")
+    experts_layer.plot(results, "title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

@@ -1,4 +1,4 @@
-"""Tests of the comparison: its arithmetic on made-up runs, its plot, and one small run of the real thing."""
+"""Tests of the benchmark of whole steps: its arithmetic on made-up runs, its plot, one small run of the real thing."""
 
 import json
 import subprocess
@@ -6,44 +6,44 @@ import sys
 from pathlib import Path
 
 import pytest
+import whole_step
 import yaml
-from benchmarks import whole_step as compare
-from benchmarks.whole_step import Run, plot, rows_of, write_config
 from matplotlib.image import imread
+from whole_step import Run, command_of, plot, rows_of, write_overlay
 
 RUNS = [
-    Run("stock", 256, [2.0, 1.5, 1.0], [9.0, 2.0, 2.2], 10.0, [9.0, 6.0, 5.0]),
-    Run("lightning_moe", 256, [2.0, 1.51, 1.0], [9.0, 1.0, 1.2], 8.0, [8.0, 3.0, 3.0]),
-    Run("stock", 512, failure="out of memory"),
-    Run("lightning_moe", 512, [1.0, 1.0, 1.0], [3.0, 3.0, 3.0], 12.0, [9.0, 7.0, 7.0]),
+    Run("baseline", 256, [2.0, 1.5, 1.0], [9.0, 2.0, 2.2], [9.0, 10.0, 9.5], [9.0, 6.0, 5.0]),
+    Run("lightning_moe", 256, [2.0, 1.51, 1.0], [9.0, 1.0, 1.2], [8.0] * 3, [8.0, 3.0, 3.0]),
+    Run("baseline", 512, failure="out of memory"),
+    Run("lightning_moe", 512, [1.0, 1.0, 1.0], [3.0, 3.0, 3.0], [12.0] * 3, [9.0, 7.0, 7.0]),
 ]
 
 
-def test_the_table_gives_medians_after_the_warmup_and_ratios_to_stock():
+def test_the_table_gives_medians_after_the_warmup_and_ratios_to_the_baseline():
     rows = rows_of(RUNS, warmup=1)
-    assert rows[0] == ["256", "1", "stock", "10.00", "6.00", "2.100", "122", "", ""]
+    assert rows[0] == ["256", "1", "baseline", "10.00", "6.00", "2.100", "122", "", ""]
     assert rows[1] == ["256", "1", "lightning_moe", "8.00", "3.00 (0.50)", "1.100 (0.52)", "233", "0.01", ""]
-    assert rows[2] == ["512", "1", "stock", "out of memory", "", "", "", "", ""]
+    assert rows[2] == ["512", "1", "baseline", "out of memory", "", "", "", "", ""]
     assert rows[3] == ["512", "1", "lightning_moe", "12.00", "7.00", "3.000", "171", "", ""]
 
 
-def test_several_devices_are_beside_stock_on_as_many_and_beside_one():
+def test_several_devices_are_compared_with_the_baseline_on_as_many_and_with_one():
     spread = [
-        Run("stock", 256, [2.0, 1.5, 1.0], [9.0, 4.0, 4.0], 6.0, [9.0, 4.0, 4.0], devices=2),
-        Run("lightning_moe", 256, [2.0, 1.5, 1.0], [9.0, 1.1, 1.1], 5.0, [8.0, 3.0, 3.0], devices=2),
+        Run("baseline", 256, [2.0, 1.5, 1.0], [9.0, 4.0, 4.0], [6.0] * 3, [9.0, 4.0, 4.0], devices=2),
+        Run("lightning_moe", 256, [2.0, 1.5, 1.0], [9.0, 1.1, 1.1], [5.0] * 3, [8.0, 3.0, 3.0], devices=2),
     ]
     rows = rows_of(RUNS + spread, warmup=1)
-    assert rows[-2] == ["256", "2", "stock", "6.00", "4.00", "4.000", "128 (1.05)", "", ""]
-    assert rows[-1] == ["256", "2", "lightning_moe", "5.00", "3.00 (0.75)", "1.100 (0.28)", "465 (2.00)", "0", ""]
+    assert rows[2] == ["256", "2", "baseline", "6.00", "4.00", "4.000", "128 (1.05)", "", ""]
+    assert rows[3] == ["256", "2", "lightning_moe", "5.00", "3.00 (0.75)", "1.100 (0.28)", "465 (2.00)", "0", ""]
 
 
 def test_repeats_are_compared_bit_by_bit():
-    same, other = (Run("stock", 8, [loss], [1.0], 1.0, [1.0]) for loss in (1.0, 1.0 + 1e-15))
+    same, other = (Run("baseline", 8, [loss], [1.0], [1.0], [1.0]) for loss in (1.0, 1.0 + 1e-15))
     assert rows_of([same, same], 0)[0][-1] == "same bits"
     assert rows_of([same, other], 0)[0][-1] == "differs"
 
 
-def test_the_plot_shows_where_memory_ran_out(tmp_path):
+def test_the_plot_shows_where_memory_runs_out(tmp_path):
     plot(RUNS, "title", 79.2, tmp_path / "with.png")
     plot([run for run in RUNS if not run.failure], "title", 79.2, tmp_path / "without.png")
     pictures = [imread(tmp_path / name) for name in ("with.png", "without.png")]
@@ -51,70 +51,88 @@ def test_the_plot_shows_where_memory_ran_out(tmp_path):
     assert (pictures[0] != pictures[1]).any()
 
 
-def test_each_sides_configuration(tmp_path):
-    base = Path(compare.TINY)
-    stock, mine = (
-        yaml.safe_load(write_config(base, side, 128, 3, tmp_path / side).read_text())
-        for side in ("stock", "lightning_moe+offload")
+def test_each_variants_configuration(tmp_path):
+    baseline, mine = (
+        yaml.safe_load(write_overlay(whole_step.TINY, variant, 128, 3, tmp_path / variant).read_text())
+        for variant in ("baseline", "lightning_moe+offload")
     )
-    assert stock["model"]["attention"] == "sdpa"
-    assert stock["model"]["liger"] is False
+    assert baseline["model"]["attention"] == "sdpa"
+    assert baseline["model"]["liger"] is False
     assert mine["model"]["offload"] is True
     assert "attention" not in mine["model"]
-    for settings in (stock, mine):
+    for settings in (baseline, mine):
         assert settings["data"]["max_length"] == 128
         names = [callback["class_path"] for callback in settings["trainer"]["callbacks"]]
-        assert names == ["lightning_moe.MoEGateGradCallback", "lightning_moe.MemoryMonitor", "lora.watching.StepSpeed"]
-        assert (settings["trainer"]["devices"], settings["trainer"]["strategy"]) == (1, "auto")
+        assert names == ["lightning_moe.MoEGateGradCallback", "benchmarks.step_recorder.StepRecorder"]
+        assert "strategy" not in settings["trainer"]
 
 
-def test_the_configuration_over_several_devices_is_that_of_the_recipe(tmp_path):
-    base = Path(compare.TINY).with_name("qwen3_30b_a3b.yaml")
-    settings = yaml.safe_load(write_config(base, "stock", 128, 3, tmp_path, devices=2).read_text())["trainer"]
-    wanted = yaml.safe_load(base.with_name("qwen3_30b_a3b_fsdp.yaml").read_text())["trainer"]
-    assert settings["devices"] == wanted["devices"] == 2
-    assert settings["strategy"] == wanted["strategy"]
+def test_the_callbacks_options_are_those_of_the_recipe(tmp_path):
+    base = whole_step.TINY.with_name("qwen3_30b_a3b.yaml")
+    callbacks = yaml.safe_load(base.read_text())["trainer"]["callbacks"]
+    overlay = yaml.safe_load(write_overlay(base, "lightning_moe", 128, 3, tmp_path).read_text())
+    options = [c["init_args"] for c in callbacks if c["class_path"] == "lightning_moe.MoEGateGradCallback"]
+    assert options == [overlay["trainer"]["callbacks"][0]["init_args"]]
+
+
+def test_the_data_are_long_enough_for_a_sequence_on_each_device(tmp_path):
+    settings = yaml.safe_load(write_overlay(whole_step.TINY, "baseline", 9_000, 3, tmp_path, devices=2).read_text())
+    records = [json.loads(line) for line in Path(settings["data"]["source"]).read_text().splitlines()]
+    # A token of a large vocabulary has about four bytes; one document in twenty is held out.
+    assert sum(len(record["prompt"] + record["completion"]) for record in records) * 0.95 / 4 > 2 * 9_000
+
+
+def test_several_devices_shard_the_model(tmp_path):
+    overlay = write_overlay(whole_step.TINY, "baseline", 96, 2, tmp_path, devices=3)
+    command = command_of(whole_step.TINY, overlay, 3, ("--print_config",))
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    trainer = yaml.safe_load(printed)["trainer"]
+    assert trainer["strategy"]["init_args"]["num_ranks"] == trainer["devices"] == 3
 
 
 def test_the_whole_on_the_cpu(tmp_path, capsys):
-    sides = ("stock", "stock+liger", "lightning_moe")
-    compare.main(lengths=(96,), sides=sides, steps=3, warmup=1, out=tmp_path)
-    assert "stock+liger is left out: it needs a GPU" in capsys.readouterr().out
-    results = json.loads((tmp_path / "compare.json").read_text())
-    stock, mine = results["runs"]
-    assert (stock["side"], mine["side"]) == ("stock", "lightning_moe")
-    assert len(stock["losses"]) == len(mine["losses"]) == 3
-    assert max(abs(a - b) for a, b in zip(stock["losses"], mine["losses"], strict=True)) < 1e-4
-    assert stock["losses"][0] != stock["losses"][-1]
-    assert "python recipes/benchmarks/whole_step.py" in (tmp_path / "compare.md").read_text()
-    assert (tmp_path / "compare.png").stat().st_size > 1000
+    variants = ("baseline", "baseline+liger", "lightning_moe")
+    whole_step.main(lengths=(96,), variants=variants, steps=3, warmup=1, out=tmp_path)
+    assert "baseline+liger is left out: it needs a GPU" in capsys.readouterr().out
+    results = json.loads((tmp_path / "whole_step.json").read_text())
+    baseline, mine = results["runs"]
+    assert (baseline["variant"], mine["variant"]) == ("baseline", "lightning_moe")
+    assert len(baseline["losses"]) == len(mine["losses"]) == 3
+    assert max(abs(a - b) for a, b in zip(baseline["losses"], mine["losses"], strict=True)) < 1e-4
+    assert baseline["losses"][0] != baseline["losses"][-1]
+    for one in (baseline, mine):
+        assert [len(one[name]) for name in ("seconds", "peak_gib", "above_gib")] == [3] * 3
+        assert all(0.001 < seconds < 60 for seconds in one["seconds"])
+        assert all(0 <= above < peak < 100 for above, peak in zip(one["above_gib"], one["peak_gib"], strict=True))
+    assert "python recipes/benchmarks/whole_step.py" in (tmp_path / "whole_step.md").read_text()
+    assert (tmp_path / "whole_step.png").stat().st_size > 1000
 
 
-def test_a_side_that_fails_is_named_with_its_output(tmp_path):
+def test_a_variant_that_fails_is_named_with_its_output(tmp_path):
     options = ("--model.rank=-1",)
-    compare.main(lengths=(96,), sides=("lightning_moe",), steps=2, warmup=0, options=options, out=tmp_path)
-    assert "model.rank must be positive" in json.loads((tmp_path / "compare.json").read_text())["runs"][0]["failure"]
+    whole_step.main(lengths=(96,), variants=("lightning_moe",), steps=2, warmup=0, options=options, out=tmp_path)
+    assert "model.rank must be positive" in json.loads((tmp_path / "whole_step.json").read_text())["runs"][0]["failure"]
 
 
-def test_a_side_out_of_memory_is_not_asked_again(tmp_path, monkeypatch):
+def test_a_variant_out_of_memory_is_not_run_again(tmp_path, monkeypatch):
     asked = []
 
-    def run(recipe, side, tokens, *others):
-        asked.append((side, tokens))
-        return Run(side, tokens, failure="out of memory") if side == "stock" else RUNS[1]
+    def run(recipe, variant, tokens, *others):
+        asked.append((variant, tokens))
+        return Run(variant, tokens, failure="out of memory") if variant == "baseline" else RUNS[1]
 
-    monkeypatch.setattr(compare, "run", run)
-    compare.main(lengths=(256, 512), sides=("stock", "lightning_moe"), out=tmp_path)
-    assert asked == [("stock", 256), ("lightning_moe", 256), ("lightning_moe", 512)]
+    monkeypatch.setattr(whole_step, "run", run)
+    whole_step.main(lengths=(256, 512), variants=("baseline", "lightning_moe"), out=tmp_path)
+    assert asked == [("baseline", 256), ("lightning_moe", 256), ("lightning_moe", 512)]
 
 
 def test_brackets_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
-    failed = Run("stock", 256, failure="no option [model.rank] (see output.txt)")
-    monkeypatch.setattr(compare, "run", lambda *_: failed)
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--sides", "[stock, lightning_moe]"])
-    compare.main(lengths=(256,), sides=("stock",), out=tmp_path)
+    failed = Run("baseline", 256, failure="no option [model.rank] (see output.txt)")
+    monkeypatch.setattr(whole_step, "run", lambda *_: failed)
+    monkeypatch.setattr(sys, "argv", ["whole_step.py", "--variants", "[baseline, lightning_moe]"])
+    whole_step.main(lengths=(256,), variants=("baseline",), out=tmp_path)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "--sides [stock, lightning_moe]" in printed
+    assert "--variants [baseline, lightning_moe]" in printed
     assert printed.count("no option [model.rank]") == 2
 
 
@@ -125,12 +143,12 @@ BAD = (
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
-def test_bad_arguments_are_refused(bad, tmp_path):
-    with pytest.raises(SystemExit, match="compare needs at least one|there is no nowhere.yaml|--devices takes"):
-        compare.main(out=tmp_path, **bad)
+def test_bad_arguments_are_named(bad, tmp_path):
+    with pytest.raises(SystemExit, match="whole_step needs at least one|there is no nowhere.yaml|--devices takes"):
+        whole_step.main(out=tmp_path, **bad)
 
 
 def test_the_command_line_reaches_the_function():
-    command = [sys.executable, str(Path(compare.__file__)), "--recipe=nowhere.yaml"]
+    command = [sys.executable, str(Path(whole_step.__file__)), "--recipe=nowhere.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "there is no nowhere.yaml" in done.stderr

@@ -1,0 +1,1 @@
+"""Adapter files that other programs read."""

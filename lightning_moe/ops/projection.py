@@ -1,0 +1,97 @@
+"""Rows times their expert's weight, with its low-rank updates beside it, and the sum over a token's experts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moe.ops.grouped import combine, grouped_linear
+from lightning_moe.ops.low_rank import LowRank, join
+from lightning_moe.ops.routing import Routing
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Rows times their expert's W + BA, the sum never formed; `mT` takes a gradient back.
+
+    Attributes:
+        weight: (E, in, out), a view of W.
+        a: (E, in, R), A1 or A2, from the input to the rank; None where there are none.
+        b: (E, R, out), B, from the rank to the output.
+    """
+
+    weight: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, updates: list[LowRank], is_transposed: bool) -> "Projection":
+        """The projection in the layout that the products take."""
+        a, b = join(updates, weight.dtype) if updates else (None, None)
+        view = weight if is_transposed else weight.mT
+        return cls(view, None if a is None else a.mT, None if b is None else b.mT)
+
+    @property
+    def mT(self) -> "Projection":  # noqa: N802
+        """What takes a gradient back through the projection."""
+        return Projection(self.weight.mT, None if self.b is None else self.b.mT, None if self.a is None else self.a.mT)
+
+    def to_rank(self, rows: Tensor, routing: Routing, tiles: Tensor | None, *, gather: bool = False) -> Tensor | None:
+        """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
+        if self.a is None:
+            return None
+        return grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
+
+    def project(
+        self,
+        rows: Tensor,
+        in_rank: Tensor | None,
+        routing: Routing,
+        tiles: Tensor | None,
+        *,
+        gather: bool = False,
+        columns: slice = slice(None),
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """(S, out), or some columns of it; `in_rank` is what `to_rank` made of the rows, `bias` (E, out) is added."""
+        low_rank = None if self.b is None or in_rank is None else (in_rank, self.b[..., columns])
+        tokens = routing.tokens if gather else None
+        return grouped_linear(
+            rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank,
+            bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(),
+        )  # fmt: skip
+
+
+def pre_activation(
+    x: Tensor, up: Projection, bias: Tensor | None, routing: Routing, tiles: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The pre-activation h (S, N), and x A1ᵀ (S, R) where W1 has updates."""
+    in_rank = up.to_rank(x, routing, tiles, gather=True)
+    h = up.project(x, in_rank, routing, tiles, gather=True, bias=bias)
+    return h, in_rank
+
+
+def project_and_combine(
+    rows: Tensor,
+    projection: Projection,
+    in_rank: Tensor | None,
+    routing: Routing,
+    tiles: Tensor | None,
+    routing_weights: Tensor | None,
+    buffer_columns: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Each row projected, summed over the slots: (S, in) to (T, H).
+
+    The hidden features are independent here, so a bounded buffer takes some of them at a time and all rows: the
+    products stay as efficient as they were, and nothing needs to be accumulated.
+    """
+    num_tokens, hidden = routing.num_rows // routing.top_k, projection.weight.shape[2]
+    inverse = routing.inverse.view(num_tokens, routing.top_k)
+    output = rows.new_empty(num_tokens, hidden, dtype=out_dtype)
+    for start in range(0, hidden, buffer_columns):
+        columns = slice(start, min(start + buffer_columns, hidden))
+        part = projection.project(rows, in_rank, routing, tiles, columns=columns)
+        combine(part, inverse, routing_weights, output, start)
+        del part
+    return output

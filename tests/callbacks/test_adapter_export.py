@@ -1,0 +1,88 @@
+"""AdapterExport: folders at the end of a fit, and a description in checkpoints that needs no base model."""
+
+import pytest
+import torch
+from helpers.models import Tiny, gpt_oss, qwen3, with_attention_lora, with_expert_lora
+from helpers.training import LIGHTNING_WARNINGS, fit, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
+
+from lightning_moe import AdapterExport, export_adapter
+from lightning_moe.adapters.files import CONFIG, WEIGHTS
+from lightning_moe.cli import main
+
+pytestmark = LIGHTNING_WARNINGS
+
+
+def expert_lora():
+    return with_expert_lora(qwen3())
+
+
+def is_same_adapter(one, other):
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (one, other))
+    same_tensors = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return same_tensors and (one / CONFIG).read_text() == (other / CONFIG).read_text()
+
+
+@pytest.mark.parametrize("layouts", [("fused",), ("per_expert",), ("fused", "per_expert")])
+def test_writes_a_folder_for_each_layout(tmp_path, layouts):
+    callback = AdapterExport(layouts)
+    module = fit(tmp_path, Tiny(expert_lora), callback)
+    names = {"fused": "adapter", "per_expert": "adapter_per_expert"}
+    assert callback.folders == {layout: tmp_path / names[layout] for layout in layouts}
+    for layout, folder in callback.folders.items():
+        export_adapter(module, tmp_path / "wanted" / layout, layout)
+        assert is_same_adapter(folder, tmp_path / "wanted" / layout)
+
+
+def test_an_earlier_runs_adapter_stays(tmp_path):
+    folders = []
+    for _ in range(2):
+        callback = AdapterExport()
+        fit(tmp_path, Tiny(expert_lora), callback, max_steps=1)
+        folders.append(callback.folders["fused"].name)
+    assert folders == ["adapter", "adapter-1"]
+
+
+def test_nothing_is_written_where_a_fit_fails(tmp_path):
+    module, callback = Tiny(expert_lora), AdapterExport()
+    module.training_step = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, callback)
+    assert callback.folders == {}
+    assert not list(tmp_path.glob("adapter*"))
+
+
+def test_a_checkpoint_becomes_the_same_adapter_on_the_command_line(tmp_path, capsys):
+    callback, saving = AdapterExport(), ModelCheckpoint(tmp_path, "last", every_n_train_steps=4)
+    fit(tmp_path, Tiny(expert_lora), callback, saving, enable_checkpointing=True)
+    main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "again")])
+    assert is_same_adapter(tmp_path / "again", callback.folders["fused"])
+    assert "fused adapter written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("build", "layouts", "words"),
+    [
+        (qwen3, ("fused",), "holds 0 PEFT models and must hold one"),
+        (lambda: with_expert_lora(gpt_oss()), ("per_expert",), "layout is not known for the model type"),
+    ],
+)
+def test_an_adapter_that_cannot_be_written_is_an_error_before_training(tmp_path, build, layouts, words):
+    module = Tiny(build)
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer(tmp_path, AdapterExport(layouts)).fit(module)
+    assert module.losses == []
+
+
+@pytest.mark.parametrize("layouts", ["fused", ["square"]])
+def test_a_layout_that_does_not_exist_is_an_error(layouts):
+    with pytest.raises(MisconfigurationException, match="layouts must be a list of fused, per_expert"):
+        AdapterExport(layouts)
+
+
+def test_a_model_without_expert_adapters_has_one_too(tmp_path):
+    callback = AdapterExport(("fused", "per_expert"))
+    fit(tmp_path, Tiny(lambda: with_attention_lora(qwen3())), callback, max_steps=1)
+    assert is_same_adapter(*callback.folders.values())

@@ -38,13 +38,19 @@ class RunReport(Callback):
     `held_out` and `report()`. The answer is to the first prompt held out that is not empty.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run."""
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._losses: list[Tensor] = []
         self._validation_losses: list[Tensor] = []
         self._peak_gib = 0.0
         self._example: Any = None
         self._answers: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier run; an exception may come before this."""
+        self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The patch report and the data's."""

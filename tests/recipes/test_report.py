@@ -181,6 +181,13 @@ def test_no_report_of_a_run_that_did_not_train(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_an_error_before_setup_is_shown_as_it_is(tmp_path, monkeypatch):
+    module = Trained()
+    monkeypatch.setattr(module, "prepare_data", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, module)
+
+
 def test_an_exception_after_an_earlier_fit_repeats_no_report(tmp_path):
     fitting = trainer(tmp_path, RunReport(), enable_checkpointing=False)
     fitting.fit(Trained(), datamodule=Data())

@@ -29,7 +29,8 @@ except ModuleNotFoundError as error:  # the operation, in `lightning_moe.ops`, n
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            raise ImportError(f"lightning_moe.{name} needs {_missing.name}: pip install lightning_moe") from _missing
+            package = str(_missing.name).partition(".")[0]
+            raise ImportError(f"lightning_moe.{name} needs {package}: pip install lightning_moe") from _missing
         raise AttributeError(f"module 'lightning_moe' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""The package as a whole: what it exports, what it imports, and that it needs neither Triton nor a GPU."""
+"""The package as a whole: its public names, its floors by imports, and what it does without."""
 
 import ast
 import runpy
@@ -11,7 +11,6 @@ import pytest
 import lightning_moe
 
 ROOT = Path(lightning_moe.__file__).parents[1]
-BLOCK = "import sys; sys.modules['{}'] = None; import lightning_moe"
 
 
 def imported(path):
@@ -27,12 +26,6 @@ def test_public_names():
     assert all(getattr(lightning_moe, name).__doc__ for name in lightning_moe.__all__)
 
 
-@pytest.mark.parametrize(("module", "is_needed"), [("triton", False), ("torch", True)])
-def test_imports_without_triton(module, is_needed):
-    done = subprocess.run([sys.executable, "-c", BLOCK.format(module)], capture_output=True, cwd=ROOT, check=False)
-    assert (done.returncode != 0) == is_needed, done.stderr.decode()
-
-
 def test_the_package_imports_neither_recipes_nor_tests():
     names = {name for path in (ROOT / "lightning_moe").rglob("*.py") for name in imported(path)}
     assert "lightning_moe.ops.experts" in names
@@ -44,21 +37,16 @@ def test_recipes_import_public_names_only():
         assert not [name for name in imported(path) if name and name.startswith("lightning_moe.")]
 
 
+# Lowest first: arithmetic, knowledge of other libraries, what patches and measures a model, a Trainer's hooks.
 FLOORS = [
     {"ops"},
+    {"integrations"},
     {
-        "integrations",
-        "health",
-        "metrics",
-        "patch_report",
-        "discovery",
-        "patching",
-        "adapter_updates",
-        "adapters",
-        "export",
+        "activation_estimate", "adapter_updates", "adapters", "discovery", "dispatch", "expert_load", "health",
+        "layer_patch", "metrics", "patch_report", "patching", "saved_activations", "unmerged_lora",
     },
-    {"callbacks"},
-]
+    {"callbacks", "cli", "__main__"},
+]  # fmt: skip
 
 
 def floor(module):
@@ -67,19 +55,32 @@ def floor(module):
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def ours():
-    for path in (ROOT / "lightning_moe").rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def above(root):
+    """(module, import) of whatever a package in a folder imports from above its own floor, or from its front door."""
+    for path in sorted((root / "lightning_moe").rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         if module != "lightning_moe":
-            yield module, {name for name in imported(path) if name.startswith("lightning_moe.")}
+            ours = (name for name in imported(path) if name.partition(".")[0] == "lightning_moe")
+            yield from ((module, name) for name in ours if "." not in name or floor(name) > floor(module))
 
 
 def test_no_floor_imports_one_above_it():
-    for module, names in ours():
-        assert all(floor(name) <= floor(module) for name in names), module
+    assert list(above(ROOT)) == []
 
 
-def test_arithmetic_imports_torch_alone():
+def test_the_floors_check_fails_on_an_import_from_above(tmp_path):
+    for room, line in (
+        ("ops", "from lightning_moe.integrations.support import Unsupported"),
+        ("integrations", "import lightning_moe.health"),
+        ("adapters", "from lightning_moe import patch_moe"),
+        ("callbacks", "from lightning_moe.ops import experts"),
+    ):
+        (tmp_path / "lightning_moe" / room).mkdir(parents=True)
+        (tmp_path / "lightning_moe" / room / "module.py").write_text(line)
+    assert [module.split(".")[1] for module, _ in above(tmp_path)] == ["adapters", "integrations", "ops"]
+
+
+def test_ops_imports_torch_alone():
     allowed = {"torch", "triton", "lightning_moe", *sys.stdlib_module_names}
     for path in (ROOT / "lightning_moe" / "ops").glob("*.py"):
         assert {name.split(".")[0] for name in imported(path)} <= allowed, path
@@ -98,8 +99,32 @@ def test_the_readmes_versions_are_those_of_ci():
 
 
 def test_the_designs_names_are_public():
-    asked = {"MoEGateGradCallback", "MemoryMonitor", "PatchReport", "patch_moe", "unpatch_moe", "gategrad"}
-    assert asked | {"moe_experts"} <= set(lightning_moe.__all__)
+    asked = {
+        "MoEGateGradCallback", "MemoryMonitor", "ExpertLoadMonitor", "AdapterUpdateCheck", "AdapterExport",
+        "PatchReport", "patch_moe", "unpatch_moe", "gategrad", "moe_experts", "LowRank", "export_adapter",
+    }  # fmt: skip
+    assert asked <= set(lightning_moe.__all__)
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+import lightning_moe.ops
+assert lightning_moe.ops.moe_experts is lightning_moe.moe_experts and lightning_moe.LowRank
+assert not hasattr(lightning_moe, "no_such_name")
+lightning_moe.MoEGateGradCallback
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [(["peft", "lightning", "transformers", "torchmetrics"], "peft"), (["lightning"], "lightning")],
+)
+def test_ops_imports_where_a_dependency_is_missing_and_the_callback_names_it(missing, named):
+    code = WITHOUT.format(missing=missing)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    error = done.stderr.strip().splitlines()[-1]
+    assert error == f"ImportError: lightning_moe.MoEGateGradCallback needs {named}: pip install lightning_moe"
 
 
 WITHOUT_TRITON = """
@@ -107,21 +132,23 @@ import os, sys
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.modules["triton"] = None
 import torch
-from lightning_moe import moe_experts
+from lightning_moe import MoEGateGradCallback, moe_experts
 hidden = torch.randn(4, 8, requires_grad=True)
 gates = torch.rand(4, 2, requires_grad=True)
 index = torch.tensor([[0, 1]]).expand(4, 2)
 moe_experts(hidden, index, gates, torch.randn(2, 8, 8), torch.randn(2, 8, 4)).sum().backward()
 assert gates.grad.abs().sum() > 0
-assert not [name for name in sys.modules if name.startswith("lightning_moe.triton")]
+assert "lightning_moe.ops.triton_kernels" not in sys.modules
 """
 
 
-def test_trains_without_triton_and_without_a_gpu():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+@pytest.mark.parametrize(("missing", "is_needed"), [("triton", False), ("torch", True)])
+def test_trains_without_triton_and_without_a_gpu(missing, is_needed):
+    code = WITHOUT_TRITON.replace("triton", missing, 1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode != 0) == is_needed, done.stderr
 
 
-def test_the_import_check_sees_a_forbidden_import(tmp_path):
+def test_the_import_check_fails_on_a_forbidden_import(tmp_path):
     (tmp_path / "bad.py").write_text("from recipes import qwen3_lora\nimport tests.reference\n")
     assert list(imported(tmp_path / "bad.py")) == ["recipes", "tests.reference"]

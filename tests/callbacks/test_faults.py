@@ -1,13 +1,16 @@
-"""Faults: whatever raises, wherever, leaves the model as it was, and the same callbacks train it again."""
+"""Faults: after an exception in any hook the model is fully restored, and the same callbacks train it again."""
 
 import copy
 import inspect
 import signal
+from itertools import product
 
 import pytest
 import torch
 from helpers.models import Tiny, experts_modules, qwen3, tokens, with_expert_lora
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers.training import LIGHTNING_WARNINGS
+from helpers.training import trainer as make_trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -16,14 +19,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moe import MemoryMonitor, MoEGateGradCallback, gategrad
-from lightning_moe.ops import experts
+from lightning_moe import AdapterUpdateCheck, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback, gategrad
+from lightning_moe.callbacks import front
+from lightning_moe.ops import experts, projection
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
-    pytest.mark.filterwarnings("ignore:.*predict_dataloader"),
+    *LIGHTNING_WARNINGS,
     pytest.mark.filterwarnings("ignore:.*does not have a .LearningRateScheduler"),
 ]
 
@@ -96,18 +97,16 @@ def raises(error, after=None):
 
 
 def trainer(folder, *callbacks, **options):
-    options = {"max_epochs": 2, "limit_val_batches": 1, "num_sanity_val_steps": 1} | options
-    return Trainer(
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        logger=DummyLogger(),
-        accelerator="cpu",
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        **options,
-    )
+    """As `helpers.training` has it, with validation and without a file of metrics."""
+    defaults = {
+        "max_epochs": 2,
+        "max_steps": -1,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 1,
+        "logger": DummyLogger(),
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    }
+    return make_trainer(folder, *callbacks, **defaults | options)
 
 
 def one_layer():
@@ -115,7 +114,10 @@ def one_layer():
 
 
 def ours():
-    return [MoEGateGradCallback(audit_every_n_steps=1), MemoryMonitor(measure_activations_at_step=0)]
+    return [
+        MoEGateGradCallback(audit_every_n_steps=1), MemoryMonitor(measure_activations_at_step=0), ExpertLoadMonitor(),
+        AdapterUpdateCheck(after_n_steps=2),
+    ]  # fmt: skip
 
 
 def contents(network):
@@ -142,26 +144,25 @@ class Before:
         self.keys = list(module.network.state_dict())
         self.twin = copy.deepcopy(module.network)
 
-    def check(self, callbacks, strategy=None):
-        """Fails unless the model is stock, bit for bit, and nobody holds on to it."""
-        self.check_contents(callbacks, strategy)
+    def check(self, running=None):
+        """Fails unless the model is fully restored, bit for bit, and the Trainer and its callbacks let go of it."""
+        self.check_contents(running)
         self.twin.load_state_dict(self.module.network.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(outcome(self.module.network), outcome(self.twin), strict=True))
 
-    def check_contents(self, callbacks, strategy):
+    def check_contents(self, running):
         """The same, by what is where."""
         now = contents(self.module.network)
         assert now.keys() == self.contents.keys()
         assert [place for place, value in now.items() if value is not self.contents[place]] == []
         assert list(self.module.network.state_dict()) == self.keys
-        for callback in callbacks:
-            if isinstance(callback, MoEGateGradCallback):
-                assert callback.report is callback._adapters is callback._strategy is None
-                assert callback._touched == []
-        assert strategy is None or "on_exception" not in vars(strategy)
+        if running is not None:
+            assert "on_exception" not in vars(running.strategy)
+            assert not any(type(callback).__module__ == front.__name__ for callback in running.callbacks)
+            assert all(callback.report is None for callback in running.callbacks if hasattr(callback, "report"))
 
     def check_second_fit(self, folder, callbacks):
-        """Fails unless the same callbacks train the model now, and leave it stock."""
+        """Fails unless the same callbacks train the model now, and restore it."""
         module = self.module.train()
         module.was_patched.clear()
         module.batch_size = 2  # whatever a tuner made of it
@@ -171,11 +172,11 @@ class Before:
         assert module.was_patched == [True]
         moved = [not torch.equal(a, b) for a, b in zip(previous, module.network.parameters(), strict=True)]
         assert any(moved)
-        self.check_contents(callbacks, fitting.strategy)
+        self.check_contents(fitting)
 
 
 def outcome(network):
-    """The logits of a stock forward and the gradients of a stock backward."""
+    """The logits and the gradients of one forward and backward."""
     network.train().zero_grad()
     output = network(input_ids=tokens(), labels=tokens())
     output.loss.backward()
@@ -202,7 +203,7 @@ def run(entry, module, callbacks, folder, checkpoint):
     try:
         getattr(running, entry)(module, **options)
     finally:
-        module.strategy = running.strategy
+        module.last_trainer = running
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ def check_fault(entry, where, hook, error, folder, checkpoint, build=one_layer):
     with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else type(error)) as caught:
         run(entry, module, listed, folder, checkpoint)
     assert caught.value is error or isinstance(error, KeyboardInterrupt)
-    before.check(callbacks, module.strategy)
+    before.check(module.last_trainer)
     delattr(place, hook)
     vars(module).pop("training_step", None)
     before.check_second_fit(folder, callbacks)
@@ -236,7 +237,7 @@ def test_an_exception_in_any_hook(tmp_path, checkpoint, entry, where, hook):
 
 
 @pytest.mark.parametrize("entry", ["fit", "validate", "test", "predict"])
-def test_what_is_named_as_not_called_is_not(tmp_path, checkpoint, entry):
+def test_methods_listed_as_no_hooks_are_not_called(tmp_path, checkpoint, entry):
     module = Module(one_layer)
     for name in NOT_CALLED.keys() - {"configure_sharded_model"}:
         setattr(module, name, raises(Fault(name)))
@@ -268,7 +269,7 @@ def with_adapters():
 
 
 @pytest.mark.parametrize(("entry", "where", "hook"), SOME)
-def test_an_exception_in_a_hook_while_adapters_are_kept_apart(tmp_path, entry, where, hook):
+def test_an_exception_in_a_hook_with_unmerged_adapters(tmp_path, entry, where, hook):
     check_fault(entry, where, hook, Fault(), tmp_path, None, with_adapters)
 
 
@@ -301,7 +302,7 @@ def test_an_exception_while_a_tuner_runs(tmp_path, find, hook, error):
     tuning = trainer(tmp_path, *callbacks, num_sanity_val_steps=0)
     with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else type(error)):
         find(Tuner(tuning), module)
-    before.check(callbacks, tuning.strategy)
+    before.check(tuning)
     delattr(module, hook)
     before.check_second_fit(tmp_path, callbacks)
 
@@ -320,7 +321,7 @@ def test_out_of_memory_under_the_batch_size_finder(tmp_path):
     tuning = trainer(tmp_path, *callbacks, num_sanity_val_steps=0)
     find_batch_size(Tuner(tuning), module)
     assert module.batch_size == 2
-    before.check(callbacks, tuning.strategy)
+    before.check(tuning)
     del module.training_step
     module.num_batches = 2
     before.check_second_fit(tmp_path, callbacks)
@@ -338,7 +339,7 @@ class Listening(SingleDeviceStrategy):
 
 
 @pytest.mark.parametrize("find", [None, find_learning_rate])
-def test_the_strategy_hears_of_the_exception_as_it_would_without_us(tmp_path, find):
+def test_the_strategys_on_exception_is_called_once(tmp_path, find):
     module, error = Module(one_layer), Fault()
     module.training_step = raises(error)
     running = trainer(tmp_path, *ours(), strategy=Listening())
@@ -347,7 +348,7 @@ def test_the_strategy_hears_of_the_exception_as_it_would_without_us(tmp_path, fi
     assert running.strategy.heard == [error]
 
 
-def test_a_hook_that_somebody_put_on_the_strategy_is_heard_and_kept(tmp_path):
+def test_an_on_exception_put_on_the_strategy_is_called_and_kept(tmp_path):
     module, error, heard = Module(one_layer), Fault(), []
     module.training_step = raises(error)
     running = trainer(tmp_path, *ours())
@@ -372,7 +373,7 @@ def test_sigterm(tmp_path, hook, build):
     running = trainer(tmp_path, *callbacks, num_sanity_val_steps=0)
     with pytest.raises(SIGTERMException):
         running.fit(module)
-    before.check(callbacks, running.strategy)
+    before.check(running)
     delattr(module, hook)
     before.check_second_fit(tmp_path, callbacks)
 
@@ -397,15 +398,16 @@ def fail_at(monkeypatch, call, error):
 
         return count
 
-    for name in OPERATIONS:
-        monkeypatch.setattr(experts, name, counted(name, getattr(experts, name)))
+    for name, module in product(OPERATIONS, (experts, projection)):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     return calls
 
 
 @pytest.mark.parametrize("build", [one_layer, with_adapters])
 @pytest.mark.parametrize("recompute_gate_up", [False, True])
 def test_an_exception_in_any_part_of_the_operation(monkeypatch, build, recompute_gate_up):
-    """The model is stock after the block, and inside it the next forward and backward are those of no failure."""
+    """The model is restored after the block, and inside it the next forward and backward are as without a failure."""
     module = Module(build)
     before = Before(module)
     with gategrad(module, recompute_gate_up=recompute_gate_up), monkeypatch.context() as patch:
@@ -419,7 +421,7 @@ def test_an_exception_in_any_part_of_the_operation(monkeypatch, build, recompute
                 with pytest.raises(torch.OutOfMemoryError, match=f"call {call}$"):
                     outcome(module.network)
             assert all(torch.equal(a, b) for a, b in zip(outcome(module.network), want, strict=True))
-        before.check([])
+        before.check()
 
 
 class FailingSiLU(nn.SiLU):
@@ -447,5 +449,5 @@ def test_an_activation_that_fails(tmp_path, monkeypatch, hook):
     assert len(module.losses) == (hook == "on_before_backward")
     delattr(module, hook)
     monkeypatch.undo()
-    before.check(callbacks, running.strategy)
+    before.check(running)
     before.check_second_fit(tmp_path, callbacks)

@@ -7,11 +7,10 @@ from typing import Any
 
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from lightning_moe.integrations.peft_experts import foreign_parametrization, wrappers_around
 from lightning_moe.integrations.support import Unsupported, unsupported
+from lightning_moe.integrations.torch_modules import is_plain
 from lightning_moe.integrations.transformers_dispatch import unsupported_dispatch
 from lightning_moe.integrations.transformers_experts import (
     FLAGS,
@@ -143,8 +142,7 @@ def unsupported_parametrization(module: Any, spec: ExpertsSpec) -> Unsupported |
 def unsupported_tensors(weights: ExpertWeights) -> Unsupported | None:
     """Why the operation cannot compute with these tensors, which are full."""
     for name, weight in zip(weights._fields[:2], weights[:2], strict=True):
-        is_plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__  # as Parameter and FSDP1's are
-        if not (is_plain or isinstance(weight, (DTensor, FakeTensor))):
+        if not is_plain(weight):
             return unsupported("tensor_class", name=name, tensor_class=type(weight).__name__)
     problem = unsupported_weights(weights.gate_up_proj, weights.down_proj)
     return unsupported("weights", problem=problem) if problem else None
@@ -152,7 +150,7 @@ def unsupported_tensors(weights: ExpertWeights) -> Unsupported | None:
 
 def other_parameters(module: Any) -> list[str]:
     """The names of an experts module's parameters beside the experts' own weights, such as those of its activation."""
-    own = {f"{stem}{end}" for stem in read_spec(module).stems for end in ("", "_bias")}
+    own = {name for stem in read_spec(module).stems for name in (stem, f"{stem}_bias")}
     return [name for name, _ in module.named_parameters() if name not in own]
 
 

@@ -22,6 +22,7 @@ from lightning_moe.discovery import (
 )
 from lightning_moe.integrations.peft_experts import active_adapters, low_rank, unsupported_layout
 from lightning_moe.integrations.support import Unsupported, unsupported
+from lightning_moe.integrations.torch_modules import replaced_parameters
 from lightning_moe.integrations.transformers_dispatch import (
     IMPLEMENTATION,
     implementation_of,
@@ -180,13 +181,10 @@ def _bytes_saved(patch: LayerPatch, spec: ExpertsSpec, weights: ExpertWeights, u
 @contextmanager
 def _merged(module: Any, updates: Updates) -> Iterator[None]:
     """Has the module's parameters be the sums of weight and updates, for the default implementation to compute with."""
-    kept, is_transposed = {name: module._parameters[name] for name in updates}, read_flags(module).is_transposed
-    try:
-        for name, weight in kept.items():
-            module._parameters[name] = merge(weight, updates[name], is_transposed=is_transposed)
+    is_transposed = read_flags(module).is_transposed
+    merged = {name: merge(getattr(module, name), found, is_transposed=is_transposed) for name, found in updates.items()}
+    with replaced_parameters(module, merged):
         yield
-    finally:
-        module._parameters.update(kept)
 
 
 def _needs_gradient(module: nn.Module, *inputs: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.discovery import MoELayer, find_moe_layers
+from lightning_moe.integrations.peft_experts import enclosing_names
 from lightning_moe.layer_patch import default_implementation
 
 
@@ -51,9 +52,7 @@ def measure_moe_activations(model: nn.Module) -> Iterator[list[SavedActivations]
     measured: list[SavedActivations] = []
     handles = []
     for layer in find_moe_layers(model):
-        outermost = layer.name
-        while outermost.endswith((".base_layer", "._orig_mod")):
-            outermost = outermost.rpartition(".")[0]
+        *_, outermost = (layer.name, *enclosing_names(layer.name))
         handles.append(_measure_first_run(layer, model.get_submodule(outermost), measured))
     try:
         yield measured

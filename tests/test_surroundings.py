@@ -1,4 +1,4 @@
-"""What stands around a patched model: loss scaling, threads, other models, averaged copies, compilers and exports."""
+"""Patched models under loss scaling, threads, weight averaging, torch.compile, torch.export and generate."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,9 @@ from helpers.models import (
     with_attention_lora,
     with_expert_lora,
 )
+from helpers.patching import agree, equal, gradients, merging_calls, num_active_executions
 from helpers.reference import relative_error
+from helpers.training import LIGHTNING_WARNINGS
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
@@ -24,14 +26,9 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CompileConfig
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, unpatch_moe
-from lightning_moe.layer_patch import patch_of, patched_modules
+from lightning_moe.layer_patch import patched_modules
 
-
-def gradients(model, seed=0):
-    model.zero_grad()
-    loss = model(input_ids=tokens(seed=seed), labels=tokens(seed=seed)).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+pytestmark = LIGHTNING_WARNINGS
 
 
 def scaled_steps(model, scale):
@@ -51,7 +48,7 @@ def scaled_steps(model, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
-def test_a_grad_scaler_takes_and_skips_the_same_steps(scale, dtype):
+def test_grad_scaler_takes_and_skips_the_same_steps(scale, dtype):
     def model():
         torch.manual_seed(0)
         made = with_attention_lora(qwen3())
@@ -60,41 +57,39 @@ def test_a_grad_scaler_takes_and_skips_the_same_steps(scale, dtype):
         return made
 
     start = [p.detach() for p in model().parameters()]
-    losses, stock_scale, stock_weights = scaled_steps(model(), scale)
+    losses, baseline_scale, baseline_weights = scaled_steps(model(), scale)
     ours = model()
     with gategrad(ours):
         our_losses, our_scale, our_weights = scaled_steps(ours, scale)
-    assert our_scale == stock_scale
+    assert our_scale == baseline_scale
     assert our_losses == pytest.approx(losses, rel=2e-3)
-    moved = [not torch.equal(a, b) for a, b in zip(stock_weights, start, strict=True)]
+    moved = [not torch.equal(a, b) for a, b in zip(baseline_weights, start, strict=True)]
     assert moved == [not torch.equal(a, b) for a, b in zip(our_weights, start, strict=True)]
     assert any(moved) == (scale < 2**20)  # the large scale overflows: every step is skipped
-    for a, b in zip(our_weights, stock_weights, strict=True):
+    for a, b in zip(our_weights, baseline_weights, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
 
 def test_threads_and_models_do_not_share_state():
     models = [qwen3(), mixtral(), gpt_oss(), copy.deepcopy(qwen3())]
-    expected = [[gradients(model, seed) for seed in range(4)] for model in models]
-    for model in models[:3]:  # the last one runs stock code beside them
-        patch_moe(model)
-    alone = [[gradients(model, seed) for seed in range(4)] for model in models]
 
     def run(model):
-        return [gradients(model, seed) for seed in range(4)]
+        return [gradients(model, tokens(seed=seed)) for seed in range(4)]
 
+    baseline = [run(model) for model in models]
+    for model in models[:3]:  # the last one runs the default implementation beside them
+        patch_moe(model)
+    serial = [run(model) for model in models]
     with ThreadPoolExecutor(len(models)) as pool:
         together = list(pool.map(run, models))
-    for model, found, mine, stock in zip(models, together, alone, expected, strict=True):
-        for ours, serial, theirs in zip(found, mine, stock, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, serial, strict=True))
-            for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for model, threaded, alone, expected in zip(models, together, serial, baseline, strict=True):
+        assert all(map(equal, threaded, alone))
+        assert all(map(agree, threaded, expected))
         unpatch_moe(model)
         assert not is_patched(model)
 
 
-def test_patching_in_one_thread_leaves_another_models_run_alone():
+def test_patching_in_one_thread_does_not_change_another_models_run():
     busy, other = qwen3(), qwen3()
     expected = gradients(busy)
 
@@ -106,7 +101,7 @@ def test_patching_in_one_thread_leaves_another_models_run_alone():
         patching = pool.map(patch_and_unpatch, range(5))
         found = [gradients(busy) for _ in range(10)]
         list(patching)
-    assert all(torch.equal(a, b) for run in found for a, b in zip(run, expected, strict=True))
+    assert all(equal(run, expected) for run in found)
     assert not is_patched(other)
 
 
@@ -118,13 +113,10 @@ def average_late(_):
     return StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
 @pytest.mark.filterwarnings("ignore:.*overrides the configure_model")
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler")
-@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 @pytest.mark.parametrize("averaging", [average, average_late])
-def test_averaged_weights_are_those_of_stock_code(tmp_path, averaging):
+def test_weight_averaging_gives_the_default_implementations_weights(tmp_path, averaging):
     def fit(*callbacks):
         torch.manual_seed(0)
         module, other = Tiny(), averaging(None)
@@ -134,11 +126,11 @@ def test_averaged_weights_are_those_of_stock_code(tmp_path, averaging):
         ).fit(module)  # fmt: skip
         return module
 
-    stock, ours = fit(), fit(MoEGateGradCallback())
+    baseline, ours = fit(), fit(MoEGateGradCallback())
     start = Tiny()
     assert ours.was_patched[0]
     assert not patched_modules(ours)
-    for (name, a), b, c in zip(ours.named_parameters(), stock.parameters(), start.parameters(), strict=True):
+    for (name, a), b, c in zip(ours.named_parameters(), baseline.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
         assert not torch.equal(b, c), name
 
@@ -193,10 +185,10 @@ def fresh_compiler():
         (with_merged_adapters, "grouped_mm"),
     ],
 )
-def test_a_patched_model_compiles_in_one_graph_where_nothing_needs_a_gradient(build, implementation):
+def test_compile_fullgraph_where_nothing_needs_a_gradient(build, implementation):
     model = build()
     for experts in experts_modules(model):
-        experts.config._experts_implementation_internal = implementation
+        experts.config._experts_implementation = implementation
     patch_moe(model)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens()).logits
@@ -205,38 +197,40 @@ def test_a_patched_model_compiles_in_one_graph_where_nothing_needs_a_gradient(bu
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_frozen_model_compiles_in_one_graph_outside_of_no_grad():
+def test_compile_fullgraph_of_a_frozen_model_outside_of_no_grad():
     model = one_layer().requires_grad_(False)
-    stock = model(input_ids=tokens()).logits
+    baseline = model(input_ids=tokens()).logits
     patch_moe(model)
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens()).logits, stock)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens()).logits, baseline)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
-def test_a_model_compiled_for_inference_runs_the_operation_once_it_trains():
+def test_a_model_compiled_for_inference_runs_the_operation_in_training():
     model = one_layer()
-    stock = gradients(model)
+    baseline = gradients(model)
     patch_moe(model)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(input_ids=tokens())
-    ours = gradients(compiled)
-    assert patch_of(experts_modules(model)[0]).health.drain(1).active_layers == 1
-    assert max(relative_error(a, b) for a, b in zip(ours, stock, strict=True)) < 2e-5
+    ours = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(compiled).items()}
+    assert num_active_executions(model) == [1]
+    assert agree(ours, baseline)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_adapters_stay_apart_in_a_compiled_model_without_gradients():
+def test_adapters_stay_unmerged_in_a_compiled_model_without_gradients():
     """PEFT's own forward breaks the graph there too, so nothing is lost by computing without a merged weight."""
     model = with_expert_lora(one_layer()).eval()
     with torch.no_grad():
-        stock = model(input_ids=tokens()).logits
+        with merging_calls(model) as merging:
+            baseline = model(input_ids=tokens()).logits
+            assert merging == experts_modules(model)
         patch_moe(model)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("peft.tuners.lora.ParamWrapper._activate_lora", None)
+        with merging_calls(model) as merging:
             compiled = torch.compile(model, backend="eager")(input_ids=tokens()).logits
-    assert relative_error(compiled, stock) < 1e-5
+        assert merging == []
+    assert relative_error(compiled, baseline) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of Transformers' own
@@ -249,18 +243,18 @@ def test_adapters_stay_apart_in_a_compiled_model_without_gradients():
         (lambda: with_expert_lora(one_layer()).eval(), torch.no_grad, False),
     ],
 )
-def test_a_patched_model_is_exported_as_it_would_be_unpatched(build, mode, strict):
+def test_export_of_a_patched_model_equals_that_of_an_unpatched_one(build, mode, strict):
     model = build()
     options = {"input_ids": tokens(), "use_cache": False}
     with mode():
-        stock = model(**options).logits
+        baseline = model(**options).logits
         patch_moe(model)
         exported = torch.export.export(model, (), options, strict=strict)
-        assert torch.equal(exported.module()(**options).logits, stock)
+        assert torch.equal(exported.module()(**options).logits, baseline)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_generation_with_a_static_cache_and_a_compiled_forward():
+def test_generate_with_a_static_cache_and_a_compiled_forward():
     model = one_layer()
     options = {
         "max_new_tokens": 4, "do_sample": False, "cache_implementation": "static",

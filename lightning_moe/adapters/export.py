@@ -22,6 +22,7 @@ from lightning_moe.adapters.files import CHECKPOINT_KEY, CONFIG, Description, wr
 from lightning_moe.adapters.per_expert import check_per_expert, to_per_expert
 from lightning_moe.integrations.peft_experts import unsupported_layout
 from lightning_moe.integrations.sharding import full_tensor, is_sharded
+from lightning_moe.integrations.torch_modules import without_wrappers
 
 Layout = Literal["fused", "per_expert"]
 
@@ -45,7 +46,7 @@ def describe_adapters(model: nn.Module, state_dict: dict[str, Any]) -> dict[str,
         tensors = get_peft_model_state_dict(
             found[0], found[0].state_dict(keep_vars=True), adapter_name=name, save_embedding_layers=False
         )
-        places = {_clean(key): keys.get(_place(tensor)) for key, tensor in tensors.items()}
+        places = {without_wrappers(key): keys.get(_place(tensor)) for key, tensor in tensors.items()}
         if all(places.values()):
             described[name] = vars(_describe(found[0], name, places))
     return described
@@ -74,7 +75,7 @@ def export_adapter(
     """
     found, name = _find_adapter(model, layout, adapter)
     parameters = get_peft_model_state_dict(found, found.state_dict(keep_vars=True), adapter_name=name)
-    tensors = {_clean(key): full_tensor(tensor).detach().cpu() for key, tensor in parameters.items()}
+    tensors = {without_wrappers(key): full_tensor(tensor).detach().cpu() for key, tensor in parameters.items()}
     if is_sharded(found) and torch.distributed.get_rank() != 0:
         return
     _write(tensors, _describe(found, name, dict.fromkeys(tensors)), Path(folder), layout)
@@ -169,11 +170,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return own.device, own.data_ptr(), own.shape, getattr(tensor, "ds_id", None)  # ZeRO-3's have no memory
 
 
-def _clean(name: str) -> str:
-    """A key or a path without the names that torch.compile and checkpoint wrappers put in."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
 def _choose(adapter: str | None, names: list[str], where: str) -> str:
     if adapter is None and len(names) == 1:
         return names[0]
@@ -185,7 +181,7 @@ def _choose(adapter: str | None, names: list[str], where: str) -> str:
 def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Description:
     base = model.get_base_model()
     experts = [
-        (_clean(name), module.parameter_name, module.num_experts)
+        (without_wrappers(name), module.parameter_name, module.num_experts)
         for name, module in base.named_modules()
         if unsupported_layout() is None and isinstance(module, ParamWrapper) and adapter in module.lora_A
     ]

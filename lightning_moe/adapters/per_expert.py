@@ -1,22 +1,19 @@
 """The per_expert layout: a pair of plain LoRA matrices for each expert's gate, up and down projection.
 
 They are named as these projections were before Transformers 5; inference servers and older Transformers read them, and
-for most families PEFT turns them back. Private names read here: PEFT's table `_MODEL_TO_CONVERSION_PATTERN`, in 0.21.0
-to 0.21.2; the entries of Transformers' `get_checkpoint_conversion_mapping`, in 5.17 to 5.24.
+for most families PEFT turns them back.
 """
 
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from peft.utils import transformers_weight_conversion
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lightning_moe.adapters.files import Description
+from lightning_moe.integrations.expert_names import is_known_to_peft, names_before_fusion
 from lightning_moe.integrations.peft_experts import split_a, split_b
 
 PREFIX = "base_model.model."
@@ -52,7 +49,7 @@ def to_per_expert(
     if not adapted:
         return tensors, config
     names, renamings = _names_before_fusion(description.model_type)
-    if description.model_type not in transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN:
+    if not is_known_to_peft(description.model_type):
         warnings.warn(
             f"PEFT has no table for {description.model_type!r} and would misread its per_expert layout: keep the fused "
             "one for PEFT",
@@ -104,21 +101,9 @@ def _split(
 
 
 def _names_before_fusion(model_type: str) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
-    """From Transformers' own table: what each fused parameter's parts were called, and which modules were renamed.
-
-    Renamings by pattern are for other keys than experts'; two parts make a gated projection, the only one known here.
-    """
-    names: dict[str, list[str]] = {}
-    renamings: list[tuple[str, str]] = []
-    for entry in get_checkpoint_conversion_mapping(model_type) or ():
-        target, sources = entry.target_patterns[0], entry.source_patterns
-        if isinstance(entry, WeightRenaming) and target.strip(".").isidentifier():
-            renamings.append((sources[0], target))
-        elif isinstance(entry, WeightConverter) and all(".*." in source for source in sources):
-            names[target.rpartition(".")[2]] = [source.split(".*.")[1].removesuffix(".weight") for source in sources]
-    if set(names) != {"gate_up_proj", "down_proj"} or len(names["gate_up_proj"]) != 2:
+    if (found := names_before_fusion(model_type)) is None:
         raise ValueError(
             f"the per_expert layout is not known for the model type {model_type!r}: Transformers has no table of its "
             "experts' names from before they were fused; use layout='fused'"
         )
-    return names, renamings
+    return found

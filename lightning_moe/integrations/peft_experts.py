@@ -6,6 +6,7 @@ wrapper's names and this layout are not PEFT's public interface and have changed
 tried once in each process, on small wrappers (`unsupported_layout`).
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,19 +18,22 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_moe.integrations.support import Unsupported, unsupported
+from lightning_moe.integrations.torch_modules import COMPILED
 from lightning_moe.integrations.transformers_experts import read_flags, read_spec
 from lightning_moe.ops.low_rank import LowRank, merge
 
 
+def enclosing_names(name: str) -> Iterator[str]:
+    """The names of the wrappers around the module of that name, PEFT's and `torch.compile`'s, the innermost first."""
+    while name.rpartition(".")[2] in ("base_layer", COMPILED):
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def wrappers_around(model: nn.Module, name: str) -> list[ParamWrapper]:
     """PEFT's wrappers around the module of that name, the innermost first."""
-    wrappers = []
-    while name.rpartition(".")[2] in ("base_layer", "_orig_mod"):
-        name = name.rpartition(".")[0]
-        wrapper = model.get_submodule(name)
-        if isinstance(wrapper, ParamWrapper):
-            wrappers.append(wrapper)
-    return wrappers
+    modules = map(model.get_submodule, enclosing_names(name))
+    return [module for module in modules if isinstance(module, ParamWrapper)]
 
 
 def active_adapters(wrapper: ParamWrapper) -> list[str]:

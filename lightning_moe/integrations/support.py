@@ -11,7 +11,7 @@ REASONS = {
     # Why a layer runs the default implementation.
     "down_proj_bias": 'down_proj has a bias and down_bias="fallback" asks for the default implementation',
     "dropout": "dropout inside the experts would differ when the activation is recomputed",
-    "expert_parallel_class": "the module has a forward of its own, such as accelerate's or expert parallelism's",
+    "instance_forward": "the module has a forward of its own, such as accelerate's or expert parallelism's",
     "missing_attribute": "{what}",
     "not_a_tensor": "{names} is not a tensor",
     "other_registry": "the class dispatches through a registry of its own, such as quantized experts",

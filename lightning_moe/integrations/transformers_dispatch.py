@@ -90,7 +90,7 @@ def unsupported_dispatch(module: Any) -> Unsupported | None:
         return unsupported("missing_attribute", what="the module has no num_experts")
     if is_registered(module):
         if not getattr(vars(module).get("forward"), "dispatches_on", "forward" not in vars(module)):
-            return unsupported("expert_parallel_class")
+            return unsupported("instance_forward")
         return None
     if undecorated_forward(module) is None:
         return unsupported("undecorated_forward")

@@ -220,14 +220,26 @@ class MoELoRA(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over what trains, with a linear warm-up."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=self.hparams["learning_rate"], weight_decay=0.0, fused=self.device.type == "cuda"
-        )
+        optimizer = torch.optim.AdamW(trained, lr=self.hparams["learning_rate"], weight_decay=0.0, fused=True)
         # Lightning would hold the gradients until the next backward.
         optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad(set_to_none=True))
         warmup = self.hparams["warmup_steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's, which refuses a fused optimizer under bf16-mixed: no scaler unscales gradients there."""
+        if gradient_clip_val:
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(trained, gradient_clip_val)
+            else:
+                torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the gradients' norm, before clipping."""

@@ -1,4 +1,4 @@
-"""Exported adapters: what PEFT writes and reads, bit for bit, in both layouts, from a model and from a checkpoint."""
+"""Exported adapters in both layouts, from a model and from a checkpoint: PEFT reads them back bit for bit."""
 
 import json
 import os
@@ -18,24 +18,22 @@ from helpers.models import (
     with_expert_lora,
 )
 from helpers.reference import relative_error
-from lightning.pytorch import Trainer
+from helpers.training import LIGHTNING_WARNINGS, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import JambaConfig, JambaForCausalLM
 
-from lightning_moe import MoEGateGradCallback, export_adapter, gategrad
+from lightning_moe import AdapterExport, MoEGateGradCallback, export_adapter, gategrad
 from lightning_moe.adapters.export import describe_adapters, export_checkpoint
 from lightning_moe.adapters.files import CHECKPOINT_KEY, CONFIG, WEIGHTS
 from lightning_moe.cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pattern keys did not match"),  # PEFT's loader; they do match afterwards
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec."),
+    *LIGHTNING_WARNINGS,
 ]
 
 LAYOUTS = ["fused", "per_expert"]
@@ -81,7 +79,7 @@ def test_a_round_trip_through_peft_gives_the_same_outputs(tmp_path, build, targe
     assert relative_error(logits(build()), wanted) > 0.01
 
 
-def test_a_bfloat16_adapter_too(tmp_path):
+def test_round_trip_of_a_bfloat16_adapter(tmp_path):
     model = with_expert_lora(qwen3().bfloat16())
     for layout in LAYOUTS:
         export_adapter(model, tmp_path / layout, layout)
@@ -89,7 +87,7 @@ def test_a_bfloat16_adapter_too(tmp_path):
     assert relative_error(logits(qwen3().bfloat16()), logits(model)) > 0.2
 
 
-def test_fused_is_what_peft_writes(tmp_path):
+def test_fused_layout_is_what_peft_writes(tmp_path):
     model = with_expert_lora(qwen3(), attention=True)
     model.save_pretrained(tmp_path / "peft")
     export_adapter(model, tmp_path / "ours")
@@ -99,7 +97,7 @@ def test_fused_is_what_peft_writes(tmp_path):
     assert json.loads((tmp_path / "ours" / CONFIG).read_text()) == json.loads((tmp_path / "peft" / CONFIG).read_text())
 
 
-def test_per_expert_holds_a_pair_of_matrices_for_each_projection(tmp_path):
+def test_per_expert_layout_holds_a_pair_of_matrices_for_each_projection(tmp_path):
     model = with_expert_lora(qwen3(), attention=True)
     export_adapter(model, tmp_path, "per_expert")
     tensors = load_file(tmp_path / WEIGHTS)
@@ -118,14 +116,14 @@ def test_per_expert_holds_a_pair_of_matrices_for_each_projection(tmp_path):
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 8, True)
 
 
-def test_mixtral_gets_the_names_that_it_had(tmp_path):
+def test_per_expert_layout_has_mixtrals_names_before_fusion(tmp_path):
     export_adapter(with_expert_lora(mixtral()), tmp_path, "per_expert")
     keys = load_file(tmp_path / WEIGHTS)
     assert "base_model.model.model.layers.0.block_sparse_moe.experts.7.w3.lora_A.weight" in keys
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_modules_trained_in_full_and_attention_alone(tmp_path, layout):
+def test_round_trip_of_modules_to_save_and_of_attention_lora(tmp_path, layout):
     config = expert_lora_config(attention=True, modules_to_save=["lm_head"])
     model = get_peft_model(qwen3(), config)
     nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
@@ -152,12 +150,9 @@ class AdapterOnly(Tiny):
 
 
 def train(folder, module, *callbacks, **options):
-    trainer = Trainer(
-        max_steps=3, logger=CSVLogger(folder, name="", version=""), default_root_dir=folder, accelerator="cpu",
-        callbacks=[MoEGateGradCallback(), ModelCheckpoint(folder, save_last=True), *callbacks], log_every_n_steps=1,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, **options,
-    )  # fmt: skip
-    trainer.fit(module)
+    saving = ModelCheckpoint(folder, save_last=True)
+    callbacks = [MoEGateGradCallback(), AdapterExport(), saving, *callbacks]
+    trainer(folder, *callbacks, max_steps=3, enable_checkpointing=True, **options).fit(module)
     return folder / "last.ckpt"
 
 
@@ -174,12 +169,12 @@ def test_load_train_export_reload_and_generate(tmp_path):
     generation = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = module.network.generate(input_ids=prompt, **generation)
     for layout in LAYOUTS:
-        main([str(checkpoint), str(tmp_path / layout), "--layout", layout])
+        main(["export", str(checkpoint), str(tmp_path / layout), "--layout", layout])
         model = reload(qwen3, tmp_path / layout)
         assert_same(logits(model), trained, layout)
         assert torch.equal(model.generate(input_ids=prompt, **generation), expected)
         with gategrad(model) as report:
-            assert {layer.adapters for layer in report.active} == {"apart"}
+            assert not report.merging
             assert torch.allclose(logits(model), trained, atol=1e-5)
             assert torch.equal(model.generate(input_ids=prompt, **generation), expected)
 
@@ -189,7 +184,7 @@ def test_load_train_export_reload_and_generate(tmp_path):
     assert not torch.allclose(logits(again), trained, atol=1e-4)
 
 
-def test_the_checkpoints_files_are_the_models(tmp_path):
+def test_export_of_a_checkpoint_equals_that_of_the_model(tmp_path):
     module = AdapterOnly()
     checkpoint = train(tmp_path, module)
     for layout in LAYOUTS:
@@ -234,7 +229,7 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_any_kind_of_adapter_exports_what_the_model_does(tmp_path, kind):
+def test_any_kind_of_adapter_exports_from_a_checkpoint_as_from_the_model(tmp_path, kind):
     module = Tiny(build=KINDS[kind])
     content = {"state_dict": module.state_dict()}
     content[CHECKPOINT_KEY] = describe_adapters(module, content["state_dict"])
@@ -249,7 +244,7 @@ def test_a_checkpoint_of_any_kind_of_adapter_exports_what_the_model_does(tmp_pat
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled_layers_leave_no_trace_in_the_keys(tmp_path, layout):
+def test_keys_of_compiled_layers_are_pefts(tmp_path, layout):
     model = with_expert_lora(qwen3(), attention=True)
     want = logits(model)
     layers = model.base_model.model.model.layers
@@ -263,18 +258,18 @@ def test_compiled_layers_leave_no_trace_in_the_keys(tmp_path, layout):
         assert_same(logits(reload(qwen3, tmp_path / name)), want, layout)
 
 
-def test_a_family_that_peft_would_misread_is_warned_about(tmp_path):
+def test_per_expert_layout_warns_of_a_family_that_peft_would_misread(tmp_path):
     model = with_expert_lora(jamba(), ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"))
     with pytest.warns(UserWarning, match="PEFT has no table for 'jamba' and would misread"):
         export_adapter(model, tmp_path, "per_expert")
     assert any(".feed_forward.experts.0.up_proj.lora_A.weight" in key for key in load_file(tmp_path / WEIGHTS))
 
 
-def jamba():
+def jamba(expert_layer_period=1, expert_layer_offset=0):
     config = JambaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts=4, attn_layer_period=1, attn_layer_offset=0, expert_layer_period=1,
-        expert_layer_offset=0, use_mamba_kernels=False,
+        num_key_value_heads=1, num_experts=4, attn_layer_period=1, attn_layer_offset=0, use_mamba_kernels=False,
+        expert_layer_period=expert_layer_period, expert_layer_offset=expert_layer_offset,
     )  # fmt: skip
     return JambaForCausalLM(config)
 
@@ -303,12 +298,12 @@ def drop_one(content):
         (lambda content: content.pop("state_dict"), "lacks 'state_dict': it is not a Lightning checkpoint"),
         (
             lambda content: content.pop(CHECKPOINT_KEY),
-            "saved without MoEGateGradCallback, with save_weights_only=True",
+            "saved without the callback AdapterExport",
         ),
         (drop_one, r"lacks 1 of the 16 tensors .* base_model.model.model.layers.1.mlp.experts.lora_B.weight"),
     ],
 )
-def test_a_checkpoint_that_lacks_something_says_what(checkpoint, tmp_path, change, message):
+def test_a_checkpoint_that_lacks_something_is_an_error_that_names_it(checkpoint, tmp_path, change, message):
     path = changed(checkpoint, tmp_path, change)
     with pytest.raises(ValueError, match=message):
         export_checkpoint(path, tmp_path / "adapter")
@@ -335,20 +330,20 @@ def entry(content):
         lambda content: content[CHECKPOINT_KEY].update(default="text"),
     ],
 )
-def test_a_damaged_description_is_refused(checkpoint, tmp_path, damage):
+def test_a_damaged_description_is_an_error(checkpoint, tmp_path, damage):
     with pytest.raises(ValueError, match="its entry 'lightning_moe_adapters' is damaged"):
         export_checkpoint(changed(checkpoint, tmp_path, damage), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("experts", [[("elsewhere", "down_proj", 8)], [("model.layers.0.mlp.experts", "down_proj", 7)]])
-def test_experts_that_are_not_there_are_refused(checkpoint, tmp_path, experts):
+def test_experts_missing_from_a_checkpoint_are_an_error(checkpoint, tmp_path, experts):
     path = changed(checkpoint, tmp_path, lambda content: entry(content).update(experts=experts))
     with pytest.raises(ValueError, match=f"experts of {experts[0][0]} are not there"):
         export_checkpoint(path, tmp_path / "adapter", "per_expert")
 
 
-def test_a_later_versions_fields_are_left_alone(checkpoint, tmp_path):
+def test_unknown_fields_of_a_description_are_ignored(checkpoint, tmp_path):
     path = changed(checkpoint, tmp_path, lambda content: entry(content).update(more=1))
     export_checkpoint(path, tmp_path / "adapter")
     assert (tmp_path / "adapter" / WEIGHTS).exists()
@@ -359,19 +354,19 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, fa
     def fail(*_, **__):
         raise SafetensorError("No space left") if failing == "save_file" else OSError("No space left")
 
-    monkeypatch.setattr(f"lightning_moe.adapters.export.{failing}", fail)
+    monkeypatch.setattr(f"lightning_moe.adapters.files.{failing}", fail)
     with pytest.raises(SystemExit, match="No space left"):
-        main([str(checkpoint), str(tmp_path / "adapter")])
+        main(["export", str(checkpoint), str(tmp_path / "adapter")])
     assert not list((tmp_path / "adapter").iterdir())
 
 
-def test_a_file_in_the_way(checkpoint, tmp_path):
+def test_a_file_in_the_folders_place_is_an_error(checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="is a file: name a folder"):
-        main([str(checkpoint), str(tmp_path / "file")])
+        main(["export", str(checkpoint), str(tmp_path / "file")])
 
 
-def test_two_peft_models_are_one_too_many(tmp_path):
+def test_two_peft_models_are_an_error(tmp_path):
     both = nn.ModuleList([with_attention_lora(qwen3()), with_attention_lora(qwen3())])
     with pytest.raises(ValueError, match="holds 2 PEFT models and must hold one: pass the one"):
         export_adapter(both, tmp_path)
@@ -389,7 +384,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_files_are_refused(tmp_path):
+def test_files_that_are_no_checkpoints_are_errors(tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint"):
         export_checkpoint(tmp_path / "text.ckpt", tmp_path / "adapter")
@@ -399,16 +394,16 @@ def test_other_files_are_refused(tmp_path):
         export_checkpoint(tmp_path, tmp_path / "adapter")
 
 
-def test_the_command_exits_with_the_reason(tmp_path, capsys, checkpoint):
-    with pytest.raises(SystemExit, match="lightning_moe.export: .*No such file"):
-        main([str(tmp_path / "none.ckpt"), str(tmp_path / "adapter")])
+def test_the_command_line_exits_with_the_reason(tmp_path, capsys, checkpoint):
+    with pytest.raises(SystemExit, match="lightning_moe export: .*No such file"):
+        main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "adapter")])
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["export", "--help"])
     assert "per_expert" in capsys.readouterr().out
-    main([str(checkpoint), str(tmp_path / "adapter"), "--layout", "per_expert"])
+    main(["export", str(checkpoint), str(tmp_path / "adapter"), "--layout", "per_expert"])
     assert "per_expert adapter written" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds adapter_model.safetensors and adapter_config.json already"):
-        main([str(checkpoint), str(tmp_path / "adapter")])
+        main(["export", str(checkpoint), str(tmp_path / "adapter")])
 
 
 # What cannot be exported
@@ -442,11 +437,14 @@ def test_one_of_several_adapters_has_to_be_named(tmp_path):
     assert describe_adapters(model, model.state_dict()).keys() == {"default", "other"}
 
 
-def test_an_adapter_on_a_dense_layer_of_the_same_name_is_refused(monkeypatch, tmp_path):
-    model = with_expert_lora(qwen3(), attention=True)
-    monkeypatch.setattr("lightning_moe.adapters.export._names_before_fusion", lambda _: (
-        {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["q_proj"]}, []))  # fmt: skip
-    with pytest.raises(ValueError, match="cannot tell experts' adapters from one on another layer: .*q_proj"):
+def test_an_adapter_on_a_dense_layer_of_the_same_name_is_an_error(tmp_path):
+    config = expert_lora_config(("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"))
+    config.target_modules = {"down_proj"}
+    model = get_peft_model(jamba(expert_layer_period=2, expert_layer_offset=1), config)
+    with (
+        pytest.raises(ValueError, match="cannot tell experts' adapters from one on another layer: .*layers.0.feed_fo"),
+        pytest.warns(UserWarning, match="PEFT has no table for 'jamba'"),
+    ):
         export_adapter(model, tmp_path / "adapter", "per_expert")
 
 
@@ -457,13 +455,13 @@ def test_an_adapter_on_a_dense_layer_of_the_same_name_is_refused(monkeypatch, tm
         (lambda: with_expert_lora(qwen3(), rank_pattern={"gate_up_proj": 2}), "one rank and one alpha"),
     ],
 )
-def test_what_the_per_expert_layout_cannot_hold_is_refused(tmp_path, build, message):
+def test_what_the_per_expert_layout_cannot_hold_is_an_error(tmp_path, build, message):
     with pytest.raises(ValueError, match=message):
         export_adapter(build(), tmp_path / "adapter", "per_expert")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_model_without_an_adapter_and_an_unknown_layout(tmp_path):
+def test_a_model_without_an_adapter_and_an_unknown_layout_are_errors(tmp_path):
     with pytest.raises(ValueError, match="holds 0 PEFT models and must hold one"):
         export_adapter(qwen3(), tmp_path)
     with pytest.raises(ValueError, match="layout must be 'fused' or 'per_expert', not 'flat'"):
@@ -519,7 +517,7 @@ def test_a_link_in_an_adapters_place_is_not_followed(tmp_path, name, leads_somew
     assert files_in(folder) == [name]
 
 
-def test_no_link_can_lie_where_the_files_are_written(tmp_path, monkeypatch):
+def test_files_are_written_where_no_link_can_lie(tmp_path, monkeypatch):
     folder, outside = tmp_path / "adapter", tmp_path / "outside"
     folder.mkdir()
     outside.mkdir()
@@ -531,14 +529,14 @@ def test_no_link_can_lie_where_the_files_are_written(tmp_path, monkeypatch):
         places.append((path.parent.parent, path.parent.stat().st_mode & 0o777, list(path.parent.iterdir())))
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("lightning_moe.adapters.export.save_file", save)
+    monkeypatch.setattr("lightning_moe.adapters.files.save_file", save)
     export_adapter(with_attention_lora(qwen3()), folder)
     assert places == [(folder, 0o700, [])]
     assert not any(outside.iterdir())
     assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in (WEIGHTS, CONFIG))
 
 
-def test_a_vector_in_a_matrixs_place_is_refused(checkpoint, tmp_path):
+def test_a_vector_in_a_matrixs_place_is_an_error(checkpoint, tmp_path):
     def flatten(content):
         key = next(key for key in content["state_dict"] if "layers.1.mlp.experts.lora_B" in key)
         content["state_dict"][key] = content["state_dict"][key].flatten()

@@ -1,20 +1,20 @@
-"""Other libraries' forwards on the modules that patching touches: they keep running, and are there afterwards."""
+"""Forwards that accelerate, Liger and others put on patched modules keep running and are kept."""
 
 import copy
 from contextlib import nullcontext
 from types import MethodType
 
 import pytest
-import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from helpers.models import Tiny, experts_modules, qwen3, with_expert_lora
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from helpers.patching import agree, equal, gradients, num_active_executions
+from helpers.training import LIGHTNING_WARNINGS, trainer
 from peft.tuners.lora import ParamWrapper
-from test_patching import agree, gradients, num_active_executions
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, unpatch_moe
 from lightning_moe.patching import touched_modules
+
+pytestmark = LIGHTNING_WARNINGS
 
 
 def plain():
@@ -93,34 +93,36 @@ def others(module):
 
 
 @pytest.mark.parametrize(("build", "place", "put_on"), CASES)
-def test_put_on_before_patching(build, place, put_on):
+def test_a_forward_put_on_before_patching_runs_and_is_kept(build, place, put_on):
     model, calls = build(), []
     module = place(model)
     put_on(module, calls)
-    left, stock = others(module), gradients(model)
+    left, baseline = others(module), gradients(model)
     calls.clear()
     with gategrad(model) as report:
         assert others(module) == left
         (layer,) = report
         if place is the_experts and put_on is not hook_of_accelerate:
-            assert "replaced the module's forward" in layer.reason
+            assert layer.reason.code == "replaced_forward"
         else:
             assert layer.status == "active"
-            assert ("another library replaced" in layer.adapters) == (place is not the_experts)
-        assert agree(gradients(model), stock)
+            codes = {reason.code for reason in layer.adapter_reasons}
+            assert codes <= {"lora_forward", "lora_inner_forward"}
+            assert bool(codes) == (place is not the_experts)
+        assert agree(gradients(model), baseline)
         assert calls == [module]
         assert num_active_executions(model) == [1] * (layer.status == "active")
     assert others(module) == left
     assert touched_modules(model) == []
-    assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+    assert equal(gradients(model), baseline)
     assert calls == [module] * 2
 
 
 @pytest.mark.parametrize(("build", "place", "put_on"), CASES)
-def test_put_on_while_patched(build, place, put_on):
+def test_a_forward_put_on_while_patched_runs_and_is_kept(build, place, put_on):
     twin = build()
     put_on(place(twin), [])
-    stock = gradients(twin)
+    baseline = gradients(twin)
     model, calls = build(), []
     module = place(model)
     patch_moe(model)
@@ -129,18 +131,18 @@ def test_put_on_while_patched(build, place, put_on):
     if place is outer or build is plain or put_on is hook_of_accelerate and place is the_experts:
         found = gradients(model)
     else:
-        with pytest.warns(UserWarning, match="PEFT merges the adapter on .*: another library replaced a forward ins"):
+        with pytest.warns(UserWarning, match="PEFT merges adapters into .*lora_inner_forward"):
             found = gradients(model)
-    assert agree(found, stock)
+    assert agree(found, baseline)
     assert calls == [module]
     unpatch_moe(model)
     assert others(module) == left
     assert [touched for touched in touched_modules(model) if touched is not module] == []
-    assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+    assert equal(gradients(model), baseline)
     assert calls == [module] * 2
 
 
-def test_what_accelerate_leaves_when_it_takes_its_hook_off_is_no_replacement():
+def test_a_removed_accelerate_hook_is_no_replaced_forward():
     model = plain()
     add_hook_to_module(the_experts(model), ModelHook())
     remove_hook_from_module(the_experts(model))
@@ -152,17 +154,17 @@ def test_what_accelerate_leaves_when_it_takes_its_hook_off_is_no_replacement():
 
 
 @pytest.mark.parametrize("order", [(rebound, hook_of_accelerate), (hook_of_accelerate, rebound)])
-def test_accelerates_hook_and_a_replaced_forward(order):
+def test_an_accelerate_hook_with_a_replaced_forward_falls_back(order):
     model, calls = plain(), []
     for put_on in order:
         put_on(the_experts(model), calls)
     with gategrad(model) as report:
-        assert "replaced the module's forward" in report.fallback[0].reason
+        assert report.fallback[0].reason.code == "replaced_forward"
         gradients(model)
         assert the_experts(model) in calls
 
 
-def test_a_copy_with_accelerates_hook_is_patched_too():
+def test_a_copy_with_an_accelerate_hook_is_patched():
     model = plain()
     add_hook_to_module(the_experts(model), ModelHook())
     twin = copy.deepcopy(model)
@@ -172,18 +174,18 @@ def test_a_copy_with_accelerates_hook_is_patched_too():
         assert num_active_executions(twin) == [1]
 
 
-def test_what_accelerate_puts_back_after_unpatching_is_gone_with_the_next():
+def test_an_accelerate_hook_removed_after_unpatching_puts_back_a_forward_that_does_what_pefts_does():
     """Its hook was put on while the wrapper was patched, so it puts our forward back; that does what PEFT's does."""
     model = adapted()
-    stock = gradients(model)
+    baseline = gradients(model)
     with gategrad(model):
         add_hook_to_module(outer(model), ModelHook())
     remove_hook_from_module(outer(model))
-    assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+    assert equal(gradients(model), baseline)
     with gategrad(model) as report:
         assert not report.merging
     assert "forward" not in vars(outer(model))
-    assert all(torch.equal(g, stock[name]) for name, g in gradients(model).items())
+    assert equal(gradients(model), baseline)
 
 
 def raises_at_second_batch(outputs, batch, batch_idx):
@@ -191,20 +193,14 @@ def raises_at_second_batch(outputs, batch, batch_idx):
         raise ZeroDivisionError
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_fit_leaves_accelerates_hook_on(tmp_path, fails):
+def test_an_accelerate_hook_survives_a_fit(tmp_path, fails):
     module, calls, callback = Tiny(adapted), [], MoEGateGradCallback()
     hook_of_accelerate(the_experts(module), calls)
     left = others(the_experts(module))
     if fails:
         module.on_train_batch_end = raises_at_second_batch
-    fitting = Trainer(
-        callbacks=[callback], logger=DummyLogger(), max_steps=2, log_every_n_steps=1, default_root_dir=tmp_path,
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        limit_val_batches=0,
-    )  # fmt: skip
+    fitting = trainer(tmp_path, callback, max_steps=2)
     with pytest.raises(ZeroDivisionError) if fails else nullcontext():
         fitting.fit(module)
     assert all(module.was_patched)

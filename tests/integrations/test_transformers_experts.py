@@ -1,31 +1,24 @@
-"""Registering a class of one's own: its instances are patched, the others are not, and what is missing is named."""
-
-import copy
-import pickle
+"""register_experts: instances of a registered class are patched, others are not, and the report names the reason."""
 
 import pytest
 import torch
 from helpers.models import Tiny, expert_lora_config, qwen3
+from helpers.patching import COPIES, equal
 from helpers.reference import LAYOUTS, assert_agrees, make_problem
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from helpers.training import LIGHTNING_WARNINGS, trainer
 from peft import get_peft_model
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, register_experts, unpatch_moe
-from lightning_moe.integrations import transformers_experts as contracts
 from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.ops.grouped import silu_gated
 
-
-@pytest.fixture(autouse=True)
-def registrations_of_one_test(monkeypatch):
-    monkeypatch.setattr(contracts, "_registered", dict(contracts._registered))
+pytestmark = LIGHTNING_WARNINGS
 
 
 class OwnExperts(nn.Module):
-    """A user's own: stock PyTorch, a loop over the experts."""
+    """A user's own, in plain PyTorch: a loop over the experts."""
 
     def __init__(self, layout="default", num_experts=5, hidden_size=16, intermediate_size=24):
         super().__init__()
@@ -63,7 +56,7 @@ class OwnExperts(nn.Module):
 
 def register(layout="default", experts_class=OwnExperts):
     made = LAYOUTS[layout]
-    register_experts(experts_class, has_gate=made.is_gated, has_bias=made.has_bias, is_transposed=made.is_transposed)
+    register_experts(experts_class, is_gated=made.is_gated, has_bias=made.has_bias, is_transposed=made.is_transposed)
 
 
 def gradients(module, layout="default"):
@@ -80,26 +73,27 @@ def gradients(module, layout="default"):
 def test_a_registered_class_runs_the_operation(layout):
     register(layout)
     experts = OwnExperts(layout)
-    stock = gradients(experts, layout)
+    baseline = gradients(experts, layout)
     with gategrad(experts) as report:
         assert [layer.status for layer in report] == ["active"]
         ours = gradients(experts, layout)
-    assert_agrees(ours, stock)
-    assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
+    assert_agrees(ours, baseline)
+    assert any(not torch.equal(ours[name], baseline[name]) for name in baseline)  # another code did run
     assert "forward" not in vars(experts)
-    after = gradients(experts, layout)
-    assert all(torch.equal(after[name], stock[name]) for name in stock)
+    assert equal(gradients(experts, layout), baseline)
 
 
-def test_what_is_not_registered_is_reported_with_the_remedy():
-    experts = OwnExperts()
-    report = patch_moe(experts)
-    assert [layer.status for layer in report] == ["fallback"]
-    assert "register_experts may take its experts" in report[0].reason
-    assert "forward" not in vars(experts)
+def test_an_unregistered_class_is_reported_with_the_remedy():
+    class LocalExperts(nn.Module):
+        pass
+
+    (layer,) = patch_moe(LocalExperts())
+    assert layer.status == "fallback"
+    assert layer.reason.code == "outside_registry"
+    assert "register_experts may take its experts" in layer.reason.message
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_another_class():
+def test_a_subclass_with_a_forward_of_its_own_falls_back():
     class Scaled(OwnExperts):
         def forward(self, hidden_states, top_k_index, top_k_weights):
             return 2 * super().forward(hidden_states, top_k_index, top_k_weights)
@@ -108,18 +102,19 @@ def test_a_subclass_with_a_forward_of_its_own_is_another_class():
         pass
 
     register()
-    assert [layer.status for layer in patch_moe(Scaled()).layers] == ["fallback"]
-    assert [layer.status for layer in patch_moe(Renamed()).layers] == ["active"]
+    assert [layer.status for layer in patch_moe(Scaled())] == ["fallback"]
+    assert [layer.status for layer in patch_moe(Renamed())] == ["active"]
 
 
 @pytest.mark.parametrize("missing", ["num_experts", "_apply_gate", "down_proj", "gate_up_proj"])
-def test_what_an_instance_lacks_is_named(missing):
+def test_a_missing_attribute_is_named(missing):
     register()
     experts = OwnExperts()
     delattr(experts, missing)
-    (layer,) = patch_moe(experts).layers
+    (layer,) = patch_moe(experts)
     assert layer.status == "fallback"
-    assert {"_apply_gate": "act_fn"}.get(missing, missing) in layer.reason
+    assert layer.reason.code == "missing_attribute"
+    assert {"_apply_gate": "act_fn"}.get(missing, missing) in layer.reason.message
 
 
 def test_act_fn_alone_is_gated_as_transformers_does():
@@ -133,20 +128,21 @@ def test_act_fn_alone_is_gated_as_transformers_does():
     assert torch.equal(read_spec(experts).activation(h), h[:, :4].tanh() * h[:, 4:])
 
 
-def test_copies_and_pickles_run_their_own_weights():
+@pytest.mark.parametrize("duplicate", COPIES)
+def test_a_copy_of_a_patched_module_runs_its_own_weights(duplicate):
     register()
     experts = OwnExperts()
     patch_moe(experts)
-    for duplicate in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
-        with torch.no_grad():
-            duplicate.down_proj.zero_()
-        assert gradients(duplicate)["output"].count_nonzero() == 0
-        unpatch_moe(duplicate)
-        assert "forward" not in vars(duplicate)
+    twin = duplicate(experts)
+    with torch.no_grad():
+        twin.down_proj.zero_()
+    assert gradients(twin)["output"].count_nonzero() == 0
+    unpatch_moe(twin)
+    assert "forward" not in vars(twin)
     assert gradients(experts)["output"].count_nonzero() > 0
 
 
-def test_a_forward_put_on_while_patched_survives():
+def test_a_forward_put_on_while_patched_is_kept():
     register()
     experts = OwnExperts()
     patch_moe(experts)
@@ -155,7 +151,7 @@ def test_a_forward_put_on_while_patched_survives():
     assert experts.forward is another
 
 
-def test_adapters_on_it_stay_apart():
+def test_adapters_on_a_registered_class_stay_unmerged():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -168,15 +164,15 @@ def test_adapters_on_it_stay_apart():
     config = expert_lora_config(("experts.gate_up_proj", "experts.down_proj"))
     torch.manual_seed(1)
     model = get_peft_model(Block(), config)
-    stock = gradients(model)
+    baseline = gradients(model)
     with gategrad(model) as report:
-        assert [layer.adapters for layer in report] == ["apart"]
-        assert_agrees(gradients(model), stock, tolerance=2e-5)  # PEFT rounds the merged weight
+        (layer,) = report.active
+        assert layer.has_adapters
+        assert not layer.adapter_reasons
+        assert_agrees(gradients(model), baseline, tolerance=2e-5)  # PEFT rounds the merged weight
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
-def test_it_trains_under_the_callback(tmp_path):
+def test_a_registered_class_trains_under_the_callback(tmp_path):
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -194,13 +190,10 @@ def test_it_trains_under_the_callback(tmp_path):
     register()
     module = Module(Own)
     callback = MoEGateGradCallback(audit_every_n_steps=1)
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", callbacks=[callback], logger=CSVLogger(tmp_path), log_every_n_steps=1,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module)
-    assert trainer.logged_metrics["gategrad/active_layers"] == 1
-    assert trainer.logged_metrics["gategrad/audit_rel_error"] < 1e-5
+    fitting = trainer(tmp_path, callback)
+    fitting.fit(module)
+    assert fitting.logged_metrics["gategrad/active_layers"] == 1
+    assert fitting.logged_metrics["gategrad/audit_rel_error"] < 1e-5
     assert "forward" not in vars(module.network.experts)
 
 
@@ -213,14 +206,14 @@ def test_it_trains_under_the_callback(tmp_path):
         (nn.Linear, TypeError, r"Linear.forward must take \(hidden_states, top_k_index, top_k_weights\)"),
     ],
 )
-def test_what_cannot_be_registered_is_refused(experts_class, error, words):
+def test_registering_what_is_no_experts_class_is_an_error(experts_class, error, words):
     with pytest.raises(error, match=words):
         register_experts(experts_class)
 
 
 def test_registering_changes_no_decorated_class():
     register()
-    assert [layer.status for layer in patch_moe(qwen3()).layers] == ["active"] * 2
+    assert [layer.status for layer in patch_moe(qwen3())] == ["active"] * 2
 
 
 def wants_bias(experts):
@@ -237,22 +230,21 @@ def bound_to_another(experts):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "code"),
     [
-        (wants_bias, "its class says that it has no bias"),
-        (forward_of_another_library, "forward"),
-        (bound_to_another, "forward"),
+        (wants_bias, "undeclared_bias"),
+        (forward_of_another_library, "replaced_forward"),
+        (bound_to_another, "instance_forward"),
     ],
 )
-def test_what_differs_from_the_registered_class_stays_as_it_is(change, words):
+def test_an_instance_that_differs_from_its_registered_class_falls_back_unchanged(change, code):
     register()
     experts = OwnExperts()
     change(experts)
-    before, stock = dict(vars(experts)), gradients(experts)
+    before, baseline = dict(vars(experts)), gradients(experts)
     with gategrad(experts) as report:
-        assert [layer.status for layer in report] == ["fallback"]
-        assert words in report[0].reason
-        assert all(torch.equal(result, stock[name]) for name, result in gradients(experts).items())
+        assert [layer.reason.code for layer in report.fallback] == [code]
+        assert equal(gradients(experts), baseline)
     assert vars(experts) == before
 
 
@@ -264,32 +256,32 @@ def make(layout):
     return Local
 
 
-def test_classes_of_one_name_are_registered_apart():
+def test_two_classes_of_one_name_are_registered_separately():
     biased, plain = make("biased"), make("default")
     assert biased.__qualname__ == plain.__qualname__
     register("biased", biased)
-    assert [layer.status for layer in patch_moe(plain()).layers] == ["fallback"]
+    assert [layer.status for layer in patch_moe(plain())] == ["fallback"]
     register("default", plain)
     for layout, experts_class in (("biased", biased), ("default", plain)):
         experts = experts_class(layout)
-        stock = gradients(experts, layout)
+        baseline = gradients(experts, layout)
         with gategrad(experts) as report:
             assert [layer.status for layer in report] == ["active"]
-            assert_agrees(gradients(experts, layout), stock)
+            assert_agrees(gradients(experts, layout), baseline)
 
 
-def test_a_forward_replaced_on_the_class_is_not_the_registered_one(monkeypatch):
+def test_a_forward_replaced_on_the_class_falls_back(monkeypatch):
     class Replaced(make("default")):
         def forward(self, hidden_states, top_k_index, top_k_weights):
             return super().forward(hidden_states, top_k_index, top_k_weights)
 
     register("default", Replaced)
-    assert [layer.status for layer in patch_moe(Replaced()).layers] == ["active"]
+    assert [layer.status for layer in patch_moe(Replaced())] == ["active"]
     monkeypatch.setattr(Replaced, "forward", lambda *args: 3 * OwnExperts.forward(*args))
-    assert [layer.status for layer in patch_moe(Replaced()).layers] == ["fallback"]
+    assert [layer.status for layer in patch_moe(Replaced())] == ["fallback"]
 
 
-def test_a_subclass_with_another_method_is_another_class():
+def test_a_subclass_that_overrides_a_method_falls_back():
     class Base(OwnExperts):
         def rows(self, rows):
             return rows
@@ -302,22 +294,22 @@ def test_a_subclass_with_another_method_is_another_class():
             return 2 * rows
 
     register("default", Base)
-    assert [layer.status for layer in patch_moe(Base()).layers] == ["active"]
-    assert [layer.status for layer in patch_moe(Doubled()).layers] == ["fallback"]
+    assert [layer.status for layer in patch_moe(Base())] == ["active"]
+    assert [layer.status for layer in patch_moe(Doubled())] == ["fallback"]
 
 
-def test_a_forward_that_another_library_kept_runs_stock_code_after_unpatching():
+def test_a_forward_kept_by_another_library_runs_the_classs_after_unpatching():
     register()
     experts = OwnExperts()
-    stock = gradients(experts)
+    baseline = gradients(experts)
     patch_moe(experts)
     kept = experts.forward
     experts.forward = lambda *args: kept(*args)
     unpatch_moe(experts)
-    assert all(torch.equal(result, stock[name]) for name, result in gradients(experts).items())
+    assert equal(gradients(experts), baseline)
 
 
-def test_adapters_on_transposed_weights_are_pefts():
+def test_adapters_on_transposed_weights_are_merged_by_peft():
     """PEFT reads how the weights lie off the module, where a registered class says nothing."""
 
     class Block(nn.Module):
@@ -331,19 +323,19 @@ def test_adapters_on_transposed_weights_are_pefts():
     register("transposed")
     torch.manual_seed(1)
     model = get_peft_model(Block(), expert_lora_config(("experts.down_proj",)))
-    stock = gradients(model)
+    baseline = gradients(model)
     with gategrad(model) as report:
-        assert "it reads is_transposed off the module" in report[0].adapters
-        assert_agrees(gradients(model), stock)
+        assert [reason.code for reason in report[0].adapter_reasons] == ["lora_transposed"]
+        assert_agrees(gradients(model), baseline)
 
 
-def test_a_down_bias_can_be_left_to_stock_code():
+def test_down_bias_fallback_of_a_registered_class():
     register("biased")
     experts = OwnExperts("biased")
-    stock = gradients(experts, "biased")
+    baseline = gradients(experts, "biased")
     with gategrad(experts, down_bias="fallback") as report:
         assert [layer.status for layer in report] == ["fallback"]
-        assert all(torch.equal(result, stock[name]) for name, result in gradients(experts, "biased").items())
+        assert equal(gradients(experts, "biased"), baseline)
 
 
 def test_a_registered_class_may_be_expert_parallel():

@@ -1,0 +1,37 @@
+"""PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
+
+Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
+of `checkpoint_wrapper`'s, `Module._parameters`, and where `FakeTensor` is, `torch._subclasses`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+COMPILED = "_orig_mod"
+_CHECKPOINTED = "_checkpoint_wrapped_module"
+
+
+def without_wrappers(name: str) -> str:
+    """A key or a path without the names that `torch.compile` and checkpoint wrappers put in."""
+    return name.replace(f"{COMPILED}.", "").replace(f"{_CHECKPOINTED}.", "")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor computes as PyTorch's own do, sharded or fake ones among them."""
+    has_own_class = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__  # Parameter and FSDP1's have not
+    return not has_own_class or isinstance(tensor, (DTensor, FakeTensor))
+
+
+@contextmanager
+def replaced_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Has a module compute with these tensors in place of its parameters of the same names."""
+    kept = {name: module._parameters[name] for name in tensors}
+    module._parameters.update(tensors)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback
+from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor
 
 RECIPE = Path(__file__).parents[1] / "qwen3_lora.py"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "lightning_moe")
@@ -29,7 +29,7 @@ C = TypeVar("C", bound=Callback)
 
 
 class RunReport(Callback):
-    """Prints the patch report and the data's, generates an answer before and after training, ends with a summary.
+    """Prints what became of the data, generates an answer before and after training, ends with a summary.
 
     A run that an exception or Ctrl-C ends gets a summary too, of what there is by then.
 
@@ -53,16 +53,12 @@ class RunReport(Callback):
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The patch report and the data's."""
+        """The data's report."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is asked of every rank, or hangs
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            console = Console()
-            for callback in _of_type(trainer, MoEGateGradCallback):
-                if callback.report is not None:
-                    console.print(callback.report)
             for line in data.report():
-                console.print(Text(line))
+                Console().print(Text(line))
         self._example = next((example for example in data.held_out if example.prompt.strip()), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -145,7 +141,8 @@ class RunReport(Callback):
         if self._example is not None:
             yield "prompt held out", self._example.prompt.strip()
             yield "answer wanted", self._example.answer
-        yield from zip(("answer before", "answer after"), self._answers, strict=False)
+        for name, answer in zip(("answer before", "answer after"), self._answers, strict=False):
+            yield name, "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in answer)  # no control sequences
 
 
 def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from helpers.ranks import together
 from helpers.recipe import data, module, trainer
 from helpers.reference import relative_error
+from helpers.training import logged
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -16,10 +17,10 @@ from lora.fault_tolerance import AtomicCheckpointIO
 from lora.sharding import FullyShardStrategy, check_strategy
 from qwen3_lora import UNHELPFUL_WARNINGS
 from safetensors.torch import load_file
-from test_gate_grad import logged
 
-from lightning_moe import AdapterUpdateCheck, ExpertLoadMonitor, MoEGateGradCallback, export_adapter
-from lightning_moe.adapters.export import CONFIG, WEIGHTS, export_checkpoint
+from lightning_moe import AdapterExport, AdapterUpdateCheck, ExpertLoadMonitor, MoEGateGradCallback
+from lightning_moe.adapters.export import export_checkpoint
+from lightning_moe.adapters.files import CONFIG, WEIGHTS
 from lightning_moe.integrations.sharding import is_sharded
 
 pytestmark = [
@@ -41,7 +42,8 @@ def train(folder, kind, ckpt_path=None, accelerator="cpu", several=2, **options)
     network = module(**{"experts": True} | options)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     run = trainer(
-        folder, 4, MoEGateGradCallback(), ExpertLoadMonitor(), AdapterUpdateCheck(2), saving, enable_checkpointing=True,
+        folder, 4, MoEGateGradCallback(), ExpertLoadMonitor(), AdapterUpdateCheck(2), AdapterExport(),
+        saving, enable_checkpointing=True,
         logger=CSVLogger(folder, "", version=""), log_every_n_steps=1, strategy=STRATEGIES[kind](devices),
         accelerator=accelerator, devices=devices, use_distributed_sampler=False, gradient_clip_val=0.5,
         limit_val_batches=2, val_check_interval=2, check_val_every_n_epoch=None,
@@ -49,8 +51,6 @@ def train(folder, kind, ckpt_path=None, accelerator="cpu", several=2, **options)
     )  # fmt: skip
     run.fit(network, data(batch_size=4 // devices), ckpt_path=ckpt_path)
     assert is_sharded(network) == (kind == "fsdp")
-    if kind != "ddp":  # there one rank alone may write
-        export_adapter(network, folder / "adapter")
 
 
 def values(checkpoint):

@@ -64,7 +64,7 @@ class Trained(Tiny):
 
     def generate(self, data, prompt):
         assert prompt == "  What? "
-        self.answers.append(f"[/answer] {len(self.answers)} | <b>")
+        self.answers.append(f"[/answer] {len(self.answers)} | <b>\x1b")
         return self.answers[-1]
 
 
@@ -125,10 +125,10 @@ def test_the_report_of_a_run(tmp_path, capsys, monkeypatch):
     assert f"torch {torch.__version__}" in rows["versions"]
     assert rows["prompt held out"] == "What?"
     assert rows["answer wanted"] == "[/that] \\| &lt;b&gt;<br>and this"
-    assert (rows["answer before"], rows["answer after"]) == ("[/answer] 0 \\| &lt;b&gt;", "[/answer] 1 \\| &lt;b&gt;")
+    assert (rows["answer before"], rows["answer after"]) == ("[/answer] 0 \\| &lt;b&gt;�", "[/answer] 1 \\| &lt;b&gt;�")
     assert rows["PEFT adapter, fused"] == "adapter"
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
-    for words in ("2 active, 0 fallback", "3 documents [of] them", "[/answer] 1 | <b>", *rows):
+    for words in ("3 documents [of] them", "[/answer] 1 | <b>�", *rows):
         assert words in printed
     words = shlex.split(text(tmp_path).partition("```bash\n")[2].partition("\n```")[0])
     assert words[0] == "python"

@@ -16,8 +16,8 @@ try:
     from lightning_moe.callbacks.gate_grad import MoEGateGradCallback
     from lightning_moe.callbacks.memory import MemoryMonitor
     from lightning_moe.expert_load import plot_expert_load
-    from lightning_moe.integrations.support import Unsupported
     from lightning_moe.integrations.transformers_experts import register_experts
+    from lightning_moe.integrations.unsupported import Unsupported
     from lightning_moe.metrics import ExpertLoad, GateGradHealth
     from lightning_moe.patch_report import LayerReport, PatchReport
     from lightning_moe.patching import gategrad, patch_moe, unpatch_moe

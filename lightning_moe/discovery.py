@@ -9,7 +9,6 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 from lightning_moe.integrations.peft_experts import foreign_parametrization, wrappers_around
-from lightning_moe.integrations.support import Unsupported, unsupported
 from lightning_moe.integrations.torch_modules import is_plain
 from lightning_moe.integrations.transformers_dispatch import unsupported_dispatch
 from lightning_moe.integrations.transformers_experts import (
@@ -21,6 +20,7 @@ from lightning_moe.integrations.transformers_experts import (
     read_flags,
     read_spec,
 )
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops.validation import unsupported_weights
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

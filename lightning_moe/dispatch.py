@@ -21,7 +21,6 @@ from lightning_moe.discovery import (
     unsupported_training,
 )
 from lightning_moe.integrations.peft_experts import active_adapters, low_rank, unsupported_layout
-from lightning_moe.integrations.support import Unsupported, unsupported
 from lightning_moe.integrations.torch_modules import replaced_parameters
 from lightning_moe.integrations.transformers_dispatch import (
     IMPLEMENTATION,
@@ -32,9 +31,10 @@ from lightning_moe.integrations.transformers_dispatch import (
     run_default,
 )
 from lightning_moe.integrations.transformers_experts import ExpertsSpec, ExpertWeights, read_flags, read_spec
-from lightning_moe.layer_patch import LayerPatch, patch_of
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops.experts import moe_experts
 from lightning_moe.ops.low_rank import LowRank, merge
+from lightning_moe.patch_state import LayerPatch, patch_of
 from lightning_moe.unmerged_lora import UnmergedLoRAForward, warn_once
 
 Updates = Mapping[str, list[LowRank]]

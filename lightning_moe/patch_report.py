@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_moe.integrations.support import Unsupported
+from lightning_moe.integrations.unsupported import Unsupported
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import nn
 from lightning_moe.discovery import MoELayer, find_moe_layers, other_parameters
 from lightning_moe.dispatch import gategrad_experts, update_estimate
 from lightning_moe.integrations.peft_experts import active_adapters, unsupported_adapter, unsupported_layout
-from lightning_moe.integrations.support import Unsupported, unsupported
 from lightning_moe.integrations.transformers_experts import is_registered, read_spec
-from lightning_moe.layer_patch import DownBias, LayerPatch, PatchOptions, attach, detach, patch_of, patched_modules
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops.validation import check_output_buffer
 from lightning_moe.patch_report import LayerReport, PatchReport
+from lightning_moe.patch_state import DownBias, LayerPatch, PatchOptions, attach, detach, patch_of, patched_modules
 from lightning_moe.unmerged_lora import attach_wrapper, is_unmerged
 
 

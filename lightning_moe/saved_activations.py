@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.discovery import MoELayer, find_moe_layers
 from lightning_moe.integrations.peft_experts import enclosing_names
-from lightning_moe.layer_patch import default_implementation
+from lightning_moe.patch_state import default_implementation
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from lightning_moe.integrations.peft_experts import (
     unsupported_layout,
     unsupported_unmerged,
 )
-from lightning_moe.integrations.support import Unsupported, unsupported
 from lightning_moe.integrations.transformers_dispatch import reaches_class_forward
-from lightning_moe.layer_patch import LayerPatch, is_on, patch_of
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
+from lightning_moe.patch_state import LayerPatch, is_on, patch_of
 
 
 class UnmergedLoRAForward:

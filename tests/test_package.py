@@ -43,7 +43,7 @@ FLOORS = [
     {"integrations"},
     {
         "activation_estimate", "adapter_updates", "adapters", "discovery", "dispatch", "expert_load", "health",
-        "layer_patch", "metrics", "patch_report", "patching", "saved_activations", "unmerged_lora",
+        "patch_state", "metrics", "patch_report", "patching", "saved_activations", "unmerged_lora",
     },
     {"callbacks", "cli", "__main__"},
 ]  # fmt: skip
@@ -70,7 +70,7 @@ def test_no_floor_imports_one_above_it():
 
 def test_the_floors_check_fails_on_an_import_from_above(tmp_path):
     for room, line in (
-        ("ops", "from lightning_moe.integrations.support import Unsupported"),
+        ("ops", "from lightning_moe.integrations.unsupported import Unsupported"),
         ("integrations", "import lightning_moe.health"),
         ("adapters", "from lightning_moe import patch_moe"),
         ("callbacks", "from lightning_moe.ops import experts"),
@@ -152,3 +152,8 @@ def test_trains_without_triton_and_without_a_gpu(missing, is_needed):
 def test_the_import_check_fails_on_a_forbidden_import(tmp_path):
     (tmp_path / "bad.py").write_text("from recipes import qwen3_lora\nimport tests.reference\n")
     assert list(imported(tmp_path / "bad.py")) == ["recipes", "tests.reference"]
+
+
+def test_no_test_module_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imported(path) if name and name.split(".")[-1].startswith("test_")], path

@@ -28,7 +28,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_moe import gategrad, patch_moe, unpatch_moe
-from lightning_moe.layer_patch import default_implementation, patch_of, patched_modules
+from lightning_moe.patch_state import default_implementation, patch_of, patched_modules
 
 
 def full():

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CompileConfig
 
 from lightning_moe import MoEGateGradCallback, gategrad, patch_moe, unpatch_moe
-from lightning_moe.layer_patch import patched_modules
+from lightning_moe.patch_state import patched_modules
 
 pytestmark = LIGHTNING_WARNINGS
 

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_moe.callbacks.front import stand_in_front
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
+from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.expert_load import ExpertLoadCounter, plot_expert_load
 from lightning_moe.metrics import ExpertLoad
 

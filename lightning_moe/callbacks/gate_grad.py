@@ -15,14 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_moe.callbacks.front import stand_in_front
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
+from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.health import HealthCounts
 from lightning_moe.integrations.sharding import check_sharded, unsynced_parameters
 from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
-from lightning_moe.layer_patch import DownBias, LayerPatch, PatchOptions, patch_of, patched_modules
 from lightning_moe.metrics import GateGradHealth
 from lightning_moe.patch_report import PatchReport
+from lightning_moe.patch_state import DownBias, LayerPatch, PatchOptions, patch_of, patched_modules
 from lightning_moe.patching import check_options, patch_moe, touched_modules, unpatch_moe
 
 ENVIRONMENT_SWITCH = "LIGHTNING_MOE_GATEGRAD"

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_moe.callbacks.front import stand_in_front
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
+from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
 
 MIB, GIB = 2**20, 2**30

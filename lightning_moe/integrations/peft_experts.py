@@ -17,9 +17,9 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_moe.integrations.support import Unsupported, unsupported
 from lightning_moe.integrations.torch_modules import COMPILED
 from lightning_moe.integrations.transformers_experts import read_flags, read_spec
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops.low_rank import LowRank, merge
 
 

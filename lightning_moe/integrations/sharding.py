@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_moe.integrations.support import Unsupported, unsupported
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
 
 SHOWN = 3
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lightning_moe.integrations.support import Unsupported, unsupported
 from lightning_moe.integrations.transformers_experts import is_registered, undecorated_forward
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
 
 IMPLEMENTATION = "gategrad"
 # What Transformers' `generate` sets on a GPU while it decodes.

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from helpers.distributed import BATCH, LIMIT, METRICS, STEPS, build, deviation, fit, outcome
+from helpers.launch import together
 from helpers.models import experts_modules, tokens
-from helpers.ranks import together
+from helpers.rank_fits import BATCH, LIMIT, METRICS, STEPS, build, deviation, fit, outcome
 from helpers.reference import relative_error
 from helpers.training import LIGHTNING_WARNINGS, logged
 from lightning.pytorch.callbacks import ModelCheckpoint

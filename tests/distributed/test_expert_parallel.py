@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.distributed import turn_gates
+from helpers.launch import together
 from helpers.models import Tiny, qwen3, tokens
-from helpers.ranks import together
+from helpers.rank_fits import turn_gates
 from helpers.reference import (
     FACTORS,
     LAYOUTS,

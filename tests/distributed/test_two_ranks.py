@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.distributed import ADAPTERS, BATCH, LIMIT, METRICS, STEPS, Distributed, build, deviation, fit, outcome, run
+from helpers.launch import together
 from helpers.models import Tiny, gpt_oss, qwen3, tokens
-from helpers.ranks import together
+from helpers.rank_fits import ADAPTERS, BATCH, LIMIT, METRICS, STEPS, Distributed, build, deviation, fit, outcome, run
 from helpers.reference import LOW_PRECISION_SLACK, relative_error, with_scatter
 from helpers.training import LIGHTNING_WARNINGS, is_restored, logged, trainer
 from lightning.pytorch import Callback
@@ -45,7 +45,7 @@ from lightning_moe.adapters.export import export_checkpoint
 from lightning_moe.adapters.files import WEIGHTS
 from lightning_moe.callbacks import memory
 from lightning_moe.integrations.sharding import full_tensor
-from lightning_moe.layer_patch import patch_of, patched_modules
+from lightning_moe.patch_state import patch_of, patched_modules
 
 pytestmark = LIGHTNING_WARNINGS
 

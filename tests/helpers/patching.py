@@ -10,7 +10,7 @@ from helpers.models import experts_modules, tokens
 from helpers.reference import relative_error
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_moe.layer_patch import patch_of, patched_modules
+from lightning_moe.patch_state import patch_of, patched_modules
 
 
 def gradients(model, ids=None, **options):

@@ -8,7 +8,7 @@ from helpers.models import experts_modules, is_patched
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_moe.layer_patch import patched_modules
+from lightning_moe.patch_state import patched_modules
 
 LIGHTNING_WARNINGS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

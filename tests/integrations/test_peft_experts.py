@@ -39,8 +39,8 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from lightning_moe import MoEGateGradCallback, gategrad, measure_moe_activations, moe_experts, patch_moe, unpatch_moe
-from lightning_moe.layer_patch import default_implementation, patch_of, patched_modules
 from lightning_moe.ops.low_rank import LowRank, join, split_gradients
+from lightning_moe.patch_state import default_implementation, patch_of, patched_modules
 from lightning_moe.patching import touched_modules
 
 GATE_UP, DOWN = EXPERT_TARGETS

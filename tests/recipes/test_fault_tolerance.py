@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from helpers.ranks import together
+from helpers.launch import together
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_moe.activation_estimate import ActivationEstimate
 from lightning_moe.health import LayerHealth
-from lightning_moe.integrations.support import Unsupported
 from lightning_moe.integrations.transformers_dispatch import implementation_of, with_gategrad
+from lightning_moe.integrations.unsupported import Unsupported
 
 DownBias = Literal["exact", "fallback"]
 

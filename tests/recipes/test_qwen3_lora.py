@@ -164,7 +164,7 @@ def test_adapter_folder_loads_with_peft(twenty_steps):
 
 
 @pytest.mark.filterwarnings("ignore:.*pattern keys did not match")  # PEFT's loader; they do match afterwards
-@pytest.mark.filterwarnings("ignore:MoEGateGradCallback. by step 10 some")  # a random router leaves experts idle
+@pytest.mark.filterwarnings("ignore:AdapterUpdateCheck. by step 10 some")  # a random router leaves experts idle
 def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
     layouts = tmp_path / "layouts.yaml"
     export = {"class_path": "lightning_moe.AdapterExport", "init_args": {"layouts": ["fused", "per_expert"]}}
@@ -303,7 +303,7 @@ def test_throughput_rate_and_gradients_are_logged(twenty_steps):
 def test_summary_shows_what_a_user_looks_for(tmp_path, capsys):
     fit(tmp_path, steps=2)
     printed = capsys.readouterr().out
-    for words in ("4 active, 0 fallback", "loss, first and last", "peak memory", "MoE activations, baseline and now",
+    for words in ("loss, first and last", "peak memory", "MoE activations, baseline and now",
                   "answer before", "answer after", "CSVLogger", "PEFT adapter", "parameters that train"):  # fmt: skip
         assert words in printed
 

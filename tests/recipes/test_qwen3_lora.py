@@ -208,7 +208,8 @@ OPTIONS = {
     "sdpa": (["--model.attention=sdpa"], "| attention | sdpa |"),
     "eager attention, no packing": (["--model.attention=eager", "--data.packing=none", "--data.batch_size=2"], "eager"),
     "wrapped": (["--data.packing=wrapped"], "packs of 256 tokens, 100.0% full"),
-    "whole loss": (["--data.assistant_only_loss=false", "--data.long_documents=skip"], "are left out"),
+    "whole loss": (["--data.assistant_only_loss=false", "--data.long_documents=skip",
+                    "--data.max_length=80"], "are left out"),
 }  # fmt: skip
 
 
@@ -242,7 +243,12 @@ def test_chats_from_a_file_and_a_base_from_a_folder(tmp_path, capsys):
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     options = ["--model.init=pretrained", f"--model.name={tmp_path / 'base'}", f"--data.source={path}"]
-    options += [f"--data.chat_template={template}", "--data.packing=bfd", "--model.modules_to_save=[]"]
+    options += [
+        f"--data.chat_template={template}",
+        "--data.packing=bfd",
+        "--data.assistant_only_loss=false",
+        "--model.modules_to_save=[]",
+    ]
     fit(tmp_path / "chats", *options, "--data.batch_size=1", "--data.max_length=64", steps=4)
     printed = capsys.readouterr().out
     assert "30 documents of 30" in printed

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_moe import AdapterUpdateCheck, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback, gategrad
-from lightning_moe.callbacks import front
+from lightning_moe.callbacks import restoring
 from lightning_moe.ops import experts, projection
 
 pytestmark = [
@@ -158,7 +158,7 @@ class Before:
         assert list(self.module.network.state_dict()) == self.keys
         if running is not None:
             assert "on_exception" not in vars(running.strategy)
-            assert not any(type(callback).__module__ == front.__name__ for callback in running.callbacks)
+            assert not any(type(callback).__module__ == restoring.__name__ for callback in running.callbacks)
             assert all(callback.report is None for callback in running.callbacks if hasattr(callback, "report"))
 
     def check_second_fit(self, folder, callbacks):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_moe.ops import experts as experts_module
 from lightning_moe.ops import grouped as kernels_module
+from lightning_moe.ops import projection
 
 EVERYTHING = (*DIFFERENTIABLE, *FACTORS)
 
@@ -57,15 +58,15 @@ class OutOfMemory(RuntimeError):
     pass
 
 
-def fail_once(monkeypatch, name):
+def fail_once(monkeypatch, name, module=experts_module):
     """Has a building block of the operation raise on its next call."""
-    original = getattr(experts_module, name)
+    original = getattr(module, name)
 
     def fail(*args, **kwargs):
-        monkeypatch.setattr(experts_module, name, original)
+        monkeypatch.setattr(module, name, original)
         raise OutOfMemory
 
-    monkeypatch.setattr(experts_module, name, fail)
+    monkeypatch.setattr(module, name, fail)
 
 
 HOOKS = {
@@ -74,14 +75,16 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("failing", ["grouped_linear", "grouped_outer"], ids=["early", "late"])
+@pytest.mark.parametrize(
+    "failing", [("grouped_linear", projection), ("grouped_outer", experts_module)], ids=["early", "late"]
+)
 @pytest.mark.parametrize("hooks", HOOKS)
 def test_under_hooks_a_backward_that_failed_can_be_called_again(hooks, failing, monkeypatch):
     problem = make_problem()
     plain, leaves = run(problem), problem.leaves()
     with HOOKS[hooks]():
         output = call(problem, leaves)
-    fail_once(monkeypatch, failing)
+    fail_once(monkeypatch, *failing)
     with pytest.raises(OutOfMemory):
         output.backward(problem.grad_output)
     results = gradients(problem, leaves, output)

@@ -62,14 +62,11 @@ def launches(kernels, torch, *, has_grouped_linear):
     if has_grouped_linear:
         for gather, in_first in product([True, False], repeat=2):
             yield linear(gather, in_first)
-            yield linear(gather, in_first, columns=16, dtype=fp16)
             yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
-        for columns in (32, 64, 128):
-            yield linear(True, False, columns=columns)
-            yield linear(False, True, columns=columns, dtype=fp16)
-        for rank in (16, 32):
-            yield linear(True, False, True, rank=rank)
-            yield linear(False, True, False, rank=rank, dtype=fp16)
+        for columns in (16, 32, 64, 128):  # the tile's width, and so its stages, follow them; the dtype does not count
+            yield linear(columns in (16, 64), columns in (16, 128), columns=columns, dtype=fp16)
+        yield linear(True, False, True, rank=16)
+        yield linear(False, True, False, rank=32, dtype=fp16)
         yield linear(True, False, inner=72)  # the last step's loads are masked
         yield partial(kernels.tiles, offsets, num_rows)
     for gather, wide_first in product([True, False], repeat=2):

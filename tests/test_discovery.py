@@ -1,4 +1,4 @@
-"""What is found in a model, under which wrappers, and the estimate of its tape."""
+"""What is found in a model, under which wrappers, and the estimate of its saved activations."""
 
 import pytest
 import torch
@@ -102,13 +102,13 @@ def test_the_estimate_is_what_saved_tensor_hooks_measure(build, trained):
     model = with_attention_lora(build()) if trained == "attention" else build()
     ids = torch.randint(0, 64, (4, 64))
     patch_moe(model)
-    with measure_moe_activations(model) as tapes:
+    with measure_moe_activations(model) as measured:
         model(input_ids=ids, labels=ids)
-    assert len(tapes) == 2
-    for tape in tapes:
-        estimate = estimate_activations(model.get_submodule(tape.name), {}, recompute_gate_up=False)
-        rows = tape.num_tokens * 2
+    assert len(measured) == 2
+    for layer in measured:
+        estimate = estimate_activations(model.get_submodule(layer.name), {}, recompute_gate_up=False)
+        rows = layer.num_tokens * 2
         # The layer's input, kept where the first projection trains, and a few indices are not in the estimate.
         slack = 256 * 32 * 4 * 1.25
-        assert 0 <= tape.baseline_num_bytes - estimate.baseline_per_row * rows <= slack
-        assert 0 <= tape.num_bytes - estimate.saved_per_row * rows <= slack
+        assert 0 <= layer.baseline_num_bytes - estimate.baseline_per_row * rows <= slack
+        assert 0 <= layer.num_bytes - estimate.saved_per_row * rows <= slack

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
+from lightning_moe.callbacks.ranks import data_parallel_group
 from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.expert_load import ExpertLoadCounter, plot_expert_load
 from lightning_moe.metrics import ExpertLoad
@@ -89,21 +89,14 @@ class ExpertLoadMonitor(Callback):
         rows = self._counter.drain(self._metric.device)
         if not rows:
             return []
-        group = _data_parallel_group(trainer.strategy)
+        group = data_parallel_group(trainer.strategy)
         summed = trainer.strategy.reduce(torch.cat(list(rows.values())), group, reduce_op="sum")
-        parts = summed.split([part.numel() for part in rows.values()])
-        for name, part in zip(rows, summed.cpu().split([part.numel() for part in rows.values()]), strict=True):
+        sizes = [part.numel() for part in rows.values()]
+        for name, part in zip(rows, summed.cpu().split(sizes), strict=True):
             self.expert_load[name] = self.expert_load.get(name, 0) + part
-        return list(parts)
+        return list(summed.split(sizes))
 
     def _stop(self) -> None:
         if self._counter is not None:
             self._counter.remove()
             self._counter = None
-
-
-def _data_parallel_group(strategy: Strategy) -> Any:
-    """The process group of the ranks with different batches; None for all."""
-    if not isinstance(strategy, ModelParallelStrategy):
-        return None
-    return strategy.device_mesh["data_parallel"].get_group()

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
+from lightning_moe.callbacks.ranks import data_parallel_group
 from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.health import HealthCounts
 from lightning_moe.integrations.sharding import check_sharded, unsynced_parameters
@@ -238,6 +239,6 @@ def _summed_over(strategy: Strategy, model: nn.Module) -> Any:
 
     Tensor-parallel ranks count the same gates, unless each has experts of its own.
     """
-    if not isinstance(strategy, ModelParallelStrategy) or any(map(is_expert_parallel, patched_modules(model))):
+    if any(map(is_expert_parallel, patched_modules(model))):
         return None
-    return strategy.device_mesh["data_parallel"].get_group()
+    return data_parallel_group(strategy)

@@ -34,13 +34,21 @@ FSDP = RECIPES / "configs" / "fsdp.yaml"
 TEXT = RECIPES / "lora" / "tiny.jsonl"
 OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "out of memory")
 
-VariantName = Literal["baseline", "baseline+liger", "lightning_moe", "lightning_moe+offload"]
-BASELINE = {"attention": "sdpa", "liger": False, "loss_impl": "chunked", "offload": False, "tile_tokens": 0}
+VariantName = Literal[
+    "baseline", "baseline+liger", "baseline+liger+selective", "lightning_moe+full", "lightning_moe",
+    "lightning_moe+offload",
+]  # fmt: skip
+BASELINE = {
+    "attention": "sdpa", "liger": False, "loss_impl": "chunked", "checkpointing": "full", "offload": False,
+    "tile_tokens": 0, "fused_lora": False,
+}  # fmt: skip
 VARIANTS: dict[VariantName, dict[str, Any]] = {
     "baseline": BASELINE,
     "baseline+liger": {**BASELINE, "liger": True},
-    "lightning_moe": {"offload": False},
-    "lightning_moe+offload": {"offload": True},
+    "baseline+liger+selective": {**BASELINE, "liger": True, "attention": "varlen", "checkpointing": "selective"},
+    "lightning_moe+full": {"checkpointing": "full", "offload": False},
+    "lightning_moe": {"checkpointing": "selective", "offload": False},
+    "lightning_moe+offload": {"checkpointing": "selective", "offload": True},
 }
 HEADERS = [
     "tokens", "devices", "variant", "peak GiB", "above weights GiB", "s per step", "tokens/s", "largest loss deviation",

@@ -12,6 +12,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lora.linear import fuse_updates
+
 # Options without which a checkpoint's values mean something else, beside those of the base.
 ADAPTER_OPTIONS = ("rank", "alpha", "target_modules", "modules_to_save", "experts", "router", "router_module")
 
@@ -49,6 +51,8 @@ def add_adapters(base: PreTrainedModel, options: Mapping[str, Any]) -> PeftModel
             # As peft.helpers.disable_input_dtype_casting, for good: autocast chooses the dtype, and a float32 copy of
             # each adapted layer's input would be kept for backward.
             layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    if options["fused_lora"]:
+        fuse_updates(network)
     return network
 
 

@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lora.kept_results import keeping
+
 NAME = "varlen"
 
 # Tokens times key-value heads that one kernel call works on: more fill the card no better and take memory.
@@ -66,11 +68,25 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
+    with keeping(query):
+        return _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    max_length_q: int | None,
+    options: dict[str, Any],
+) -> Tensor:
     num_documents = 1 if cu_seq_lens_q is None else cu_seq_lens_q.numel() - 1
     if attention_mask is not None or num_documents == 1:
         if attention_mask is None and _is_long(query, key):
-            return heads_in_turn(query, key, value, options.get("scaling")), None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            return heads_in_turn(query, key, value, options.get("scaling"))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     assert cu_seq_lens_q is not None
     assert max_length_q is not None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -80,11 +96,11 @@ def varlen_attention(
             scale=options.get("scaling"), window_size=(-1, 0), **GROUPED_QUERIES,
         )  # fmt: skip
         assert isinstance(packed, Tensor)
-        return packed[None], None
+        return packed[None]
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     attended = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in documents]
-    return torch.cat(attended, dim=1), None
+    return torch.cat(attended, dim=1)
 
 
 # torch 2.11 takes fewer key-value heads as they are; later versions want to be told.

@@ -1,141 +1,138 @@
-"""What a decoder layer keeps for backward: its recomputation, its input in host memory, its experts in tiles.
+"""Activation checkpointing: what a decoder layer keeps for backward and what it computes again, the experts in tiles.
 
-    full        a layer keeps its input and is computed again in backward
-    attention   attention and norms are computed again, the experts are not: more memory, less time
+    selective   a layer keeps its input, attention's results and the router's choice; the rest is computed again
+    full        a layer keeps its input and the router's choice
     none        nothing is computed again
 
 Each is put on the layers' `forward`; outside training the layers run as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
-Mode = Literal["full", "attention", "none"]
+from lora.kept_results import keep_and_reuse, keeping
+from lora.offload import ActivationOffload
 
-SMALLEST_OFFLOADED_BYTES = 2**20
-# A layer whose input is larger computes for so long that fetching the next one early would only take memory.
-LARGEST_FETCHED_EARLY_BYTES = 256 * 2**20
+Recomputing = Literal["selective", "full"]
+Mode = Recomputing | Literal["none"]
 
 
-def enable_checkpointing(layers: nn.ModuleList, mode: Mode, offload: bool = False, tile_tokens: int = 0) -> None:
+def kept_bytes(config: PretrainedConfig, mode: Recomputing, dtype: torch.dtype) -> int:
+    """Bytes that all layers keep of each token: their inputs and, if `selective`, attention's results."""
+    width = config.hidden_size
+    log_sum_exp = 0
+    if mode == "selective":
+        heads = config.num_attention_heads
+        width += heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        log_sum_exp = 4 * heads
+    return config.num_hidden_layers * (width * dtype.itemsize + log_sum_exp)
+
+
+def choose_checkpointing(
+    config: PretrainedConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    modes: Sequence[Recomputing] = ("selective", "full"),
+    offload: bool | None = None,
+) -> tuple[Recomputing, bool]:
+    """The first mode for whose kept tensors half of the free memory is enough, on the device or else on the host.
+
+    Args:
+        config: the model's, which is on its device.
+        tokens: of a batch.
+        dtype: of the activations.
+        device: where the model is.
+        modes: those to choose from.
+        offload: which of both places; None for either.
+
+    Returns:
+        The mode, and whether to offload. Where no half is enough, the last mode and place.
+    """
+    places = [(bool(offload), psutil.virtual_memory().available)]
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        both = [(False, torch.cuda.mem_get_info(device)[0] + unused), (True, psutil.virtual_memory().available)]
+        places = [place for place in both if offload in (None, place[0])]
+    for mode, (is_offloaded, free) in product(modes, places):
+        if tokens * kept_bytes(config, mode, dtype) <= free // 2:
+            return mode, is_offloaded
+    return modes[-1], places[-1][0]
+
+
+def enable_checkpointing(
+    layers: nn.ModuleList, mode: Mode, *, offload: bool = False, tile_tokens: int = 0, router: str = "mlp.gate"
+) -> None:
     """Has decoder layers recompute what `mode` says.
 
     Args:
         layers: decoder layers, whose feed-forward or MoE block is `mlp`.
-        mode: what is computed again in backward.
-        offload: keep the layers' inputs in pinned host memory; needs `mode="full"`.
+        mode: what is kept and what is computed again in backward. `selective` keeps the results of an attention
+            function that runs within `keeping()`, as the recipe's own does.
+        offload: have what is kept wait in pinned host memory; not with `mode="none"`.
         tile_tokens: where a sequence is longer, the `mlp` runs this many tokens at a time and once more in backward,
             so that one tile's activations exist at a time. 0 for never.
+        router: a layer's module, if it has it, that chooses the experts.
 
     Raises:
         ValueError: where `offload` has nothing to work on.
     """
-    if offload and mode != "full":
-        raise ValueError(f"model.offload keeps the layers' inputs, which only checkpointing 'full' saves, not {mode!r}")
+    if offload and mode == "none":
+        raise ValueError("model.offload brings to the host what checkpointing keeps: set checkpointing, not 'none'")
     offloading = ActivationOffload() if offload else None
     layer: Any
     for layer in layers:
+        _keep_choice(layer, router)
         if tile_tokens:
             layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
-        if mode == "full":
-            layer.forward = partial(_recomputed, layer.forward, offloading)
-        elif mode == "attention":
-            for name, module in layer.named_children():
-                if name != "mlp":
-                    module.forward = partial(_recomputed, module.forward, None)
+        if mode != "none":
+            layer.forward = partial(_checkpointed, layer.forward, mode == "selective", offloading)
 
 
-def _recomputed(forward: Callable[..., Any], offloading: "ActivationOffload | None", *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(
+    forward: Callable[..., Any], keeps_attention: bool, offloading: ActivationOffload | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The layer, computed again in backward."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if offloading is None:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    with offloading.hooks():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        contexts = partial(keep_and_reuse, attention=keeps_attention)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    layer = offloading.next_layer()
+    contexts = partial(
+        keep_and_reuse, attention=keeps_attention, pack=layer.pack, unpack=layer.unpack,
+        after_attention=layer.fetch_before,
+    )  # fmt: skip
+    with layer.hooks():
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _keep_choice(layer: Any, router: str) -> None:
+    """Has the choice of experts run within `keeping()`; some families choose in a method of their block."""
+    modules = dict(layer.named_modules())
+    if router in modules:
+        modules[router].forward = partial(_within_keeping, modules[router].forward)
+    if hasattr(layer.mlp, "route_tokens_to_experts"):
+        layer.mlp.route_tokens_to_experts = partial(_within_keeping, layer.mlp.route_tokens_to_experts)
+
+
+def _within_keeping(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with keeping():
+        return choose(*args, **kwargs)
 
 
 def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states: Tensor) -> Tensor:
     """The same of (1, tokens, H), tile by tile."""
     if hidden_states.shape[1] <= tile_tokens or not torch.is_grad_enabled():
         return forward(hidden_states)
-    tiles = hidden_states.split(tile_tokens, dim=1)
-    return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=1)
-
-
-class ActivationOffload:
-    """Keeps saved tensors in pinned host memory until backward; copies run on a stream of their own.
-
-    Backward asks for them in reverse order: when one is restored, the one before it is prefetched, unless it is large.
-    Device memory belongs to the stream that computes: a tensor stays on the device until the next one is offloaded,
-    when its copy is waited for.
-    """
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._last: _Offloaded | None = None
-
-    def hooks(self) -> saved_tensors_hooks:
-        """The context in which saved tensors on a GPU are offloaded; others stay as they are."""
-        return saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, tensor: Tensor) -> "Tensor | _Offloaded":
-        if not tensor.is_cuda or tensor.numel() * tensor.element_size() < SMALLEST_OFFLOADED_BYTES:
-            return tensor
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(tensor.device)
-        if self._last is not None:
-            self._last.free_device_copy()
-        self._last = _Offloaded(tensor, self._stream, self._last)
-        return self._last
-
-    def _unpack(self, packed: "Tensor | _Offloaded") -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        self._last = None
-        return packed.restore()
-
-
-class _Offloaded:
-    """One tensor: being copied to the host, there, or being copied back."""
-
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "_Offloaded | None") -> None:
-        self._stream, self._before = stream, before
-        self._on_device: Tensor | None = tensor
-        self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
-            self._on_host.copy_(tensor, non_blocking=True)
-        self._copied = stream.record_event()
-
-    def free_device_copy(self) -> None:
-        """Frees the tensor on the device once it is on the host."""
-        if self._on_device is not None:
-            torch.cuda.current_stream(self._on_device.device).wait_event(self._copied)
-            self._on_device = None
-
-    def prefetch(self) -> None:
-        """Starts the copy back to the device, unless it is there."""
-        if self._on_device is not None:
-            return
-        self._on_device = torch.empty(self._on_host.shape, dtype=self._on_host.dtype, device=self._stream.device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            self._on_device.copy_(self._on_host, non_blocking=True)
-        self._copied = self._stream.record_event()
-
-    def restore(self) -> Tensor:
-        """The tensor, ready for the current stream; prefetches the one before it."""
-        self.prefetch()
-        tensor, self._on_device = self._on_device, None
-        assert tensor is not None
-        torch.cuda.current_stream(tensor.device).wait_event(self._copied)
-        if self._before is not None and tensor.nbytes <= LARGEST_FETCHED_EARLY_BYTES:
-            self._before.prefetch()
-        self._before = None
-        return tensor
+    run = partial(checkpoint, forward, use_reentrant=False, context_fn=partial(keep_and_reuse, attention=False))
+    return torch.cat([run(tile) for tile in hidden_states.split(tile_tokens, dim=1)], dim=1)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_moe import MoEGateGradCallback
+from lora.checkpointing import kept_bytes
 
 MIB, GIB = 2**20, 2**30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -219,13 +220,13 @@ def advice(trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
                 yield f"  output_buffer_mib: {OUTPUT_BUFFER_MIB}, of MoEGateGradCallback in the configuration"
     if options["liger"] is False:
         yield "  --model.liger null: norms and rotary embedding without float32 copies"
-    if options["checkpointing"] != "full":
+    mode, offload = pl_module.checkpointing  # type: ignore[misc]
+    if mode != "full" and not offload:
         yield "  --model.checkpointing full: each layer keeps its input only"
-    if not options["offload"] and pl_module.device.type == "cuda":
+    if not offload and pl_module.device.type == "cuda":
         network: Any = pl_module.network
-        config = network.get_base_model().config
-        size = tokens * config.hidden_size * getattr(torch, options["dtype"]).itemsize / MIB
-        yield f"  --model.offload true: the layers' inputs, {config.num_hidden_layers} x {size:,.0f} MiB, to the host"
+        kept = kept_bytes(network.get_base_model().config, "full", getattr(torch, options["dtype"]))
+        yield f"  --model.offload true: the layers' inputs, {tokens * kept / MIB:,.0f} MiB, to the host"
     if data.batch_size > 1:
         yield (
             f"  --data.batch_size 1, --trainer.accumulate_grad_batches {data.batch_size}: a step in parts, each of "

@@ -16,13 +16,16 @@ from transformers import PreTrainedModel
 from lora.adapters import add_adapters, check_checkpoint, check_names, trained_products
 from lora.attention import NAME as VARLEN
 from lora.base_model import apply_liger, build, check_memory, check_weights, read_config
-from lora.checkpointing import Mode, enable_checkpointing
+from lora.checkpointing import Mode, Recomputing, choose_checkpointing, enable_checkpointing
 from lora.data import InstructionData
 from lora.flops import batch_flops
 from lora.loss import LossImpl, choose_loss, losses
 from lora.sharding import check_strategy, rename_optimizer_state, shard
 
 GENERATED_TOKENS = 48
+RECOMPUTED: dict[Mode, str] = {
+    "selective": "each layer but attention", "full": "each layer", "none": "nothing"
+}  # fmt: skip
 
 
 class MoELoRA(LightningModule):
@@ -31,6 +34,9 @@ class MoELoRA(LightningModule):
     Adapters are float32 and the base may be bfloat16. Under `trainer.precision bf16-mixed` a layer computes with
     bfloat16 copies of its adapters, and the optimizer sees float32 gradients and steps on float32 values: a step of
     1e-4 on a bfloat16 weight of 0.05 would be lost.
+
+    Attributes:
+        checkpointing: the mode in effect, and whether what it keeps is offloaded.
 
     Args:
         architecture: `model_type` and fields of that family's configuration; used where `init` is random.
@@ -48,12 +54,14 @@ class MoELoRA(LightningModule):
         modules_to_save: modules that train in full beside the adapters, such as the head of a random base.
         learning_rate: of AdamW, after the warm-up.
         warmup_steps: over which the learning rate rises from 0.
-        checkpointing: what each layer computes again in backward: `full` all of it, `attention` attention and norms,
-            which takes more memory and less time, `none` nothing.
-        offload: keep each layer's input in host memory until backward; with `full` checkpointing on a GPU.
+        checkpointing: what each layer computes again in backward: `selective` all but attention, which needs
+            `attention` to be `varlen`; `full` all of it; `none` nothing; `auto` the first of `selective` and `full`
+            whose memory fits, on the device or, offloaded, on the host.
+        offload: have what checkpointing keeps wait in host memory; `auto` decides on its own where this is null.
         tile_tokens: where a sequence is longer, the experts work on this many tokens at a time and once more in
             backward. 0 for never.
         attention: `varlen`, the recipe's own, or a name that Transformers knows: `sdpa`, `flash_attention_2`, ...
+        fused_lora: have the products of adapted linear layers add their updates; PEFT's own passes where false.
         liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had.
         loss_impl: how the loss avoids the full logits: `torch`, `liger`, `chunked`, or `auto` for the first that can.
     """
@@ -75,21 +83,30 @@ class MoELoRA(LightningModule):
         modules_to_save: tuple[str, ...] = (),
         learning_rate: PositiveFloat = 1e-4,
         warmup_steps: NonNegativeInt = 10,
-        checkpointing: Mode = "none",
-        offload: bool = False,
+        checkpointing: Mode | Literal["auto"] = "none",
+        offload: bool | None = None,
         tile_tokens: NonNegativeInt = 32_768,
         attention: str = VARLEN,
+        fused_lora: bool = True,
         liger: bool | None = None,
         loss_impl: LossImpl | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         if init == "pretrained" and not name:
             raise ValueError("model.init is 'pretrained': set model.name to a hub name or a folder")
-        if offload and checkpointing != "full":
-            raise ValueError("model.offload keeps the layers' inputs: it needs --model.checkpointing full")
+        if offload and checkpointing == "none":
+            raise ValueError(
+                "model.offload brings to the host what checkpointing keeps: set --model.checkpointing auto"
+            )
+        if checkpointing == "selective" and attention != VARLEN:
+            raise ValueError(
+                f"model.checkpointing selective keeps the results of model.attention {VARLEN}, not of {attention!r}: "
+                "set --model.checkpointing full"
+            )
         self.save_hyperparameters()
         self.network: PeftModel | None = None
         self.description: dict[str, str] = {}
+        self.checkpointing: tuple[Mode, bool] = "none", False
         self.strict_loading = False  # checkpoints hold the adapter only
         self._loss_impl: LossImpl = "chunked"
         self._boundaries: Tensor | None = None
@@ -132,8 +149,11 @@ class MoELoRA(LightningModule):
         norms = apply_liger(base, options["liger"])
         self.network = add_adapters(base, options)
         self.network.train()  # a base that was read comes in eval mode
-        layers = base.get_decoder().layers
-        enable_checkpointing(layers, options["checkpointing"], options["offload"], options["tile_tokens"])
+        self.checkpointing = mode, offload = self._choose_checkpointing(base)
+        enable_checkpointing(
+            base.get_decoder().layers, mode, offload=offload, tile_tokens=options["tile_tokens"],
+            router=options["router_module"],
+        )  # fmt: skip
         self._loss_impl = choose_loss(options["loss_impl"], base.get_output_embeddings(), base.device)
         base.losses = MethodType(losses, base)
         self.description = {
@@ -141,10 +161,7 @@ class MoELoRA(LightningModule):
             "attention": options["attention"],
             "norms and rotary embedding": norms,
             "loss": f"{self._loss_impl}, without the full logits",
-            "recomputed in backward": {"full": "each layer", "attention": "attention and norms", "none": "nothing"}[
-                options["checkpointing"]
-            ]
-            + (", its input in host memory" if options["offload"] else ""),
+            "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
             "router": self._describe_router(),
         }
         if self.device_mesh is not None:
@@ -158,6 +175,17 @@ class MoELoRA(LightningModule):
         config = read_config(self._name, options["architecture"])
         dtype = getattr(torch, options["dtype"])
         return build(self._name, config, dtype, self.device, options["attention"], options["init_seed"])
+
+    def _choose_checkpointing(self, base: PreTrainedModel) -> tuple[Mode, bool]:
+        """The mode, and whether to offload, once it is known what memory the base leaves."""
+        mode, offload = self.hparams["checkpointing"], self.hparams["offload"]
+        if mode != "auto":
+            return mode, bool(offload)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        modes: tuple[Recomputing, ...] = ("selective", "full") if self.hparams["attention"] == VARLEN else ("full",)
+        return choose_checkpointing(
+            base.config, data.batch_size * data.max_length, base.dtype, base.device, modes=modes, offload=offload
+        )
 
     def _describe_router(self) -> str:
         balance = f", load-balancing loss x {self.hparams['router_aux_loss']:g}" * bool(self.hparams["router_aux_loss"])

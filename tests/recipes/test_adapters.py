@@ -8,7 +8,7 @@ OPTIONS = {
     "architecture": {"num_experts": 8, "hidden_size": 32}, "init": "random", "init_seed": 0, "name": None, "rank": 4,
     "alpha": 8, "target_modules": ("q_proj", "v_proj"), "modules_to_save": (), "experts": False, "router": "frozen",
     "router_module": "mlp.gate", "router_aux_loss": 0.0, "learning_rate": 1e-4, "checkpointing": "none",
-    "dtype": "float32",
+    "dtype": "float32", "fused_lora": True,
 }  # fmt: skip
 PRETRAINED = OPTIONS | {"init": "pretrained", "name": "Qwen/one"}
 

@@ -1,22 +1,28 @@
-"""Tests of what a layer keeps: equal gradients in every mode, fewer saved activations, layers' inputs on the host."""
+"""Tests of what a layer keeps: equal gradients in every mode, fewer saved activations, what fits."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
-from helpers.models import VOCABULARY, qwen3
-from lora.checkpointing import ActivationOffload, enable_checkpointing
+from helpers.models import VOCABULARY, qwen3, qwen3_config
+from lora.attention import NAME as VARLEN
+from lora.attention import register
+from lora.checkpointing import choose_checkpointing, enable_checkpointing, kept_bytes
+from lora.kept_results import ATTENTION
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lightning_moe import gategrad
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-MODES = [("none", 0), ("none", 16), ("attention", 0), ("attention", 16), ("full", 0), ("full", 16)]
+MODES = [("none", 0), ("none", 16), ("selective", 0), ("selective", 16), ("full", 0), ("full", 16)]
 
 
-def model(device="cpu"):
-    network = qwen3().to(device).train()
+def model():
+    register()
+    network = qwen3().train()
+    network.set_attn_implementation(VARLEN)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     for layer in network.model.layers:
@@ -57,7 +63,7 @@ def test_the_routers_loss_reaches_the_router():
     assert not torch.allclose(*grads, atol=1e-6, rtol=1e-4)
 
 
-def kept_bytes(mode, tile_tokens=0):
+def kept_bytes_of_a_step(mode, tile_tokens=0):
     network = model()
     enable_checkpointing(network.model.layers, mode, tile_tokens=tile_tokens)
     frozen = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -75,21 +81,32 @@ def kept_bytes(mode, tile_tokens=0):
 
 
 def test_more_recomputation_keeps_less():
-    kept = [kept_bytes(mode) for mode in ("none", "attention", "full")]
-    assert kept[0] > 1.2 * kept[1] > 2 * kept[2]
-    assert kept_bytes("none", tile_tokens=16) < kept[0]
+    assert kept_bytes_of_a_step("none") > 2 * kept_bytes_of_a_step("full")
+    assert kept_bytes_of_a_step("none", tile_tokens=16) < kept_bytes_of_a_step("none")
 
 
-def test_attention_checkpointing_runs_attention_twice_and_experts_once():
+class AttentionCalls(TorchDispatchMode):
+    """Counts attention's forward operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_attention(mode):
     network = model()
-    enable_checkpointing(network.model.layers, "attention")
-    runs = {"self_attn": 0, "mlp": 0}
-    for name in runs:
-        module = getattr(network.model.layers[0], name)
-        inner = module.q_proj if name == "self_attn" else module.experts
-        inner.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
-    step(network, balances=False)
-    assert runs == {"self_attn": 2, "mlp": 1}
+    enable_checkpointing(network.model.layers, mode)
+    with AttentionCalls() as calls:
+        step(network, balances=False)
+    return calls.count
+
+
+def test_selective_checkpointing_runs_attention_once():
+    runs = {mode: calls_of_attention(mode) for mode in ("none", "selective", "full")}
+    assert runs["none"] == runs["selective"] == len(model().model.layers)
+    assert runs["full"] == 2 * runs["none"]
 
 
 def test_outside_training_nothing_is_recomputed_or_tiled():
@@ -102,52 +119,56 @@ def test_outside_training_nothing_is_recomputed_or_tiled():
     assert runs == [1]
 
 
-def test_offload_without_full_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="only checkpointing 'full' saves, not 'attention'"):
-        enable_checkpointing(model().model.layers, "attention", offload=True)
+def test_offload_without_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="brings to the host what checkpointing keeps"):
+        enable_checkpointing(model().model.layers, "none", offload=True)
 
 
-def test_on_the_cpu_offload_changes_nothing():
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_on_the_cpu_offload_changes_nothing(mode):
     want_loss, want = step(model())
     network = model()
-    enable_checkpointing(network.model.layers, "full", offload=True)
+    enable_checkpointing(network.model.layers, mode, offload=True)
     loss, grads = step(network)
     assert torch.equal(loss, want_loss)
     assert all(map(torch.equal, grads, want))
 
 
-@on_gpu
-@pytest.mark.parametrize("large", [2**40, 0], ids=["fetched early", "fetched when asked for"])
-def test_offloaded_activations_come_back_as_they_went(large, monkeypatch):
-    monkeypatch.setattr("lora.checkpointing.LARGEST_FETCHED_EARLY_BYTES", large)
-    offload = ActivationOffload()
-    weights = [torch.randn(1024, 1024, device="cuda", requires_grad=True) for _ in range(6)]
-
-    def chain(hooks):
-        x = torch.ones(4096, 1024, device="cuda", requires_grad=True)
-        for weight in weights:
-            with hooks():
-                x = checkpoint(lambda x, w=weight: torch.tanh(x @ w / 32), x, use_reentrant=False)
-        return torch.autograd.grad(x.sum(), weights)
-
-    want = chain(lambda: saved_tensors_hooks(lambda t: t, lambda t: t))
-    for _ in range(3):
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        got = chain(offload.hooks)
-        assert all(map(torch.equal, got, want))
-        del got
-    assert torch.cuda.memory_allocated() <= held + 2**20  # nothing stays behind
+def test_kept_bytes_are_those_of_a_step():
+    config = qwen3_config()
+    attention = 4 * config.num_attention_heads * config.head_dim + 4 * config.num_attention_heads
+    assert kept_bytes(config, "full", torch.bfloat16) == 2 * config.num_hidden_layers * config.hidden_size
+    difference = kept_bytes(config, "selective", torch.float32) - kept_bytes(config, "full", torch.float32)
+    assert difference == config.num_hidden_layers * attention
 
 
-@on_gpu
-def test_offloaded_activations_are_not_on_the_device_while_they_wait():
-    offload, kept = ActivationOffload(), []
-    x = torch.ones(4096, 1024, device="cuda", requires_grad=True)
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    for _ in range(8):
-        with offload.hooks():
-            x = checkpoint(torch.sin, x, use_reentrant=False)
-    kept.append(x)
-    assert torch.cuda.memory_allocated() - held <= 3 * x.nbytes  # without offload, 8
+# Half of the free memory is for what the layers keep: 2 of inputs, a little above 4 with attention.
+@pytest.mark.parametrize(
+    ("free_on_device", "free_on_host", "offload", "chosen"),
+    [
+        (10, 0, None, ("selective", False)),
+        (8, 10, None, ("selective", True)),
+        (8, 8, None, ("full", False)),
+        (3, 8, None, ("full", True)),
+        (3, 3, None, ("full", True)),
+        (10, 10, True, ("selective", True)),
+        (10, 8, True, ("full", True)),
+        (8, 10, False, ("full", False)),
+    ],
+)
+def test_what_fits_is_chosen(free_on_device, free_on_host, offload, chosen, monkeypatch):
+    config = qwen3_config(num_attention_heads=2, num_key_value_heads=2, head_dim=32, hidden_size=64)
+    inputs, selective = (kept_bytes(config, mode, torch.float16) for mode in ("full", "selective"))
+    unit = inputs // 2
+    assert 4 < selective / unit < 5
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100 * free_on_device * unit, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * free_on_host * unit))
+    device = torch.device("cuda")
+    assert choose_checkpointing(config, 100, torch.float16, device, offload=offload) == chosen
+
+
+def test_full_is_chosen_where_attention_cannot_be_kept():
+    chosen = choose_checkpointing(qwen3_config(), 1, torch.float32, torch.device("cpu"), modes=("full",))
+    assert chosen == ("full", False)

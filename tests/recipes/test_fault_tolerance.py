@@ -246,8 +246,8 @@ def test_too_little_room_is_refused_before_training(tmp_path, monkeypatch):
 
 
 def situation(*callbacks, batch_size=1, max_length=16384, **options):
-    lean = {"liger": None, "checkpointing": "full", "offload": True, "tile_tokens": 8192, "dtype": "bfloat16"}
-    module = SimpleNamespace(hparams=lean | options, device=torch.device("cpu"))
+    lean = {"liger": None, "checkpointing": ("full", True), "tile_tokens": 8192, "dtype": "bfloat16"} | options
+    module = SimpleNamespace(hparams=lean, checkpointing=lean["checkpointing"], device=torch.device("cpu"))
     data = SimpleNamespace(max_length=max_length, batch_size=batch_size)
     return SimpleNamespace(callbacks=callbacks, datamodule=data, world_size=1, global_rank=0), module
 
@@ -263,7 +263,7 @@ def test_advice_names_only_what_is_not_yet_done():
     [
         (MoEGateGradCallback(False), {}, "unset LIGHTNING_MOE_GATEGRAD"),
         (MoEGateGradCallback(True), {}, "output_buffer_mib: 64"),
-        (None, {"checkpointing": "attention"}, "--model.checkpointing full"),
+        (None, {"checkpointing": ("selective", False)}, "--model.checkpointing full"),
         (None, {"liger": False}, "--model.liger null"),
         (None, {"batch_size": 4}, "--data.batch_size 1, --trainer.accumulate_grad_batches 4: a step in parts, each of"),
         (None, {"tile_tokens": 32768}, "--model.tile_tokens 8192"),

@@ -141,7 +141,7 @@ def test_other_families_train_as_without_the_patch(architecture, router, tmp_pat
 
     for enabled in (True, False):
         network = module(architecture, experts=True, router=router, router_aux_loss=0.01, modules_to_save=["lm_head"],
-                         checkpointing="attention")  # fmt: skip
+                         checkpointing="selective")  # fmt: skip
         patch = MoEGateGradCallback(enabled)
         trainer(tmp_path, 3, patch, Losses(), logger=CSVLogger(tmp_path)).fit(network, data())
         names = {name.split(".lora_")[0].split(".mlp.")[1] for name in trained(network) if ".mlp.experts" in name}

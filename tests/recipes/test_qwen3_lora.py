@@ -204,7 +204,7 @@ OPTIONS = {
     ),
     "router with LoRA": (["--model.router=lora", "--model.rank=4"], "LoRA of rank 4"),
     "each layer recomputed, tiled": (["--model.checkpointing=full", "--model.tile_tokens=64"], "each layer"),
-    "attention recomputed": (["--model.checkpointing=attention"], "attention and norms"),
+    "all but attention recomputed": (["--model.checkpointing=selective"], "each layer but attention"),
     "sdpa": (["--model.attention=sdpa"], "| attention | sdpa |"),
     "eager attention, no packing": (["--model.attention=eager", "--data.packing=none", "--data.batch_size=2"], "eager"),
     "wrapped": (["--data.packing=wrapped"], "packs of 256 tokens, 100.0% full"),
@@ -348,8 +348,10 @@ def test_model_options_out_of_range(option, capsys):
 def test_options_that_do_not_go_together():
     with pytest.raises(ValueError, match="set model.name"):
         MoELoRA({}, init="pretrained")
-    with pytest.raises(ValueError, match="it needs --model.checkpointing full"):
-        MoELoRA({}, offload=True, checkpointing="attention")
+    with pytest.raises(ValueError, match="set --model.checkpointing auto"):
+        MoELoRA({}, offload=True, checkpointing="none")
+    with pytest.raises(ValueError, match="varlen, not of 'sdpa': set --model.checkpointing full"):
+        MoELoRA({}, checkpointing="selective", attention="sdpa")
 
 
 def parse(*names):

@@ -1,0 +1,88 @@
+"""Tests of LoRA on linear layers: PEFT's outputs and gradients, nearer to float64 than PEFT's where bits are few."""
+
+import pytest
+import torch
+from lora.linear import fuse_updates
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+IN, OUT, RANK = 48, 80, 4
+
+
+def adapted(dtype=torch.float32, *, fused, bias=False, dropout=0.0):
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"proj": nn.Linear(IN, OUT, bias=bias)}).to(dtype)
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["proj"]), network)
+    layer = network["proj"]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.lora_A.float(), layer.lora_B.float()
+    layer.cast_input_dtype_enabled = False
+    if fused:
+        fuse_updates(network)
+    return layer
+
+
+def run(layer, dtype=torch.float32, autocast=False, needs_x=True):
+    torch.manual_seed(1)
+    x = torch.randn(2, 30, IN, dtype=torch.float64).to(dtype).requires_grad_(needs_x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = layer(x)
+    grad = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return [output, *torch.autograd.grad(output, ([x] if needs_x else []) + [a, b], grad)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_outputs_and_gradients_are_pefts(bias, needs_x):
+    got, want = (run(adapted(fused=fused, bias=bias), needs_x=needs_x) for fused in (True, False))
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs)
+
+
+def errors(got, want):
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+
+
+def exact(bias):
+    """The same bfloat16 weights and input in float64."""
+    layer = adapted(torch.bfloat16, fused=False, bias=bias)
+    for name in ("lora_A", "lora_B"):
+        weight = getattr(layer, name)["default"].weight
+        weight.data = weight.data.bfloat16().float()
+    return run(layer.double(), torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_bfloat16_no_further_from_float64_than_peft(bias):
+    want = exact(bias)
+    inputs = {"dtype": torch.bfloat16, "autocast": True}
+    mine, theirs = (errors(run(adapted(torch.bfloat16, fused=f, bias=bias), **inputs), want) for f in (True, False))
+    # Of both, the gradients in rank space round alike: the same products in another order.
+    assert mine[0] < theirs[0]
+    assert all(a < 1.05 * b for a, b in zip(mine, theirs, strict=True))
+
+
+def test_that_comparison_sees_a_missing_update_and_another_scaling():
+    want = exact(bias=False)
+    layer = adapted(torch.bfloat16, fused=True)
+    right = errors(run(layer, torch.bfloat16, autocast=True), want)
+    for scaling in (0.0, 1.9):
+        layer.scaling["default"] = scaling
+        wrong = errors(run(layer, torch.bfloat16, autocast=True), want)
+        assert all(a > 2 * b for a, b in zip(wrong, right, strict=True))
+
+
+@pytest.mark.parametrize("change", ["disable", "merge"])
+def test_disabled_and_merged_adapters_run_pefts_forward(change):
+    outputs = []
+    for fused in (True, False):
+        layer = adapted(fused=fused)
+        if change == "disable":
+            layer.enable_adapters(False)
+        else:
+            layer.merge()
+        outputs.append(layer(torch.ones(3, IN)))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], adapted(fused=True)(torch.ones(3, IN)))

@@ -223,9 +223,10 @@ def main(
     Args:
         recipe: a configuration of qwen3_lora.py.
         lengths: tokens of each step, ascending; a variant that ran out of memory is not run again.
-        variants: `baseline` is Transformers and PEFT as they come, with the recipe's checkpointing and a chunked loss;
-            `+liger` has Liger's RMSNorm and rotary embedding as well; `+offload` the layers' inputs in host memory.
-            What needs a GPU, or Liger, is left out where there is none.
+        variants: `baseline` is Transformers and PEFT as they come, each layer recomputed, with a chunked loss; `+liger`
+            has Liger's RMSNorm and rotary embedding as well, `+selective` attention kept as the recipe keeps it.
+            `lightning_moe` is the recipe with selective checkpointing, `+full` with each layer recomputed, `+offload`
+            with what is kept in host memory. What needs a GPU, or Liger, is left out where there is none.
         steps: of each run.
         warmup: steps at the beginning that time, and memory above the weights, leave out.
         repeats: of the whole, variants in turn.

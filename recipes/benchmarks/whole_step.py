@@ -135,7 +135,7 @@ def run(
 def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
     """The table: one row for each length, number of devices and variant; medians over steps and repeats.
 
-    Ratios are to the baseline on as many devices; of the tokens per second, all devices together, to one device.
+    Ratios are to the first variant on as many devices; of the tokens per second, all devices together, to one device.
     """
     groups: dict[tuple[int, int, VariantName], list[Run]] = {}
     for one in runs:
@@ -150,14 +150,14 @@ def rows_of(runs: list[Run], warmup: int) -> list[list[str]]:
         if key not in measured:
             rows.append([*row, group[0].failure, *[""] * (len(HEADERS) - 4)])
             continue
-        baseline, alone = (tokens, devices, "baseline"), (tokens, 1, variant)
+        first, alone = (tokens, devices, runs[0].variant), (tokens, 1, variant)
         deviation = ratio_time = ratio_memory = scaling = ""
         if alone in measured and devices > 1:
             scaling = f" ({devices * seconds[alone] / seconds[key]:.2f})"
-        if baseline in measured and variant != "baseline":
-            pairs = zip(group[0].losses, groups[baseline][0].losses, strict=True)
+        if first in measured and first != key:
+            pairs = zip(group[0].losses, groups[first][0].losses, strict=True)
             deviation = f"{max(abs(a - b) for a, b in pairs):.2g}"
-            ratio_time, ratio_memory = (f" ({of[key] / of[baseline]:.2f})" for of in (seconds, above))
+            ratio_time, ratio_memory = (f" ({of[key] / of[first]:.2f})" for of in (seconds, above))
         same = "same bits" if all(one.losses == group[0].losses for one in group) else "differs"
         peak = max(gib for one in group for gib in one.peak_gib)
         rows.append([
@@ -223,10 +223,11 @@ def main(
     Args:
         recipe: a configuration of qwen3_lora.py.
         lengths: tokens of each step, ascending; a variant that ran out of memory is not run again.
-        variants: `baseline` is Transformers and PEFT as they come, each layer recomputed, with a chunked loss; `+liger`
-            has Liger's RMSNorm and rotary embedding as well, `+selective` attention kept as the recipe keeps it.
-            `lightning_moe` is the recipe with selective checkpointing, `+full` with each layer recomputed, `+offload`
-            with what is kept in host memory. What needs a GPU, or Liger, is left out where there is none.
+        variants: in turn; ratios are to the first. `baseline` is Transformers and PEFT as they come, each layer
+            recomputed, with a chunked loss; `+liger` has Liger's RMSNorm and rotary embedding as well, `+selective`
+            attention kept as the recipe keeps it. `lightning_moe` is the recipe with selective checkpointing, `+full`
+            with each layer recomputed, `+offload` with what is kept in host memory. What needs a GPU, or Liger, is left
+            out where there is none.
         steps: of each run.
         warmup: steps at the beginning that time, and memory above the weights, leave out.
         repeats: of the whole, variants in turn.

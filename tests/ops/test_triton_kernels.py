@@ -57,10 +57,38 @@ def plain(name):
     return call
 
 
+def sorted_experts(routing, num_experts=6):
+    """Experts of the sorted rows of random pairs, and the pairs."""
+    ends = ROUTINGS[routing]
+    experts = [e for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) for _ in range(start, end)]
+    pairs = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(experts, dtype=torch.uint8, device=DEVICE), pairs.to(DEVICE)
+
+
+def tiles_of(routing):
+    return triton_kernels.route(*sorted_experts(routing), 6, needs_tiles=True)[2]
+
+
+@pytest.mark.parametrize("needs_tiles", [True, False])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_route(routing, needs_tiles):
+    experts, pairs = sorted_experts(routing)
+    inverse, offsets, tiles = triton_kernels.route(experts, pairs, 6, needs_tiles=needs_tiles)
+    assert (tiles is not None) == needs_tiles
+    assert offsets.tolist() == ROUTINGS[routing]
+    assert offsets.dtype == torch.int32
+    assert torch.equal(inverse[pairs], torch.arange(pairs.shape[0], device=DEVICE))
+
+
+def test_route_without_the_rows_of_other_processes():
+    experts = torch.tensor([0, 2, 2, 4, 4], dtype=torch.int32, device=DEVICE)  # 4 is another's
+    assert triton_kernels.route(experts, torch.arange(5).to(DEVICE), 4, needs_tiles=True)[1].tolist() == [1, 1, 3, 3]
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_tiles_cover_each_row_once(routing):
     num_rows = ROUTINGS[routing][-1]
-    expert, row = triton_kernels.tiles(ends(routing), num_rows)
+    expert, row = tiles_of(routing)
     starts, rows = [0, *ROUTINGS[routing]], []
     for e, first in zip(expert.tolist(), row.tolist(), strict=True):
         if e >= 0:
@@ -79,14 +107,17 @@ def test_grouped_linear(dtype, routing, in_first, inner, columns):
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
     weight = weight if in_first else weight.mT.contiguous().mT
-    tiles = triton_kernels.tiles(offsets, num_rows)
+    tiles = tiles_of(routing)
     expected = plain("grouped_linear")(source[tokens], weight, offsets)
     gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=tokens)
+    slots = torch.arange(num_rows, device=DEVICE) % 3
+    paired = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=3 * tokens + slots, top_k=3)
     given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles)
     part = weight[..., 8:24]
     narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles)
     assert gathered.shape == expected.shape
     assert torch.equal(gathered, given)
+    assert torch.equal(paired, given)
     if num_rows:
         assert relative_error(gathered, expected) <= TOLERANCE[dtype]
         assert relative_error(narrow, expected[:, 8:24]) <= TOLERANCE[dtype]
@@ -101,7 +132,7 @@ def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
     rows, weight = normal(num_rows, 72, dtype=dtype), normal(6, 72, 264, dtype=dtype, seed=1)
     small, factor = normal(num_rows, rank, dtype=dtype, seed=2), normal(6, rank, 264, dtype=dtype, seed=3)
     factor = factor if in_first else factor.mT.contiguous().mT
-    tiles = triton_kernels.tiles(offsets, num_rows)
+    tiles = tiles_of(routing)
     result = triton_kernels.grouped_linear(rows, weight, offsets, tiles, low_rank=(small, factor))
     part = triton_kernels.grouped_linear(rows, weight[..., 128:], offsets, tiles, low_rank=(small, factor[..., 128:]))
     reduced = triton_kernels.grouped_linear(small, factor[..., :16], offsets, tiles)
@@ -127,7 +158,7 @@ def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, monkey
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
     weight = weight if in_first else weight.mT.contiguous().mT
     low_rank = normal(num_rows, 72, dtype=dtype, seed=2), normal(6, 72, columns, dtype=dtype, seed=3)
-    tiles = triton_kernels.tiles(offsets, num_rows)
+    tiles = tiles_of("odd")
     given = []
     for limit in (HOPPER, CONSUMER):
         monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device, limit=limit: limit)
@@ -232,7 +263,7 @@ def whole_operation(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", spoiled)
-    monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels if tensor.dtype == torch.float16 else None)
+    monkeypatch.setattr(kernels, "_takes", lambda dtype, _: dtype == torch.float16 or not dtype.is_floating_point)
     monkeypatch.setattr(kernels, "_has_tensor_memory_accelerator", lambda device: True)
 
 
@@ -283,7 +314,7 @@ OUT_OF_SHARED_MEMORY = errors.OutOfResources(147_480, 101_376, "shared memory")
 @pytest.mark.parametrize(
     ("kernel", "error"),
     [(kernel, OUT_OF_SHARED_MEMORY) for kernel in
-     ["tiles", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine"]]
+     ["route", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine"]]
     + [("gated_backward", errors.PTXASError("`ptxas` failed\nRepro command"))],
 )  # fmt: skip
 def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operation, monkeypatch):

@@ -62,9 +62,9 @@ class GateGradHealth(Metric):
         """The metrics by name.
 
         Layers are per micro-batch: those whose backward ran, so a layer that needed no gradient is in neither number.
-        Gates, gradients and flips are counts over all micro-batches and ranks. `activations_mib_saved` is per micro-batch,
-        MiB. `audit_rel_error` is the largest found, and absent where no audit was made; Lightning then logs the last
-        one again.
+        Gates, gradients and routing flips are counts over all micro-batches and ranks. `activations_mib_saved` is per
+        micro-batch, MiB. `audit_rel_error` is the largest found, and absent where no audit was made; Lightning then
+        logs the last one again.
         """
         sums = {name: getattr(self, name) for name in _SUMS}
         micro_batches = sums["micro_batches"].clamp_min(1)

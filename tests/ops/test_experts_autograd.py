@@ -75,9 +75,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "failing", [("grouped_linear", projection), ("grouped_outer", passes)], ids=["early", "late"]
-)
+@pytest.mark.parametrize("failing", [("grouped_linear", projection), ("grouped_outer", passes)], ids=["early", "late"])
 @pytest.mark.parametrize("hooks", HOOKS)
 def test_under_hooks_a_backward_that_failed_can_be_called_again(hooks, failing, monkeypatch):
     problem = make_problem()

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from helpers.reference import make_problem, relative_error, run, run_loop, run_stock
 
+from lightning_moe.ops import counting
 from lightning_moe.ops import grouped as kernels
+from lightning_moe.ops.counting import new_counters
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS
+from lightning_moe.ops.routing import sort_by_expert
 
 errors = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("lightning_moe.ops.triton_kernels", reason="Triton is not installed")
@@ -248,6 +251,55 @@ def test_combine(dtype, weighted, num_tokens, top_k, columns):
     assert wide[:, :8].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compares", [None, torch.uint8, torch.int32])
+@pytest.mark.parametrize("has_grads", [True, False])
+@pytest.mark.parametrize("num_tokens", [0, 1, 700])
+def test_count(dtype, compares, has_grads, num_tokens):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 8, (num_tokens, 3), generator=generator)  # 6 and 7 are another's
+    before = index.where(torch.rand(num_tokens, 3, generator=generator) < 0.9, 5).flip(1)
+    routing = sort_by_expert(index.clamp(max=6).to(DEVICE), 6, is_expert_parallel=True)
+    gates = torch.randint(-1, 3, (num_tokens, 3), generator=generator).to(DEVICE, dtype)
+    grads = normal(num_tokens, 3).sqrt().to(dtype) / (gates != 2) if has_grads else None
+    choices = None if compares is None else tuple(i.clamp(max=6).to(DEVICE, compares) for i in (index, before))
+    counted = []
+    for count in (triton_kernels.count, plain_count):
+        counters = new_counters(torch.device(DEVICE)) + 2**40
+        for bytes_saved in (3, 2**35):
+            count(counters, gates, grads, routing.inverse, routing.offsets, choices=choices, bytes_saved=bytes_saved)
+        counted.append((counters - 2**40).tolist())
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 2
+    assert counted[0][-1] == 3 + 2**35
+    if num_tokens == 700:
+        assert all(counted[0][1:4])
+        assert (counted[0][4] > 0) == has_grads
+        assert (counted[0][5] > 0) == (compares is not None)
+
+
+def plain_count(*args, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_kernels", lambda tensor: None)
+        counting.count(*args, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_backward_by_pairs(dtype):
+    """Gates are read, and their inner products put, where the pairs stand."""
+    h, grad, gates = normal(37, 48, dtype=dtype), normal(37, 24, dtype=dtype, seed=1), normal(37, seed=2)
+    pairs = torch.randperm(37, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    options = {"needs": "gated a", "overwrite": False}
+    expected = triton_kernels.gated_backward(h, grad.clone(), gates[pairs], "silu", **options)
+    plainly = plain("activation_backward")(kernels.silu_gated, h, grad.clone(), gates, pairs=pairs, needs="gated a")
+    fused = triton_kernels.gated_backward(h, grad, gates, "silu", pairs=pairs, inner_dtype=dtype, **options)
+    assert torch.equal(fused[0], expected[0])
+    assert torch.equal(fused[1][pairs], expected[1].to(dtype))
+    assert torch.equal(fused[2], expected[2])
+    for result, want in zip(fused, plainly, strict=True):
+        assert relative_error(result, want) <= TOLERANCE[dtype]
+
+
 def test_plain_silu_is_the_reference_of_the_fused_one():
     h = normal(3, 16)
     assert torch.equal(plain("activate")(kernels.silu_gated, h), F.silu(h[:, :8]) * h[:, 8:])
@@ -278,6 +330,7 @@ def run_fused(problem, **options):
         top_k_index=problem.top_k_index.to(DEVICE),
         grad_output=problem.grad_output.to(DEVICE),
     )
+    options["health"] = new_counters(torch.device(DEVICE))
     return {name: result.cpu() for name, result in run(there, **options).items()}
 
 
@@ -314,7 +367,7 @@ OUT_OF_SHARED_MEMORY = errors.OutOfResources(147_480, 101_376, "shared memory")
 @pytest.mark.parametrize(
     ("kernel", "error"),
     [(kernel, OUT_OF_SHARED_MEMORY) for kernel in
-     ["route", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine"]]
+     ["route", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine", "count"]]
     + [("gated_backward", errors.PTXASError("`ptxas` failed\nRepro command"))],
 )  # fmt: skip
 def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operation, monkeypatch):

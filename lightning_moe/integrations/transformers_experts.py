@@ -179,7 +179,7 @@ def _gated(act_fn: Activation, gate_up: Tensor) -> Tensor:
 
 def _registration(module: Any) -> Flags | None:
     """The flags of the module's class, or of the one that FSDP's or a parametrization's class was made of."""
-    own = type(module)
+    own: Any = type(module)
     ancestor = _registered_ancestor(own)
     if ancestor is None:
         return None
@@ -188,7 +188,7 @@ def _registration(module: Any) -> Flags | None:
 
 
 @functools.lru_cache(maxsize=256)  # asked several times at every call of a layer
-def _registered_ancestor(own: type) -> Any:
+def _registered_ancestor(own: Any) -> Any:
     """The nearest class that was registered or is known, from the class itself up."""
     return next((each for each in own.__mro__ if each in _registered or _path(each) in _KNOWN), None)
 

@@ -83,7 +83,8 @@ class Needs(NamedTuple):
         """Of flags for each input and each factor."""
         num_up = 2 * len(plan.up_scalings)
         up, down = factors[:num_up], factors[num_up:]
-        return cls(*inputs, any(up[::2]), any(up[1::2]), any(down[::2]), any(down[1::2]))
+        of_factors = any(up[::2]), any(up[1::2]), any(down[::2]), any(down[1::2])
+        return cls._make((*inputs, *of_factors))
 
 
 class Saved(NamedTuple):

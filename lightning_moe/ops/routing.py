@@ -80,7 +80,8 @@ def sort_by_expert(
     routed = launch("route", experts, experts, permutation, num_experts, needs_tiles=needs_tiles)
     if routed is NO_KERNEL:
         rows = torch.arange(permutation.shape[0], device=permutation.device)
-        inverse = torch.empty_like(permutation).scatter_(0, permutation, rows)
+        back = torch.empty_like(permutation).scatter_(0, permutation, rows)
         every_expert = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
-        routed = inverse, torch.searchsorted(experts, every_expert, right=True, out_int32=True), None
-    return Routing(permutation, *routed, chosen.shape[1], is_expert_parallel)
+        routed = back, torch.searchsorted(experts, every_expert, right=True, out_int32=True), None
+    inverse, offsets, tiles = routed
+    return Routing(permutation, inverse, offsets, tiles, chosen.shape[1], is_expert_parallel)

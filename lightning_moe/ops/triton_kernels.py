@@ -5,6 +5,7 @@ E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit t
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +19,46 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 4
 
+# What Triton has compiled, by the kernel and everything about a launch that it compiles for.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
 # What a launcher raises, before it has written anything, where the device is too small for its kernel.
 TOO_LARGE = (OutOfResources, PTXASError)
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], *args: Any, constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3
+) -> None:
+    """Launches a kernel.
+
+    Triton looks at every argument of a launch to find what it has compiled, which takes the host twice as long as the
+    launch: the second time it is asked for, what was compiled is launched as it is.
+
+    Args:
+        kernel: of this file.
+        grid: of programs.
+        args: tensors, descriptors, integers or None, by position.
+        constants: the arguments after these. Where there is a descriptor, they say what its blocks are.
+        num_warps: of Triton's options,
+        num_stages: and of these, too.
+    """
+    key = (kernel, constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+    compiled = kernel[grid](*args, *constants, num_warps=num_warps, num_stages=num_stages)
+    if compiled is not None:  # as the interpreter has it
+        _compiled[key] = compiled
+
+
+def _specialization(arg: Any) -> Any:
+    """What Triton compiles an argument of a kernel for."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg < 2**31
+    return None if arg is None else arg.base.dtype
 
 
 @triton.jit
@@ -117,9 +156,9 @@ def route(
     num_tiles = num_rows // BLOCK_ROWS + num_experts if needs_tiles else 0
     tiles = experts.new_empty(2, num_tiles, dtype=torch.int32) if needs_tiles else None
     grid = (max(_cdiv(num_rows, 1024), _cdiv(num_tiles, 32), 1),)
-    _route_kernel[grid](
-        experts, permutation, inverse, offsets, tiles, num_rows, num_experts, num_tiles, num_rows.bit_length(),
-        needs_tiles, _power_of_2(num_experts), BLOCK_ROWS, 1024, 32, num_warps=4,
+    _run(
+        _route_kernel, grid, experts, permutation, inverse, offsets, tiles, num_rows, num_experts, num_tiles,
+        num_rows.bit_length(), constants=(needs_tiles, _power_of_2(num_experts), BLOCK_ROWS, 1024, 32),
     )  # fmt: skip
     return inverse, offsets, tiles
 
@@ -191,10 +230,11 @@ def grouped_linear(
         small_desc = TensorDescriptor(small, list(small.shape), list(small.stride()), [BLOCK_ROWS, block_rank])
         factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
     grid = (num_tiles * _cdiv(columns, block_columns),)
-    _grouped_linear_kernel[grid](
-        rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
-        num_tiles, offsets, rows.stride(0), out.stride(0), inner, columns, rank, tokens is not None, top_k,
-        in_first, factor_in_first, BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank,
+    _run(
+        _grouped_linear_kernel, grid, rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
+        num_tiles, offsets, rows.stride(0), out.stride(0),
+        constants=(inner, columns, rank, tokens is not None, top_k, in_first, factor_in_first, BLOCK_ROWS,
+                   block_columns, BLOCK_INNER, block_rank),
         num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2,
         num_stages=_num_stages(block_columns, _shared_memory(rows.device)),
     )  # fmt: skip
@@ -246,9 +286,10 @@ def grouped_outer(
     num_experts, width, rank = view.shape
     block = _block(rank, 64)
     grid = (_cdiv(width, 128), num_experts, _cdiv(rank, block))
-    _grouped_outer_kernel[grid](
-        wide, offsets if tokens is None else tokens, narrow, view, offsets, wide.stride(0), narrow.stride(0),
-        *view.stride(), width, rank, tokens is not None, 128, block, 64, num_warps=4, num_stages=3,
+    _run(
+        _grouped_outer_kernel, grid, wide, offsets if tokens is None else tokens, narrow, view, offsets,
+        wide.stride(0), narrow.stride(0), *view.stride(), width, rank,
+        constants=(tokens is not None, 128, block, 64),
     )  # fmt: skip
     return out
 
@@ -291,7 +332,8 @@ def gated(pre_activation: Tensor, kind: str) -> Tensor:
     out = pre_activation.new_empty(num_rows, width // 2)
     if num_rows:
         block = min(1024, _power_of_2(width // 2))
-        _gated_kernel[(_cdiv(num_rows, 4),)](pre_activation, out, num_rows, width // 2, kind, 4, block)
+        grid, constants = (_cdiv(num_rows, 4),), (width // 2, kind, 4, block)
+        _run(_gated_kernel, grid, pre_activation, out, num_rows, constants=constants)
     return out
 
 
@@ -344,9 +386,9 @@ def gated_backward(
     inner = row_weights.new_empty(row_weights.shape, dtype=inner_dtype)
     if num_rows:
         block = min(1024, _power_of_2(intermediate))
-        _gated_backward_kernel[(_cdiv(num_rows, 2),)](
-            grad_unscaled, pre_activation, grad, row_weights, inner, pairs, num_rows, intermediate, kind, needs,
-            pairs is not None, 2, block, num_warps=8,
+        _run(
+            _gated_backward_kernel, (_cdiv(num_rows, 2),), grad_unscaled, pre_activation, grad, row_weights, inner,
+            pairs, num_rows, constants=(intermediate, kind, needs, pairs is not None, 2, block), num_warps=8,
         )  # fmt: skip
     return grad, inner, grad_unscaled if needs else None
 
@@ -378,9 +420,9 @@ def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: 
         return
     block = min(512, _power_of_2(columns))
     grid = (_cdiv(num_tokens, 4), _cdiv(columns, block))
-    _combine_kernel[grid](
-        rows, inverse, rows if routing_weights is None else routing_weights, out, num_tokens, start, columns,
-        rows.stride(0), out.stride(0), top_k, routing_weights is not None, 4, block,
+    _run(
+        _combine_kernel, grid, rows, inverse, routing_weights, out, num_tokens, start, columns, rows.stride(0),
+        out.stride(0), constants=(top_k, routing_weights is not None, 4, block),
     )  # fmt: skip
 
 
@@ -423,7 +465,8 @@ def count(
 ) -> None:
     num_pairs = gates.numel()
     chosen, chosen_before = choices or (None, None)
-    _count_kernel[(max(_cdiv(num_pairs, 1024), 1),)](
-        counters, gates, grads, inverse, offsets, chosen, chosen_before, bytes_saved, num_pairs, offsets.shape[0],
-        gates.shape[1], grads is not None, choices is not None, 1024, num_warps=4,
+    _run(
+        _count_kernel, (max(_cdiv(num_pairs, 1024), 1),), counters, gates, grads, inverse, offsets, chosen,
+        chosen_before, bytes_saved, num_pairs, offsets.shape[0],
+        constants=(gates.shape[1], grads is not None, choices is not None, 1024),
     )  # fmt: skip

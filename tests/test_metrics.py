@@ -81,7 +81,8 @@ def test_every_health_count_is_an_int64_sum():
     assert {state.dtype for state in sums.values()} == {torch.int64}
     assert {name: state.item() for name, state in sums.items()} == {
         "gates": 100, "nonpositive_gates": 25, "zero_gates": 5, "nonfinite_gate_grads": 2, "routing_flips": 7,
-        "active_layers": 6, "fallback_layers": 2, "bias_fallback_layers": 1, "activation_bytes_saved": 2**22, "micro_batches": 2,
+        "active_layers": 6, "fallback_layers": 2, "bias_fallback_layers": 1, "activation_bytes_saved": 2**22,
+        "micro_batches": 2,
     }  # fmt: skip
 
 

@@ -91,8 +91,10 @@ def _run(
     patch = patch_of(module)
     is_patched = patch is not None
     patch = patch or LayerPatch(module.config)
-    routing_weights = top_k_weights.view_as(top_k_weights)  # a tensor of our own, whose gradient is this layer's alone
-    updates = _updates(adapted_by)
+    updates = _updates(adapted_by) if adapted_by else {}
+    routing_weights = top_k_weights
+    if patch.reason or patch.health.audit_due:
+        routing_weights = _own(top_k_weights)
 
     def default(hidden_states: Tensor, top_k_index: Tensor, routing_weights: Tensor) -> Tensor:
         with _merged(module, updates):
@@ -107,15 +109,18 @@ def _run(
         if patch.reason is None:
             patch.reason = reason
             rank_zero_warn(f"{type(module).__name__} runs the default implementation after all: {reason}", stacklevel=3)
+            routing_weights = _own(top_k_weights)
         output = default(hidden_states, top_k_index, routing_weights)
-        patch.health.watch(
-            output, top_k_index, routing_weights, num_experts=module.num_experts, active=False,
+        patch.health.watch_fallback(
+            output, top_k_index, routing_weights, num_experts=module.num_experts,
             bias_fallback=reason.code == "down_proj_bias",
         )  # fmt: skip
         return output
 
     if is_patched:
         _notice_choice(patch)
+        if patch.dtype != weights.down_proj.dtype:
+            update_estimate(module, patch, weights)
     output = moe_experts(
         hidden_states,
         top_k_index,
@@ -128,16 +133,17 @@ def _run(
         output_buffer_mib=patch.options.output_buffer_mib,
         recompute_gate_up=patch.options.recompute_gate_up,
         is_expert_parallel=is_expert_parallel(module),
-    )
-    if is_patched and patch.dtype != weights.down_proj.dtype:
-        update_estimate(module, patch, weights)
-    patch.health.watch(
-        output, top_k_index, routing_weights, num_experts=module.num_experts, active=True,
+        health=patch.health.counters(hidden_states) if is_patched and torch.is_grad_enabled() else None,
         bytes_saved=_bytes_saved(patch, spec, weights, updates, top_k_index.numel()),
-    )  # fmt: skip
+    )
     if patch.health.audit_due:
         patch.health.audit(default, hidden_states, top_k_index, routing_weights, output)
     return output
+
+
+def _own(routing_weights: Tensor) -> Tensor:
+    """A tensor of our own, whose gradient is this layer's alone."""
+    return routing_weights.view_as(routing_weights)
 
 
 def _updates(adapted_by: tuple[UnmergedLoRAForward, ...]) -> Updates:

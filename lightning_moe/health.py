@@ -1,8 +1,8 @@
 """Health: counters of the identity in each patched layer, without host synchronisation.
 
-Hooks on the gradients of a layer's output and routing weights count, so it happens once per backward: activation
-checkpointing runs a forward twice, a backward once. Counts stay on the layer's device until `LayerHealth.drain`.
-A *gate* is one routing weight.
+The operation counts in its backward; where the default implementation runs, hooks on the gradients of a layer's output
+and routing weights do. So it happens once per backward: activation checkpointing runs a forward twice, a backward once.
+Counts stay on the layer's device until `LayerHealth.drain`. A *gate* is one routing weight.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_moe.integrations.torch_modules import is_fake
+from lightning_moe.ops.counting import COUNTERS, new_counters
 
 DefaultExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,6 +29,8 @@ class HealthCounts:
         nonpositive_gates: of these, zero or below.
         zero_gates: of these, exactly zero.
         nonfinite_gate_grads: gate gradients that are NaN or infinite.
+        routing_flips: (token, slot) choices that the recomputation of activation checkpointing made in backward and
+            forward had not made for that token, where the operation ran; with `use_reentrant=False` only.
         active_layers: backwards of layers that ran the operation.
         fallback_layers: backwards of layers that ran the default implementation.
         bias_fallback_layers: of these, because of a `down_proj` bias.
@@ -38,10 +43,11 @@ class HealthCounts:
     nonpositive_gates: Tensor | int = 0
     zero_gates: Tensor | int = 0
     nonfinite_gate_grads: Tensor | int = 0
-    active_layers: int = 0
+    routing_flips: Tensor | int = 0
+    active_layers: Tensor | int = 0
     fallback_layers: int = 0
     bias_fallback_layers: int = 0
-    activation_bytes_saved: int = 0
+    activation_bytes_saved: Tensor | int = 0
     audit_rel_error: Tensor | float = float("nan")
 
     def add(self, other: "HealthCounts", device: torch.device) -> None:
@@ -66,7 +72,16 @@ class LayerHealth:
 
     def __init__(self) -> None:
         self.audit_due = False
-        self._counts = HealthCounts()
+        self._fallback = HealthCounts()
+        self._operation: Tensor | None = None
+
+    def counters(self, like: Tensor) -> Tensor | None:
+        """What the operation is to count in, on the device of a tensor; None for a fake tensor, which nobody counts."""
+        if self._operation is None or self._operation.device != like.device:
+            if is_fake(like):
+                return None
+            self._operation = new_counters(like.device)
+        return self._operation
 
     def drain(self, micro_batches: int) -> HealthCounts:
         """Hands over the counts and starts again from zero.
@@ -75,50 +90,51 @@ class LayerHealth:
             micro_batches: since the last time. A layer that runs more than once in one, such as on parts of a sequence,
                 is one layer all the same.
         """
-        counts, self._counts = self._counts, HealthCounts()
-        for name in ("active_layers", "fallback_layers", "bias_fallback_layers"):
-            setattr(counts, name, min(getattr(counts, name), micro_batches))
+        counts, self._fallback = self._fallback, HealthCounts()
+        counts.fallback_layers = min(counts.fallback_layers, micro_batches)
+        counts.bias_fallback_layers = min(counts.bias_fallback_layers, micro_batches)
+        if self._operation is not None:
+            found = dict(zip(COUNTERS, self._operation.clone(), strict=True))
+            self._operation.zero_()  # the same tensor, which a graph under way may hold
+            counts.active_layers = found.pop("executions").clamp(max=micro_batches)
+            counts.activation_bytes_saved = found.pop("bytes_saved")
+            for name, count in found.items():
+                setattr(counts, name, getattr(counts, name) + count)
         return counts
 
-    def watch(
+    def watch_fallback(
         self,
         output: Tensor,
         top_k_index: Tensor,
         routing_weights: Tensor,
         *,
         num_experts: int,
-        active: bool,
         bias_fallback: bool = False,
-        bytes_saved: int = 0,
     ) -> None:
-        """Counts one execution of the layer, once its backward runs.
+        """Counts one execution of the default implementation, once its backward runs.
 
         Args:
             output: (T, H), the layer's output.
             top_k_index: (T, K) integer, each token's experts. Ids of `num_experts` and above are non-local.
             routing_weights: (T, K), that it was computed from, used nowhere else.
             num_experts: that the layer holds.
-            active: whether the operation computed it, rather than the default implementation.
             bias_fallback: whether a `down_proj` bias was the reason for the default implementation.
-            bytes_saved: bytes that the default implementation would have saved and this execution did not.
         """
         if not output.requires_grad:
             return
         values = routing_weights.detach()
 
         def count_execution(_: Tensor) -> None:
-            counts = self._counts
-            counts.active_layers += active
-            counts.fallback_layers += not active
+            counts = self._fallback
+            counts.fallback_layers += 1
             counts.bias_fallback_layers += bias_fallback
-            counts.activation_bytes_saved += bytes_saved
             local = top_k_index.long() < num_experts
             counts.gates = counts.gates + local.sum()
             counts.nonpositive_gates = counts.nonpositive_gates + ((values <= 0) & local).sum()
             counts.zero_gates = counts.zero_gates + ((values == 0) & local).sum()
 
         def count_gradient(grad: Tensor) -> None:
-            self._counts.nonfinite_gate_grads = self._counts.nonfinite_gate_grads + (~grad.isfinite()).sum()
+            self._fallback.nonfinite_gate_grads = self._fallback.nonfinite_gate_grads + (~grad.isfinite()).sum()
 
         output.register_hook(count_execution)
         if routing_weights.requires_grad:
@@ -163,8 +179,8 @@ class LayerHealth:
             scale = torch.linalg.vector_norm(want).clamp_min(torch.finfo(torch.float32).tiny)
             error = torch.linalg.vector_norm(grad[tokens].float() - want) / scale
             self.audit_due = False
-            previous = torch.as_tensor(self._counts.audit_rel_error, device=error.device)
-            self._counts.audit_rel_error = torch.fmax(previous, error.nan_to_num(nan=torch.inf))
+            previous = torch.as_tensor(self._fallback.audit_rel_error, device=error.device)
+            self._fallback.audit_rel_error = torch.fmax(previous, error.nan_to_num(nan=torch.inf))
 
         output.register_hook(differentiate_default)
         routing_weights.register_hook(compare)

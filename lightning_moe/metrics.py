@@ -15,6 +15,7 @@ _SUMS = (
     "nonpositive_gates",
     "zero_gates",
     "nonfinite_gate_grads",
+    "routing_flips",
     "active_layers",
     "fallback_layers",
     "bias_fallback_layers",
@@ -61,9 +62,9 @@ class GateGradHealth(Metric):
         """The metrics by name.
 
         Layers are per micro-batch: those whose backward ran, so a layer that needed no gradient is in neither number.
-        Gates and gradients are counts over all micro-batches and ranks. `activations_mib_saved` is per micro-batch,
-        MiB. `audit_rel_error` is the largest found, and absent where no audit was made; Lightning then logs the last
-        one again.
+        Gates, gradients and routing flips are counts over all micro-batches and ranks. `activations_mib_saved` is per
+        micro-batch, MiB. `audit_rel_error` is the largest found, and absent where no audit was made; Lightning then
+        logs the last one again.
         """
         sums = {name: getattr(self, name) for name in _SUMS}
         micro_batches = sums["micro_batches"].clamp_min(1)
@@ -75,6 +76,7 @@ class GateGradHealth(Metric):
             "nonpositive_fraction": sums["nonpositive_gates"] / sums["gates"].clamp_min(1),
             "zero_gates": sums["zero_gates"],
             "nonfinite_gate_grads": sums["nonfinite_gate_grads"],
+            "routing_flips": sums["routing_flips"],
             "activations_mib_saved": sums["activation_bytes_saved"] / micro_batches / 2**20,
         }
         if self.audit_rel_error >= 0:

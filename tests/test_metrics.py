@@ -7,8 +7,8 @@ from lightning_moe import ExpertLoad, GateGradHealth
 from lightning_moe.health import HealthCounts
 
 COUNTS = HealthCounts(
-    gates=100, nonpositive_gates=torch.tensor(25), zero_gates=5, nonfinite_gate_grads=torch.tensor(2), active_layers=6,
-    fallback_layers=2, bias_fallback_layers=1, activation_bytes_saved=2**22,
+    gates=100, nonpositive_gates=torch.tensor(25), zero_gates=5, nonfinite_gate_grads=torch.tensor(2), routing_flips=7,
+    active_layers=torch.tensor(6), fallback_layers=2, bias_fallback_layers=1, activation_bytes_saved=2**22,
 )  # fmt: skip
 ROWS = [torch.tensor([6, 0, 2]), torch.tensor([5, 1, 0, 0, 4]), torch.tensor([0, 0])]
 
@@ -31,7 +31,8 @@ def test_health_metrics():
     metric.update(COUNTS, micro_batches=2)
     assert computed(metric) == {
         "active_layers": 3.0, "fallback_layers": 1.0, "bias_fallback_layers": 0.5, "nonpositive_gates": 25,
-        "nonpositive_fraction": 0.25, "zero_gates": 5, "nonfinite_gate_grads": 2, "activations_mib_saved": 2.0,
+        "nonpositive_fraction": 0.25, "zero_gates": 5, "nonfinite_gate_grads": 2, "routing_flips": 7,
+        "activations_mib_saved": 2.0,
     }  # fmt: skip
     metric.reset()
     metric.update(HealthCounts(), micro_batches=1)
@@ -79,8 +80,9 @@ def test_every_health_count_is_an_int64_sum():
     sums = {name: state for name, state in metric.metric_state.items() if name != "audit_rel_error"}
     assert {state.dtype for state in sums.values()} == {torch.int64}
     assert {name: state.item() for name, state in sums.items()} == {
-        "gates": 100, "nonpositive_gates": 25, "zero_gates": 5, "nonfinite_gate_grads": 2, "active_layers": 6,
-        "fallback_layers": 2, "bias_fallback_layers": 1, "activation_bytes_saved": 2**22, "micro_batches": 2,
+        "gates": 100, "nonpositive_gates": 25, "zero_gates": 5, "nonfinite_gate_grads": 2, "routing_flips": 7,
+        "active_layers": 6, "fallback_layers": 2, "bias_fallback_layers": 1, "activation_bytes_saved": 2**22,
+        "micro_batches": 2,
     }  # fmt: skip
 
 

@@ -26,6 +26,11 @@ def is_plain(tensor: Tensor) -> bool:
     return not has_own_class or isinstance(tensor, (DTensor, FakeTensor))
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no values, as under `FakeTensorMode`."""
+    return isinstance(tensor, FakeTensor)
+
+
 @contextmanager
 def replaced_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Has a module compute with these tensors in place of its parameters of the same names."""

@@ -81,6 +81,7 @@ def register_experts(
             f"{experts_class.__name__}.forward must take (hidden_states, top_k_index, top_k_weights): {error}"
         ) from None
     _registered[experts_class] = Flags(is_gated, has_bias, is_transposed), experts_class.forward
+    _registered_ancestor.cache_clear()
 
 
 def is_decorated(module: nn.Module) -> bool:
@@ -178,13 +179,22 @@ def _gated(act_fn: Activation, gate_up: Tensor) -> Tensor:
 
 def _registration(module: Any) -> Flags | None:
     """The flags of the module's class, or of the one that FSDP's or a parametrization's class was made of."""
-    own = type(module)
-    for ancestor in own.__mro__:
-        known = _KNOWN.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
-        flags, forward = _registered.get(ancestor, (known, getattr(ancestor, "forward", None)))
-        if flags is not None:
-            return flags if own.forward is forward and not _overrides(own, ancestor) else None
-    return None
+    own: Any = type(module)
+    ancestor = _registered_ancestor(own)
+    if ancestor is None:
+        return None
+    flags, forward = _registered.get(ancestor) or (_KNOWN[_path(ancestor)], ancestor.forward)
+    return flags if own.forward is forward and not _overrides(own, ancestor) else None
+
+
+@functools.lru_cache(maxsize=256)  # asked several times at every call of a layer
+def _registered_ancestor(own: Any) -> Any:
+    """The nearest class that was registered or is known, from the class itself up."""
+    return next((each for each in own.__mro__ if each in _registered or _path(each) in _KNOWN), None)
+
+
+def _path(known: type) -> str:
+    return f"{known.__module__}.{known.__qualname__}"
 
 
 def _overrides(own: type, registered: type) -> bool:

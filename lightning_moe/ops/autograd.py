@@ -3,13 +3,14 @@
 First order only; and backward may take the memory of what forward saved where nobody else can see it.
 """
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _OWNER = "_lightning_moe_owner"
+_NOTHING = nullcontext()
 
 
 class FirstOrderOnly(torch.autograd.Function):
@@ -32,10 +33,18 @@ class FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def anchor(inputs: Sequence[Tensor]) -> Tensor:
+class Anchor(torch.autograd.Function):
     """An empty tensor that depends on every one of the inputs, without holding on to any of them."""
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return torch.cat([tensor[:0].reshape(-1) for tensor in inputs])
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:  # type: ignore[override]
+        """The tensor."""
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
+        """Is never reached: `FirstOrderOnly` stands behind it."""
+        raise AssertionError
 
 
 class Owner:
@@ -71,3 +80,8 @@ def graph_is_kept() -> bool:
     """Whether this backward may run again (retain_graph), so that what it saved must not be overwritten."""
     # Private, and has no public counterpart; read in torch 2.11 to 2.15.
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Keeps autocast away; free where there is none."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING

@@ -51,12 +51,9 @@ def gelu_tanh_gated(gate_up: Tensor) -> Tensor:
 FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gelu", gelu_tanh_gated: "gelu_tanh"}
 
 
-def product_tiles(rows: Tensor, offsets: Tensor, num_rows: int) -> Tensor | None:
-    """Where the tiles of `grouped_linear`'s kernel lie, to be made once for many products; None where none runs."""
-    if _kernels(rows) is None or not _has_tensor_memory_accelerator(rows.device):
-        return None
-    tiles = _launch("tiles", rows, offsets, num_rows)
-    return None if tiles is NO_KERNEL else tiles
+def has_grouped_linear(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel multiplies rows of that dtype, so that `tiles` are needed."""
+    return _takes(dtype, device) and _triton_kernels() is not None and _has_tensor_memory_accelerator(device)
 
 
 def grouped_linear(
@@ -65,6 +62,7 @@ def grouped_linear(
     offsets: Tensor,
     *,
     tokens: Tensor | None = None,
+    top_k: int = 1,
     tiles: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
@@ -80,17 +78,21 @@ def grouped_linear(
         weight: (E, in, out), contiguous along one of the two sides; a transposed view or a slice will do.
         offsets: (E,) int32, the end of each expert's rows.
         tokens: (R,) integer; the gathered rows are never written out where the kernel runs.
-        tiles: what `product_tiles` gave.
+        top_k: if not 1, `tokens` are flat indices of (token, slot) pairs, token * top_k + slot.
+        tiles: those of a `Routing`, where they were made.
         low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
         bias: (E, out), and (R,) the expert of each row: its bias is added.
         absent: (R,) bool, rows past the last offset, which the products leave unwritten: zeros are put there.
     """
     if tiles is not None:
-        out = _launch("grouped_linear", rows, rows, weight, offsets, tiles, tokens=tokens, low_rank=low_rank)
+        options = {"tokens": tokens, "top_k": top_k, "low_rank": low_rank}
+        out = launch("grouped_linear", rows, rows, weight, offsets, tiles, **options)
         if out is not NO_KERNEL:
             if bias is not None:
                 out += bias[0][bias[1]]
             return out if absent is None else out.masked_fill_(absent[:, None], 0)
+    if tokens is not None and top_k != 1:
+        tokens = tokens // top_k
     num_rows = (rows if tokens is None else tokens).shape[0]
     chunk_rows = CHUNK_ROWS if tokens is not None or low_rank is not None or bias is not None else num_rows
     out = None
@@ -132,7 +134,7 @@ def grouped_outer(
     out_dtype = out_dtype or left.dtype
     if min(left.shape[1], right.shape[1]) <= NARROW:
         options = {"left_tokens": left_tokens, "right_tokens": right_tokens, "out_dtype": out_dtype}
-        out = _launch("grouped_outer", left, left, right, offsets, **options)
+        out = launch("grouped_outer", left, left, right, offsets, **options)
         if out is not NO_KERNEL:
             return out
     if left_tokens is None and right_tokens is None:
@@ -171,7 +173,7 @@ def grouped_sum(rows: Tensor, factors: Tensor, offsets: Tensor, *, tokens: Tenso
 def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
     """The activation of h, row by row: (R, N) to (R, I)."""
     kind = FUSED_ACTIVATIONS.get(activation)
-    out: Any = _launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
+    out: Any = launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
     return activation(pre_activation) if out is NO_KERNEL else out
 
 
@@ -183,6 +185,8 @@ def activation_backward(
     *,
     needs: Literal["a", "gated a"] | None = None,
     overwrite: bool = False,
+    pairs: Tensor | None = None,
+    inner_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Recomputes the activation a = act(h) and returns dh, the gate's inner product and, on request, a or g·a.
 
@@ -193,16 +197,23 @@ def activation_backward(
         row_weights: g, (R,).
         needs: what the gradients of the down projection's weights take.
         overwrite: whether dh may take h's memory.
+        pairs: (R,) integer, a permutation: where a row's g stands in `row_weights` and its inner product is put; the
+            row's own place where it is None.
+        inner_dtype: of the inner products, which are summed in float32.
 
     Returns:
-        dh = act'(h) · g · da' (R, N); <a, da'> (R,) float32; what `needs` asks for (R, I), or None.
+        dh = act'(h) · g · da' (R, N); <a, da'> (R,); what `needs` asks for (R, I), or None.
     """
     kind = FUSED_ACTIVATIONS.get(activation)
     if kind:
-        tensors, options = (pre_activation, grad_unscaled, row_weights), {"needs": needs, "overwrite": overwrite}
-        out = _launch("gated_backward", pre_activation, *tensors, kind, **options)
+        out = launch(
+            "gated_backward", pre_activation, pre_activation, grad_unscaled, row_weights, kind, needs=needs,
+            overwrite=overwrite, pairs=pairs, inner_dtype=inner_dtype,
+        )  # fmt: skip
         if out is not NO_KERNEL:
             return out
+    if pairs is not None:
+        row_weights = row_weights.index_select(0, pairs)
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = row_weights.new_empty(row_weights.shape[0], dtype=torch.float32)
     for start in range(0, row_weights.shape[0], CHUNK_ROWS):
@@ -218,6 +229,9 @@ def activation_backward(
         if needs is not None:
             grad_unscaled[part] = activated if needs == "a" else scale * activated
         grad[part] = grad_h
+    inner = inner.to(inner_dtype)
+    if pairs is not None:
+        inner = torch.empty_like(inner).index_copy_(0, pairs, inner)
     return grad, inner, grad_unscaled if needs is not None else None
 
 
@@ -232,7 +246,7 @@ def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: 
         start: the first column that is written. Not a slice of `out`, in whose place selective activation checkpointing
             may put one that it saved.
     """
-    if _launch("combine", rows, rows, inverse, routing_weights, out, start) is not NO_KERNEL:
+    if launch("combine", rows, rows, inverse, routing_weights, out, start) is not NO_KERNEL:
         return
     total: Any = None
     for slot, row in enumerate(inverse.unbind(1)):
@@ -255,12 +269,16 @@ def _triton_kernels() -> ModuleType | None:
 
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
-    """The Triton kernels if they take this tensor: 16-bit floats on CUDA."""
-    runs = tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
-    return _triton_kernels() if runs else None
+    """The Triton kernels if they take this tensor."""
+    return _triton_kernels() if _takes(tensor.dtype, tensor.device) else None
 
 
-def _launch(name: str, judged: Tensor, *args: Any, **options: Any) -> Any:
+def _takes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for tensors such as these: 16-bit floats and integers on CUDA."""
+    return device.type == "cuda" and (dtype in (torch.bfloat16, torch.float16) or not dtype.is_floating_point)
+
+
+def launch(name: str, judged: Tensor, *args: Any, **options: Any) -> Any:
     """What the launcher of that name returns; `NO_KERNEL` where plain code has to run.
 
     That is where the kernels do not take the tensor `judged`, or the device is too small for this one: a launch that

@@ -1,6 +1,6 @@
 """Rows times their expert's weight, with its low-rank updates beside it, and the sum over a token's experts."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from lightning_moe.ops.low_rank import LowRank, join
 from lightning_moe.ops.routing import Routing
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """Rows times their expert's W + BA, the sum never formed; `mT` takes a gradient back.
 
     Attributes:
@@ -36,38 +35,41 @@ class Projection:
         """What takes a gradient back through the projection."""
         return Projection(self.weight.mT, None if self.b is None else self.b.mT, None if self.a is None else self.a.mT)
 
-    def to_rank(self, rows: Tensor, routing: Routing, tiles: Tensor | None, *, gather: bool = False) -> Tensor | None:
+    def to_rank(self, rows: Tensor, routing: Routing, *, gather: bool = False) -> Tensor | None:
         """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
         if self.a is None:
             return None
-        return grouped_linear(rows, self.a, routing.offsets, tokens=routing.tokens if gather else None, tiles=tiles)
+        return grouped_linear(
+            rows, self.a, routing.offsets, tokens=routing.permutation if gather else None, top_k=routing.top_k,
+            tiles=routing.tiles,
+        )  # fmt: skip
 
     def project(
         self,
         rows: Tensor,
         in_rank: Tensor | None,
         routing: Routing,
-        tiles: Tensor | None,
         *,
         gather: bool = False,
-        columns: slice = slice(None),
+        columns: slice | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """(S, out), or some columns of it; `in_rank` is what `to_rank` made of the rows, `bias` (E, out) is added."""
-        low_rank = None if self.b is None or in_rank is None else (in_rank, self.b[..., columns])
-        tokens = routing.tokens if gather else None
+        weight, b = self.weight, self.b
+        if columns is not None:
+            weight, b = weight[..., columns], None if b is None else b[..., columns]
+        low_rank = None if b is None or in_rank is None else (in_rank, b)
         return grouped_linear(
-            rows, self.weight[..., columns], routing.offsets, tokens=tokens, tiles=tiles, low_rank=low_rank,
+            rows, weight, routing.offsets, tokens=routing.permutation if gather else None, top_k=routing.top_k,
+            tiles=routing.tiles, low_rank=low_rank,
             bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(),
         )  # fmt: skip
 
 
-def pre_activation(
-    x: Tensor, up: Projection, bias: Tensor | None, routing: Routing, tiles: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def pre_activation(x: Tensor, up: Projection, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor | None]:
     """The pre-activation h (S, N), and x A1ᵀ (S, R) where W1 has updates."""
-    in_rank = up.to_rank(x, routing, tiles, gather=True)
-    h = up.project(x, in_rank, routing, tiles, gather=True, bias=bias)
+    in_rank = up.to_rank(x, routing, gather=True)
+    h = up.project(x, in_rank, routing, gather=True, bias=bias)
     return h, in_rank
 
 
@@ -76,7 +78,6 @@ def project_and_combine(
     projection: Projection,
     in_rank: Tensor | None,
     routing: Routing,
-    tiles: Tensor | None,
     routing_weights: Tensor | None,
     buffer_columns: int,
     out_dtype: torch.dtype,
@@ -90,8 +91,8 @@ def project_and_combine(
     inverse = routing.inverse.view(num_tokens, routing.top_k)
     output = rows.new_empty(num_tokens, hidden, dtype=out_dtype)
     for start in range(0, hidden, buffer_columns):
-        columns = slice(start, min(start + buffer_columns, hidden))
-        part = projection.project(rows, in_rank, routing, tiles, columns=columns)
+        columns = slice(start, start + buffer_columns) if buffer_columns < hidden else None
+        part = projection.project(rows, in_rank, routing, columns=columns)
         combine(part, inverse, routing_weights, output, start)
         del part
     return output

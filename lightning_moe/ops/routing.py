@@ -5,9 +5,12 @@ grouped matrix product; `Routing` says where each row came from and where it wen
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lightning_moe.ops.grouped import NO_KERNEL, has_grouped_linear, launch
 
 
 @dataclass(frozen=True)
@@ -17,16 +20,16 @@ class Routing:
     Attributes:
         permutation: (S,) int64, the flat pair index `token * top_k + slot` of each sorted row.
         inverse: (S,) int64, the sorted row of each flat pair index.
-        tokens: (S,) int64, the token of each sorted row.
         offsets: (E,) int32, the end of each expert's rows.
+        tiles: where the tiles of the grouped products' kernel lie; None where none runs.
         top_k: number of slots per token.
         is_expert_parallel: whether rows of other ranks' experts may stand at the end, past the last offset.
     """
 
     permutation: Tensor
     inverse: Tensor
-    tokens: Tensor
     offsets: Tensor
+    tiles: Tensor | None
     top_k: int
     is_expert_parallel: bool = False
 
@@ -34,6 +37,11 @@ class Routing:
     def num_rows(self) -> int:
         """S, the number of (token, slot) pairs."""
         return self.permutation.shape[0]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The token of each sorted row, (S,) int64."""
+        return self.permutation // self.top_k
 
     def expert_of_row(self) -> Tensor:
         """The expert of each sorted row, (S,) int64; the last one for rows of other ranks' experts."""
@@ -48,23 +56,32 @@ class Routing:
         return torch.arange(self.num_rows, dtype=self.offsets.dtype, device=self.offsets.device)
 
 
-def sort_by_expert(top_k_index: Tensor, num_experts: int, *, is_expert_parallel: bool = False) -> Routing:
+def compact(top_k_index: Tensor, num_experts: int, *, is_expert_parallel: bool = False) -> Tensor:
+    """(T, K) ids in as few bytes as they take; `num_experts` for every other rank's expert."""
+    if is_expert_parallel:
+        top_k_index = top_k_index.clamp(max=num_experts)
+    return top_k_index.to(torch.uint8 if num_experts + is_expert_parallel <= 256 else torch.int32).contiguous()
+
+
+def sort_by_expert(
+    chosen: Tensor, num_experts: int, *, is_expert_parallel: bool = False, dtype: torch.dtype | None = None
+) -> Routing:
     """Sorts the (token, slot) pairs by expert, keeping the order of tokens within an expert.
 
     Args:
-        top_k_index: (T, K) integer, the experts of each token, each in [0, num_experts).
+        chosen: (T, K) integer, the experts of each token, each in [0, num_experts). Narrow ones, as `compact` makes
+            them, keep a radix sort short.
         num_experts: E.
-        is_expert_parallel: allows ids of `num_experts` and above; they come last.
+        is_expert_parallel: ids of `num_experts` may be among them; they come last.
+        dtype: of the rows that are to be multiplied, for which tiles are made; None for no tiles.
     """
-    keys = top_k_index.reshape(-1)
-    if is_expert_parallel:
-        keys = keys.clamp(max=num_experts)
-    # Narrow keys make a radix sort short.
-    keys = keys.to(torch.uint8 if num_experts + is_expert_parallel <= 256 else torch.int32)
-    experts, permutation = torch.sort(keys, stable=True)
-    rows = torch.arange(permutation.shape[0], device=permutation.device)
-    inverse = torch.empty_like(permutation).scatter_(0, permutation, rows)
-    every_expert = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
-    offsets = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
-    top_k = top_k_index.shape[1]
-    return Routing(permutation, inverse, permutation // top_k, offsets, top_k, is_expert_parallel)
+    experts, permutation = torch.sort(chosen.reshape(-1), stable=True)
+    needs_tiles = dtype is not None and has_grouped_linear(dtype, chosen.device)
+    routed = launch("route", experts, experts, permutation, num_experts, needs_tiles=needs_tiles)
+    if routed is NO_KERNEL:
+        rows = torch.arange(permutation.shape[0], device=permutation.device)
+        back = torch.empty_like(permutation).scatter_(0, permutation, rows)
+        every_expert = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
+        routed = back, torch.searchsorted(experts, every_expert, right=True, out_int32=True), None
+    inverse, offsets, tiles = routed
+    return Routing(permutation, inverse, offsets, tiles, chosen.shape[1], is_expert_parallel)

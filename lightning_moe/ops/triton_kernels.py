@@ -5,6 +5,7 @@ E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit t
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -18,33 +19,93 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 4
 
+# What Triton has compiled, by the kernel and everything about a launch that it compiles for.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
 # What a launcher raises, before it has written anything, where the device is too small for its kernel.
 TOO_LARGE = (OutOfResources, PTXASError)
 
 
+def _run(
+    kernel: Any, grid: tuple[int, ...], *args: Any, constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3
+) -> None:
+    """Launches a kernel.
+
+    Triton looks at every argument of a launch to find what it has compiled, which takes the host twice as long as the
+    launch: the second time it is asked for, what was compiled is launched as it is.
+
+    Args:
+        kernel: of this file.
+        grid: of programs.
+        args: tensors, descriptors, integers or None, by position.
+        constants: the arguments after these. Where there is a descriptor, they say what its blocks are.
+        num_warps: of Triton's options,
+        num_stages: and of these, too.
+    """
+    key = (kernel, constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+    compiled = kernel[grid](*args, *constants, num_warps=num_warps, num_stages=num_stages)
+    if compiled is not None:  # as the interpreter has it
+        _compiled[key] = compiled
+
+
+def _specialization(arg: Any) -> Any:
+    """What Triton compiles an argument of a kernel for."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg < 2**31
+    return None if arg is None else arg.base.dtype
+
+
 @triton.jit
-def _tiles_kernel(offsets, tiles_out, num_experts, num_tiles, E2: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+def _route_kernel(
+    experts, permutation, inverse, offsets, tiles_out, num_rows, num_experts, num_tiles, steps,
+    HAS_TILES: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    row = block * BR + tl.arange(0, BR)
+    pair = tl.load(permutation + row, mask=row < num_rows, other=0)
+    tl.store(inverse + pair, row.to(tl.int64), mask=row < num_rows)
+    if (block > 0) & (block * BT >= num_tiles):
+        return
     every = tl.arange(0, E2)
-    ends = tl.load(offsets + every, mask=every < num_experts, other=0)
-    starts = tl.load(offsets + every - 1, mask=(every > 0) & (every < num_experts), other=0)
-    tiles = tl.where(every < num_experts, (ends - starts + BM - 1) // BM, 0)
-    last = tl.cumsum(tiles, 0)
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    passed = (last[None, :] <= tile[:, None]) & (every < num_experts)[None, :]
-    expert = tl.sum(passed.to(tl.int32), 1)
-    # Rows before the expert's first tile, counted in whole tiles, differ from its first row.
-    shift = tl.where(every[None, :] == expert[:, None], (starts - (last - tiles) * BM)[None, :], 0)
-    mask = tile < num_tiles
-    tl.store(tiles_out + tile, tl.where(expert < num_experts, expert, -1), mask=mask)
-    tl.store(tiles_out + num_tiles + tile, tile * BM + tl.sum(shift, 1), mask=mask)
+    # Two binary searches side by side: how many keys are below each expert's, and up to it.
+    starts, starts_high = tl.zeros((E2,), tl.int32), tl.zeros((E2,), tl.int32) + num_rows
+    ends, ends_high = starts, starts_high
+    for _ in range(steps):
+        middle = starts + (starts_high - starts) // 2
+        key = tl.load(experts + middle, mask=starts < starts_high, other=0).to(tl.int32)
+        goes_up = (starts < starts_high) & (key < every)
+        starts, starts_high = tl.where(goes_up, middle + 1, starts), tl.where(goes_up, starts_high, middle)
+        middle = ends + (ends_high - ends) // 2
+        key = tl.load(experts + middle, mask=ends < ends_high, other=0).to(tl.int32)
+        goes_up = (ends < ends_high) & (key <= every)
+        ends, ends_high = tl.where(goes_up, middle + 1, ends), tl.where(goes_up, ends_high, middle)
+    if block == 0:
+        tl.store(offsets + every, ends, mask=every < num_experts)
+    if HAS_TILES:
+        tiles = tl.where(every < num_experts, (ends - starts + BM - 1) // BM, 0)
+        last = tl.cumsum(tiles, 0)
+        tile = block * BT + tl.arange(0, BT)
+        passed = (last[None, :] <= tile[:, None]) & (every < num_experts)[None, :]
+        expert = tl.sum(passed.to(tl.int32), 1)
+        # Rows before the expert's first tile, counted in whole tiles, differ from its first row.
+        shift = tl.where(every[None, :] == expert[:, None], (starts - (last - tiles) * BM)[None, :], 0)
+        mask = tile < num_tiles
+        tl.store(tiles_out + tile, tl.where(expert < num_experts, expert, -1), mask=mask)
+        tl.store(tiles_out + num_tiles + tile, tile * BM + tl.sum(shift, 1), mask=mask)
 
 
 @triton.jit
 def _grouped_linear_kernel(
     rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles, num_tiles, offsets, row_stride,
     out_stride, INNER: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr,
-    IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr,
+    TOP_K: tl.constexpr, IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
     tile = tl.program_id(0) // COLUMN_TILES
@@ -57,7 +118,7 @@ def _grouped_linear_kernel(
     valid = row < tl.load(offsets + expert)
     inner = tl.arange(0, BK)
     if GATHER:
-        token = tl.load(tokens + row, mask=valid, other=0).to(tl.int64)
+        token = tl.load(tokens + row, mask=valid, other=0).to(tl.int64) // TOP_K
         pointers = rows + token[:, None] * row_stride + inner[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     for k in range(0, INNER, BK):
@@ -87,20 +148,33 @@ def _grouped_linear_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])
 
 
-def tiles(offsets: Tensor, num_rows: int) -> Tensor:
-    """The expert and the first row of each tile of the grouped product, (2, tiles) int32; expert -1 for a spare one."""
-    num_experts = offsets.shape[0]
-    num_tiles = num_rows // BLOCK_ROWS + num_experts
-    out = offsets.new_empty(2, num_tiles)
-    width = triton.next_power_of_2(num_experts)
-    grid = (triton.cdiv(num_tiles, 32),)
-    _tiles_kernel[grid](offsets, out, num_experts, num_tiles, width, BLOCK_ROWS, 32, num_warps=4)
-    return out
+def route(
+    experts: Tensor, permutation: Tensor, num_experts: int, *, needs_tiles: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    num_rows, inverse = experts.shape[0], torch.empty_like(permutation)
+    offsets = experts.new_empty(num_experts, dtype=torch.int32)
+    num_tiles = num_rows // BLOCK_ROWS + num_experts if needs_tiles else 0
+    tiles = experts.new_empty(2, num_tiles, dtype=torch.int32) if needs_tiles else None
+    grid = (max(_cdiv(num_rows, 1024), _cdiv(num_tiles, 32), 1),)
+    _run(
+        _route_kernel, grid, experts, permutation, inverse, offsets, tiles, num_rows, num_experts, num_tiles,
+        num_rows.bit_length(), constants=(needs_tiles, _power_of_2(num_experts), BLOCK_ROWS, 1024, 32),
+    )  # fmt: skip
+    return inverse, offsets, tiles
+
+
+def _cdiv(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def _power_of_2(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _block(width: int, most: int) -> int:
     """A tile's width for that many columns: a power of two that tl.dot takes."""
-    return min(max(triton.next_power_of_2(width), 16), most)
+    return min(max(_power_of_2(width), 16), most)
 
 
 @cache
@@ -135,6 +209,7 @@ def grouped_linear(
     tiles: Tensor,
     *,
     tokens: Tensor | None = None,
+    top_k: int = 1,
     low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
@@ -154,11 +229,12 @@ def grouped_linear(
         rank, block_rank = small.shape[1], _block(small.shape[1], BLOCK_INNER)
         small_desc = TensorDescriptor(small, list(small.shape), list(small.stride()), [BLOCK_ROWS, block_rank])
         factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
-    grid = (num_tiles * triton.cdiv(columns, block_columns),)
-    _grouped_linear_kernel[grid](
-        rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
-        num_tiles, offsets, rows.stride(0), out.stride(0), inner, columns, rank, tokens is not None, in_first,
-        factor_in_first, BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank,
+    grid = (num_tiles * _cdiv(columns, block_columns),)
+    _run(
+        _grouped_linear_kernel, grid, rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
+        num_tiles, offsets, rows.stride(0), out.stride(0),
+        constants=(inner, columns, rank, tokens is not None, top_k, in_first, factor_in_first, BLOCK_ROWS,
+                   block_columns, BLOCK_INNER, block_rank),
         num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2,
         num_stages=_num_stages(block_columns, _shared_memory(rows.device)),
     )  # fmt: skip
@@ -209,10 +285,11 @@ def grouped_outer(
         wide, narrow, tokens, view = right, left, right_tokens, out.mT
     num_experts, width, rank = view.shape
     block = _block(rank, 64)
-    grid = (triton.cdiv(width, 128), num_experts, triton.cdiv(rank, block))
-    _grouped_outer_kernel[grid](
-        wide, offsets if tokens is None else tokens, narrow, view, offsets, wide.stride(0), narrow.stride(0),
-        *view.stride(), width, rank, tokens is not None, 128, block, 64, num_warps=4, num_stages=3,
+    grid = (_cdiv(width, 128), num_experts, _cdiv(rank, block))
+    _run(
+        _grouped_outer_kernel, grid, wide, offsets if tokens is None else tokens, narrow, view, offsets,
+        wide.stride(0), narrow.stride(0), *view.stride(), width, rank,
+        constants=(tokens is not None, 128, block, 64),
     )  # fmt: skip
     return out
 
@@ -254,20 +331,24 @@ def gated(pre_activation: Tensor, kind: str) -> Tensor:
     num_rows, width = pre_activation.shape
     out = pre_activation.new_empty(num_rows, width // 2)
     if num_rows:
-        block = min(1024, triton.next_power_of_2(width // 2))
-        _gated_kernel[(triton.cdiv(num_rows, 4),)](pre_activation, out, num_rows, width // 2, kind, 4, block)
+        block = min(1024, _power_of_2(width // 2))
+        grid, constants = (_cdiv(num_rows, 4),), (width // 2, kind, 4, block)
+        _run(_gated_kernel, grid, pre_activation, out, num_rows, constants=constants)
     return out
 
 
 @triton.jit
 def _gated_backward_kernel(
-    grad, pre, grad_pre, row_weights, inner, num_rows, I: tl.constexpr, KIND: tl.constexpr, NEEDS: tl.constexpr,
-    BR: tl.constexpr, BI: tl.constexpr,
+    grad, pre, grad_pre, row_weights, inner, pairs, num_rows, I: tl.constexpr, KIND: tl.constexpr,
+    NEEDS: tl.constexpr, HAS_PAIRS: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     valid = row < num_rows
     wide = row.to(tl.int64)[:, None]
-    scale = tl.load(row_weights + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+    pair = row
+    if HAS_PAIRS:
+        pair = tl.load(pairs + row, mask=valid, other=0)
+    scale = tl.load(row_weights + pair, mask=valid, other=0.0).to(tl.float32)[:, None]
     dot = tl.zeros((BR,), tl.float32)
     for i in tl.static_range(0, I, BI):
         column = i + tl.arange(0, BI)[None, :]
@@ -286,7 +367,7 @@ def _gated_backward_kernel(
         if NEEDS is not None:
             kept = activated if NEEDS == "a" else activated * scale
             tl.store(grad + wide * I + column, kept.to(grad.dtype.element_ty), mask=mask)
-    tl.store(inner + row, dot, mask=valid)
+    tl.store(inner + pair, dot.to(inner.dtype.element_ty), mask=valid)
 
 
 def gated_backward(
@@ -297,15 +378,17 @@ def gated_backward(
     *,
     needs: str | None,
     overwrite: bool,
+    pairs: Tensor | None = None,
+    inner_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     num_rows, intermediate = grad_unscaled.shape
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
-    inner = grad.new_empty(num_rows, dtype=torch.float32)
+    inner = row_weights.new_empty(row_weights.shape, dtype=inner_dtype)
     if num_rows:
-        block = min(1024, triton.next_power_of_2(intermediate))
-        _gated_backward_kernel[(triton.cdiv(num_rows, 2),)](
-            grad_unscaled, pre_activation, grad, row_weights, inner, num_rows, intermediate, kind, needs, 2, block,
-            num_warps=8,
+        block = min(1024, _power_of_2(intermediate))
+        _run(
+            _gated_backward_kernel, (_cdiv(num_rows, 2),), grad_unscaled, pre_activation, grad, row_weights, inner,
+            pairs, num_rows, constants=(intermediate, kind, needs, pairs is not None, 2, block), num_warps=8,
         )  # fmt: skip
     return grad, inner, grad_unscaled if needs else None
 
@@ -335,9 +418,55 @@ def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: 
     (num_tokens, top_k), columns = inverse.shape, rows.shape[1]
     if num_tokens == 0:
         return
-    block = min(512, triton.next_power_of_2(columns))
-    grid = (triton.cdiv(num_tokens, 4), triton.cdiv(columns, block))
-    _combine_kernel[grid](
-        rows, inverse, rows if routing_weights is None else routing_weights, out, num_tokens, start, columns,
-        rows.stride(0), out.stride(0), top_k, routing_weights is not None, 4, block,
+    block = min(512, _power_of_2(columns))
+    grid = (_cdiv(num_tokens, 4), _cdiv(columns, block))
+    _run(
+        _combine_kernel, grid, rows, inverse, routing_weights, out, num_tokens, start, columns, rows.stride(0),
+        out.stride(0), constants=(top_k, routing_weights is not None, 4, block),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["bytes_saved"])
+def _count_kernel(
+    counters, gates, grads, inverse, offsets, chosen, chosen_before, bytes_saved: tl.int64, num_pairs, num_experts,
+    K: tl.constexpr, HAS_GRADS: tl.constexpr, COMPARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pair < num_pairs
+    is_local = valid & (tl.load(inverse + pair, mask=valid, other=0) < tl.load(offsets + num_experts - 1))
+    gate = tl.load(gates + pair, mask=is_local, other=1.0).to(tl.float32)
+    tl.atomic_add(counters + 1, tl.sum(is_local.to(tl.int64), 0))
+    tl.atomic_add(counters + 2, tl.sum((gate <= 0).to(tl.int64), 0))
+    tl.atomic_add(counters + 3, tl.sum((gate == 0).to(tl.int64), 0))
+    if HAS_GRADS:
+        grad = tl.load(grads + pair, mask=is_local, other=0.0).to(tl.float32)
+        is_finite = tl.abs(grad) < float("inf")
+        tl.atomic_add(counters + 4, tl.sum((~is_finite).to(tl.int64), 0))
+    if COMPARES:
+        mine = tl.load(chosen + pair, mask=is_local, other=0)
+        is_known = ~is_local
+        for slot in tl.static_range(K):
+            is_known |= tl.load(chosen_before + pair // K * K + slot, mask=is_local, other=0) == mine
+        tl.atomic_add(counters + 5, tl.sum((~is_known).to(tl.int64), 0))
+    if tl.program_id(0) == 0:
+        tl.atomic_add(counters, tl.full((), 1, tl.int64))
+        tl.atomic_add(counters + 6, bytes_saved)
+
+
+def count(
+    counters: Tensor,
+    gates: Tensor,
+    grads: Tensor | None,
+    inverse: Tensor,
+    offsets: Tensor,
+    *,
+    choices: tuple[Tensor, Tensor] | None,
+    bytes_saved: int,
+) -> None:
+    num_pairs = gates.numel()
+    chosen, chosen_before = choices or (None, None)
+    _run(
+        _count_kernel, (max(_cdiv(num_pairs, 1024), 1),), counters, gates, grads, inverse, offsets, chosen,
+        chosen_before, bytes_saved, num_pairs, offsets.shape[0],
+        constants=(gates.shape[1], grads is not None, choices is not None, 1024),
     )  # fmt: skip

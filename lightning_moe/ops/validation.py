@@ -1,11 +1,14 @@
 """What the operation takes: options, shapes and dtypes. Messages name what is wrong and the remedy."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lightning_moe.ops.low_rank import LowRank
+
+_Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # dtype, shape and strides
 
 
 def check_output_buffer(output_buffer_mib: float) -> None:
@@ -91,17 +94,26 @@ def shape_problem(
 
 def unsupported_weights(gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
     """Says in words what about the weights the grouped products do not take, or None."""
-    dtype = down_proj.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or gate_up_proj.dtype != dtype:
-        return f"weights must both be float32, bfloat16 or float16, got {gate_up_proj.dtype} and {dtype}"
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if weight.dim() != 3:
-            return f"{name} must be three-dimensional with the experts first, got {tuple(weight.shape)}"
+    up, down = (
+        (weight.dtype, tuple(weight.shape), weight.stride() if weight.dim() == 3 else ())
+        for weight in (gate_up_proj, down_proj)
+    )
+    return _unsupported_layout(up, down)
+
+
+@lru_cache(maxsize=64)  # asked at every call of a layer, and a model has a few
+def _unsupported_layout(up: _Layout, down: _Layout) -> str | None:
+    dtype = down[0]
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or up[0] != dtype:
+        return f"weights must both be float32, bfloat16 or float16, got {up[0]} and {dtype}"
+    for name, (_, shape, strides) in (("gate_up_proj", up), ("down_proj", down)):
+        if len(shape) != 3:
+            return f"{name} must be three-dimensional with the experts first, got {shape}"
         # The activations' rows are as long as the weights' sides; a stride of one is the contiguous side's.
-        steps = [*weight.shape[1:], *(stride for stride in weight.stride() if stride != 1)]
-        if any(step * weight.element_size() % 16 for step in steps):
+        steps = [*shape[1:], *(stride for stride in strides if stride != 1)]
+        if any(step * dtype.itemsize % 16 for step in steps):
             return (
-                f"grouped_mm needs rows of whole multiples of 16 bytes; {name} is {tuple(weight.shape)} of {dtype} "
-                f"with strides {weight.stride()}"
+                f"grouped_mm needs rows of whole multiples of 16 bytes; {name} is {shape} of {dtype} with strides "
+                f"{strides}"
             )
     return None

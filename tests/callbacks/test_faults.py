@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_moe import AdapterUpdateCheck, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback, gategrad
 from lightning_moe.callbacks import restoring
-from lightning_moe.ops import experts, projection
+from lightning_moe.ops import experts, passes, projection
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -381,7 +381,7 @@ def test_sigterm(tmp_path, hook, build):
 # What the operation calls, forward and backward.
 OPERATIONS = [
     "sort_by_expert", "shape_problem", "activate", "activation_backward", "combine", "grouped_linear", "grouped_outer",
-    "join", "product_tiles", "split_gradients",
+    "join", "split_gradients", "count",
 ]  # fmt: skip
 
 
@@ -398,7 +398,7 @@ def fail_at(monkeypatch, call, error):
 
         return count
 
-    for name, module in product(OPERATIONS, (experts, projection)):
+    for name, module in product(OPERATIONS, (experts, passes, projection)):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     return calls

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_moe.ops import experts as experts_module
 from lightning_moe.ops import grouped as kernels_module
-from lightning_moe.ops import projection
+from lightning_moe.ops import passes, projection
 
 EVERYTHING = (*DIFFERENTIABLE, *FACTORS)
 
@@ -58,7 +58,7 @@ class OutOfMemory(RuntimeError):
     pass
 
 
-def fail_once(monkeypatch, name, module=experts_module):
+def fail_once(monkeypatch, name, module=passes):
     """Has a building block of the operation raise on its next call."""
     original = getattr(module, name)
 
@@ -75,9 +75,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "failing", [("grouped_linear", projection), ("grouped_outer", experts_module)], ids=["early", "late"]
-)
+@pytest.mark.parametrize("failing", [("grouped_linear", projection), ("grouped_outer", passes)], ids=["early", "late"])
 @pytest.mark.parametrize("hooks", HOOKS)
 def test_under_hooks_a_backward_that_failed_can_be_called_again(hooks, failing, monkeypatch):
     problem = make_problem()
@@ -138,13 +136,13 @@ def test_a_hook_that_keeps_what_it_packed_sees_no_change(copies):
 def overwrites(monkeypatch):
     """Lists, for each backward of the operation, whether dh takes the memory of h."""
     found = []
-    original = experts_module.activation_backward
+    original = passes.activation_backward
 
     def noting(*args, overwrite, **kwargs):
         found.append(overwrite)
         return original(*args, overwrite=overwrite, **kwargs)
 
-    monkeypatch.setattr(experts_module, "activation_backward", noting)
+    monkeypatch.setattr(passes, "activation_backward", noting)
     return found
 
 

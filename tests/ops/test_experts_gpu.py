@@ -18,9 +18,11 @@ from helpers.reference import (
     run_stock,
     with_scatter,
 )
+from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import moe_experts
 from lightning_moe.ops import grouped as kernels
+from lightning_moe.ops.counting import COUNTERS, new_counters
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS, silu_gated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -90,12 +92,12 @@ def test_the_saved_activation_survives_a_retained_graph():
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device():
-    problem = layer()
-    execute(*problem)  # compiles the kernels
+    problem, counters = layer(), new_counters(torch.device("cuda"))
+    execute(*problem, health=counters)  # compiles the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        execute(*problem)
+        execute(*problem, health=counters)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -108,6 +110,29 @@ def test_edges(shape, monkeypatch):
     for ours, plain in zip(execute(*problem), plainly(monkeypatch, *problem), strict=True):
         assert ours.shape == plain.shape
         assert not ours.numel() or relative_error(ours.cpu(), plain.cpu()) < 2**-6
+
+
+def test_gates_that_are_not_contiguous():
+    tensors, index, grad = layer()
+    expected = execute(tensors, index, grad)
+    strided = tensors["top_k_weights"].detach().t().contiguous().t().requires_grad_()
+    assert all(map(torch.equal, execute(tensors | {"top_k_weights": strided}, index, grad), expected))
+
+
+def test_flips_are_counted_on_the_device():
+    tensors, index, grad = layer()
+    counters, remaining = new_counters(torch.device("cuda")), [index, (index + 1) % 6]
+
+    def block(hidden):
+        options = {"health": counters, "bytes_saved": 2**33}
+        return moe_experts(top_k_index=remaining.pop(0), **tensors | {"hidden_states": hidden}, **options)
+
+    checkpoint(block, tensors["hidden_states"], use_reentrant=False).backward(grad)
+    flips = int((~(((index + 1) % 6)[:, :, None] == index[:, None]).any(-1)).sum())
+    found = dict(zip(COUNTERS, counters.tolist(), strict=True))
+    nonpositive = int((tensors["top_k_weights"] <= 0).sum())
+    assert (found["routing_flips"], found["nonpositive_gates"]) == (flips, nonpositive)
+    assert (found["executions"], found["gates"], found["bytes_saved"]) == (1, index.numel(), 2**33)
 
 
 def test_an_activation_without_kernels_is_still_right(monkeypatch):

@@ -38,8 +38,9 @@ def launches(kernels, torch, *, has_grouped_linear):
         low_rank = (empty(num_rows, rank, dtype=dtype), factor(rank, columns, factor_in_first, dtype)) if rank else None
         tiles = empty(2, 160, dtype=int32)
         return partial(
-            kernels.grouped_linear, rows, weight, offsets, tiles, tokens=tokens if gather else None, low_rank=low_rank
-        )
+            kernels.grouped_linear, rows, weight, offsets, tiles, tokens=tokens if gather else None, top_k=top_k,
+            low_rank=low_rank,
+        )  # fmt: skip
 
     def outer(gather, wide_first, rank=64, *, dtype=bf16, out_dtype=fp32):
         wide, narrow = empty(num_tokens if gather else num_rows, 2048, dtype=dtype), empty(num_rows, rank, dtype=dtype)
@@ -52,12 +53,18 @@ def launches(kernels, torch, *, has_grouped_linear):
 
     def gated_backward(kind, needs, dtype):
         h, grad, gates = empty(num_rows, 1536, dtype=dtype), empty(num_rows, 768, dtype=dtype), empty(num_rows)
-        return partial(kernels.gated_backward, h, grad, gates, kind, needs=needs, overwrite=True)
+        return partial(kernels.gated_backward, h, grad, gates, kind, needs=needs, overwrite=True, pairs=tokens)
 
     def combine(weighted, columns, dtype, out_dtype):
         gates = empty(num_tokens, top_k, dtype=dtype) if weighted else None
         inverse, out = empty(num_tokens, top_k, dtype=int32), empty(num_tokens, columns, dtype=out_dtype)
         return partial(kernels.combine, empty(num_rows, columns, dtype=dtype), inverse, gates, out)
+
+    def count(choice_dtype, gate_dtype):
+        counters, gates = empty(7, dtype=torch.int64), empty(num_tokens, top_k, dtype=gate_dtype)
+        choice = None if choice_dtype is None else empty(num_tokens, top_k, dtype=choice_dtype)
+        grads, choices = (None, None) if choice is None else (gates, (choice, choice))
+        return partial(kernels.count, counters, gates, grads, tokens, offsets, choices=choices, bytes_saved=2**33)
 
     if has_grouped_linear:
         for gather, in_first in product([True, False], repeat=2):
@@ -68,7 +75,11 @@ def launches(kernels, torch, *, has_grouped_linear):
         yield linear(True, False, True, rank=16)
         yield linear(False, True, False, rank=32, dtype=fp16)
         yield linear(True, False, inner=72)  # the last step's loads are masked
-        yield partial(kernels.tiles, offsets, num_rows)
+    for key_dtype in (torch.uint8, int32):
+        keys = empty(num_rows, dtype=key_dtype)
+        yield partial(kernels.route, keys, tokens, num_experts, needs_tiles=has_grouped_linear)
+        yield count(key_dtype, bf16)
+    yield count(None, fp32)
     for gather, wide_first in product([True, False], repeat=2):
         yield outer(gather, wide_first)
         yield outer(gather, wide_first, rank=8 if wide_first else 32, dtype=fp16, out_dtype=fp16)
@@ -142,7 +153,7 @@ def test_every_kernel_fits(capability, compiled):
     assert not too_large(made, capability)
     kernels = set(re.findall(r"^def (\w+_kernel)\(", KERNELS.read_text(), re.MULTILINE))
     if capability < 90:  # descriptors are loaded from capability 9.0 on
-        kernels -= {"_tiles_kernel", "_grouped_linear_kernel"}
+        kernels -= {"_grouped_linear_kernel"}
     assert {kernel for kernel, *_ in made} == kernels
 
 

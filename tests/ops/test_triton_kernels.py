@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from helpers.reference import make_problem, relative_error, run, run_loop, run_stock
 
+from lightning_moe.ops import counting
 from lightning_moe.ops import grouped as kernels
+from lightning_moe.ops.counting import new_counters
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS
+from lightning_moe.ops.routing import sort_by_expert
 
 errors = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("lightning_moe.ops.triton_kernels", reason="Triton is not installed")
@@ -57,10 +60,38 @@ def plain(name):
     return call
 
 
+def sorted_experts(routing, num_experts=6):
+    """Experts of the sorted rows of random pairs, and the pairs."""
+    ends = ROUTINGS[routing]
+    experts = [e for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) for _ in range(start, end)]
+    pairs = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(experts, dtype=torch.uint8, device=DEVICE), pairs.to(DEVICE)
+
+
+def tiles_of(routing):
+    return triton_kernels.route(*sorted_experts(routing), 6, needs_tiles=True)[2]
+
+
+@pytest.mark.parametrize("needs_tiles", [True, False])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_route(routing, needs_tiles):
+    experts, pairs = sorted_experts(routing)
+    inverse, offsets, tiles = triton_kernels.route(experts, pairs, 6, needs_tiles=needs_tiles)
+    assert (tiles is not None) == needs_tiles
+    assert offsets.tolist() == ROUTINGS[routing]
+    assert offsets.dtype == torch.int32
+    assert torch.equal(inverse[pairs], torch.arange(pairs.shape[0], device=DEVICE))
+
+
+def test_route_without_the_rows_of_other_processes():
+    experts = torch.tensor([0, 2, 2, 4, 4], dtype=torch.int32, device=DEVICE)  # 4 is another's
+    assert triton_kernels.route(experts, torch.arange(5).to(DEVICE), 4, needs_tiles=True)[1].tolist() == [1, 1, 3, 3]
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_tiles_cover_each_row_once(routing):
     num_rows = ROUTINGS[routing][-1]
-    expert, row = triton_kernels.tiles(ends(routing), num_rows)
+    expert, row = tiles_of(routing)
     starts, rows = [0, *ROUTINGS[routing]], []
     for e, first in zip(expert.tolist(), row.tolist(), strict=True):
         if e >= 0:
@@ -79,14 +110,17 @@ def test_grouped_linear(dtype, routing, in_first, inner, columns):
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
     weight = weight if in_first else weight.mT.contiguous().mT
-    tiles = triton_kernels.tiles(offsets, num_rows)
+    tiles = tiles_of(routing)
     expected = plain("grouped_linear")(source[tokens], weight, offsets)
     gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=tokens)
+    slots = torch.arange(num_rows, device=DEVICE) % 3
+    paired = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=3 * tokens + slots, top_k=3)
     given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles)
     part = weight[..., 8:24]
     narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles)
     assert gathered.shape == expected.shape
     assert torch.equal(gathered, given)
+    assert torch.equal(paired, given)
     if num_rows:
         assert relative_error(gathered, expected) <= TOLERANCE[dtype]
         assert relative_error(narrow, expected[:, 8:24]) <= TOLERANCE[dtype]
@@ -101,7 +135,7 @@ def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
     rows, weight = normal(num_rows, 72, dtype=dtype), normal(6, 72, 264, dtype=dtype, seed=1)
     small, factor = normal(num_rows, rank, dtype=dtype, seed=2), normal(6, rank, 264, dtype=dtype, seed=3)
     factor = factor if in_first else factor.mT.contiguous().mT
-    tiles = triton_kernels.tiles(offsets, num_rows)
+    tiles = tiles_of(routing)
     result = triton_kernels.grouped_linear(rows, weight, offsets, tiles, low_rank=(small, factor))
     part = triton_kernels.grouped_linear(rows, weight[..., 128:], offsets, tiles, low_rank=(small, factor[..., 128:]))
     reduced = triton_kernels.grouped_linear(small, factor[..., :16], offsets, tiles)
@@ -127,7 +161,7 @@ def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, monkey
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
     weight = weight if in_first else weight.mT.contiguous().mT
     low_rank = normal(num_rows, 72, dtype=dtype, seed=2), normal(6, 72, columns, dtype=dtype, seed=3)
-    tiles = triton_kernels.tiles(offsets, num_rows)
+    tiles = tiles_of("odd")
     given = []
     for limit in (HOPPER, CONSUMER):
         monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device, limit=limit: limit)
@@ -217,6 +251,55 @@ def test_combine(dtype, weighted, num_tokens, top_k, columns):
     assert wide[:, :8].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compares", [None, torch.uint8, torch.int32])
+@pytest.mark.parametrize("has_grads", [True, False])
+@pytest.mark.parametrize("num_tokens", [0, 1, 700])
+def test_count(dtype, compares, has_grads, num_tokens):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 8, (num_tokens, 3), generator=generator)  # 6 and 7 are another's
+    before = index.where(torch.rand(num_tokens, 3, generator=generator) < 0.9, 5).flip(1)
+    routing = sort_by_expert(index.clamp(max=6).to(DEVICE), 6, is_expert_parallel=True)
+    gates = torch.randint(-1, 3, (num_tokens, 3), generator=generator).to(DEVICE, dtype)
+    grads = normal(num_tokens, 3).sqrt().to(dtype) / (gates != 2) if has_grads else None
+    choices = None if compares is None else tuple(i.clamp(max=6).to(DEVICE, compares) for i in (index, before))
+    counted = []
+    for count in (triton_kernels.count, plain_count):
+        counters = new_counters(torch.device(DEVICE)) + 2**40
+        for bytes_saved in (3, 2**35):
+            count(counters, gates, grads, routing.inverse, routing.offsets, choices=choices, bytes_saved=bytes_saved)
+        counted.append((counters - 2**40).tolist())
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 2
+    assert counted[0][-1] == 3 + 2**35
+    if num_tokens == 700:
+        assert all(counted[0][1:4])
+        assert (counted[0][4] > 0) == has_grads
+        assert (counted[0][5] > 0) == (compares is not None)
+
+
+def plain_count(*args, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_kernels", lambda tensor: None)
+        counting.count(*args, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_backward_by_pairs(dtype):
+    """Gates are read, and their inner products put, where the pairs stand."""
+    h, grad, gates = normal(37, 48, dtype=dtype), normal(37, 24, dtype=dtype, seed=1), normal(37, seed=2)
+    pairs = torch.randperm(37, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    options = {"needs": "gated a", "overwrite": False}
+    expected = triton_kernels.gated_backward(h, grad.clone(), gates[pairs], "silu", **options)
+    plainly = plain("activation_backward")(kernels.silu_gated, h, grad.clone(), gates, pairs=pairs, needs="gated a")
+    fused = triton_kernels.gated_backward(h, grad, gates, "silu", pairs=pairs, inner_dtype=dtype, **options)
+    assert torch.equal(fused[0], expected[0])
+    assert torch.equal(fused[1][pairs], expected[1].to(dtype))
+    assert torch.equal(fused[2], expected[2])
+    for result, want in zip(fused, plainly, strict=True):
+        assert relative_error(result, want) <= TOLERANCE[dtype]
+
+
 def test_plain_silu_is_the_reference_of_the_fused_one():
     h = normal(3, 16)
     assert torch.equal(plain("activate")(kernels.silu_gated, h), F.silu(h[:, :8]) * h[:, 8:])
@@ -232,7 +315,7 @@ def whole_operation(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", spoiled)
-    monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels if tensor.dtype == torch.float16 else None)
+    monkeypatch.setattr(kernels, "_takes", lambda dtype, _: dtype == torch.float16 or not dtype.is_floating_point)
     monkeypatch.setattr(kernels, "_has_tensor_memory_accelerator", lambda device: True)
 
 
@@ -247,6 +330,7 @@ def run_fused(problem, **options):
         top_k_index=problem.top_k_index.to(DEVICE),
         grad_output=problem.grad_output.to(DEVICE),
     )
+    options["health"] = new_counters(torch.device(DEVICE))
     return {name: result.cpu() for name, result in run(there, **options).items()}
 
 
@@ -283,7 +367,7 @@ OUT_OF_SHARED_MEMORY = errors.OutOfResources(147_480, 101_376, "shared memory")
 @pytest.mark.parametrize(
     ("kernel", "error"),
     [(kernel, OUT_OF_SHARED_MEMORY) for kernel in
-     ["tiles", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine"]]
+     ["route", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine", "count"]]
     + [("gated_backward", errors.PTXASError("`ptxas` failed\nRepro command"))],
 )  # fmt: skip
 def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operation, monkeypatch):

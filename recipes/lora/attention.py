@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lora.kept_results import keeping
+from lora.kept_results import keeping, watch_attention
 
 NAME = "varlen"
 
@@ -68,8 +68,10 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    with keeping(query):
-        return _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options), None
+    with keeping():
+        output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
+    watch_attention(query, output)
+    return output, None
 
 
 def _attend(

@@ -110,7 +110,7 @@ def _checkpointed(
     layer = offloading.next_layer()
     contexts = partial(
         keep_and_reuse, attention=keeps_attention, pack=layer.pack, unpack=layer.unpack,
-        after_attention=layer.fetch_before,
+        before_attention=layer.fetch_input_before, after_attention=layer.fetch_before,
     )  # fmt: skip
     with layer.hooks():
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)

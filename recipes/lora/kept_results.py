@@ -36,6 +36,7 @@ def keep_and_reuse(
     attention: bool,
     pack: Callable[[Tensor], Any] = lambda tensor: tensor,
     unpack: Callable[[Any], Any] = lambda packed: packed,
+    before_attention: Callable[[], None] | None = None,
     after_attention: Callable[[], None] | None = None,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The two contexts that torch.utils.checkpoint asks of its `context_fn`: around forward, and the recomputation.
@@ -44,43 +45,53 @@ def keep_and_reuse(
         attention: whether to keep attention's results beside the router's choice.
         pack: what becomes of a tensor that is kept, such as being brought to the host.
         unpack: undoes that; what was not packed it gives back as it is.
-        after_attention: called once attention's backward is done.
+        before_attention: called when attention's backward is about to begin,
+        after_attention: and when it is done.
     """
     kept: Kept = defaultdict(list)
-    return _Layer(_Keep(kept, attention, pack, after_attention)), _Layer(_Reuse(kept, unpack))
+    return _Layer(_Keep(kept, attention, pack, before_attention, after_attention)), _Layer(_Reuse(kept, unpack))
 
 
-def keeping(query: Tensor | None = None) -> ExitStack:
-    """A context around operations whose results a checkpointed layer may keep.
-
-    Args:
-        query: attention's, where the operations are attention.
-    """
+def keeping() -> ExitStack:
+    """A context around operations whose results a checkpointed layer may keep."""
     stack = ExitStack()
     for mode in _modes():
-        if query is not None and query.requires_grad:
-            mode.watch(query)
         stack.enter_context(mode)
     return stack
+
+
+def watch_attention(query: Tensor, output: Tensor) -> None:
+    """Has a checkpointed layer know when backward comes to attention and when it leaves it."""
+    for mode in _modes():
+        if isinstance(mode, _Keep) and query.requires_grad:
+            mode.watch_attention(query, output)
 
 
 class _Keep(TorchDispatchMode):
     """Keeps results as they come."""
 
     def __init__(
-        self, kept: Kept, attention: bool, pack: Callable[[Tensor], Any], after_attention: Callable[[], None] | None
+        self,
+        kept: Kept,
+        attention: bool,
+        pack: Callable[[Tensor], Any],
+        before_attention: Callable[[], None] | None,
+        after_attention: Callable[[], None] | None,
     ) -> None:
         super().__init__()
-        self._kept, self._attention, self._pack, self._after_attention = kept, attention, pack, after_attention
+        self._kept, self._attention, self._pack = kept, attention, pack
+        self._before_attention, self._after_attention = before_attention, after_attention
 
     def start(self) -> None:
         """Forward begins."""
 
-    def watch(self, query: Tensor) -> None:
-        """Attention begins."""
-        done = self._after_attention
-        if done is not None:
-            query.register_hook(lambda _: done())
+    def watch_attention(self, query: Tensor, output: Tensor) -> None:
+        """Has both callbacks called."""
+        before, after = self._before_attention, self._after_attention
+        if before is not None:
+            output.register_hook(lambda _: before())
+        if after is not None:
+            query.register_hook(lambda _: after())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -103,9 +114,6 @@ class _Reuse(TorchDispatchMode):
     def start(self) -> None:
         """A recomputation begins: the first, or another one where the graph is retained."""
         self._calls.clear()
-
-    def watch(self, query: Tensor) -> None:
-        """Attention begins; backward goes through the forward's graph, not this one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in self._kept:

@@ -2,7 +2,8 @@
 
 Copies run on a stream of their own. A layer's tensors stay on the device until the next layer begins, when their copies
 are waited for: device memory belongs to the stream that computes. In backward they are asked for layer by layer, last
-first. A layer is fetched once attention's backward of the layer after it, whose memory is the largest, is done.
+first. A layer's input is fetched beside attention's backward of the layer after it, in which memory is at its peak, and
+the rest after that, while there is still enough to compute before it is used.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 SMALLEST_OFFLOADED_BYTES = 2**20
+# A layer with a larger input computes for so long that it need not be fetched early.
+LARGEST_FETCHED_EARLY_BYTES = 256 * 2**20
 
 
 class ActivationOffload:
@@ -77,6 +80,13 @@ class OffloadedLayer:
             if not tensor.is_on_device:
                 tensor.fetch()
 
+    def fetch_input_before(self) -> None:
+        """Starts the copy of what the layer before kept first, its input, unless it is large."""
+        if self._before is not None:
+            for tensor in self._before._tensors[:1]:
+                if tensor.num_bytes <= LARGEST_FETCHED_EARLY_BYTES:
+                    tensor.fetch()
+
     def fetch_before(self) -> None:
         """Starts the copies of all that the layer before kept."""
         before, self._before = self._before, None
@@ -88,6 +98,7 @@ class _Offloaded:
     """One tensor: being copied to the host, there, or being copied back."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+        self.num_bytes = tensor.nbytes
         self._stream = stream
         self._on_device: Tensor | None = tensor
         self._on_host = torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -9,7 +9,7 @@ from helpers.models import qwen3
 from lora.attention import NAME as VARLEN
 from lora.attention import register
 from lora.checkpointing import enable_checkpointing
-from lora.kept_results import keep_and_reuse, keeping
+from lora.kept_results import keep_and_reuse, keeping, watch_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -63,8 +63,9 @@ def test_without_the_forwards_choice_they_are_others():
 
 
 def attend(query, seen):
-    with keeping(query):
+    with keeping():
         output = scaled_dot_product_attention(query, query, query, is_causal=True)
+    watch_attention(query, output)
     seen.append(output.detach().clone())
     return output.sin()
 
@@ -90,8 +91,8 @@ def test_a_graph_that_is_retained_recomputes_again():
     torch.testing.assert_close(first, plain)
 
 
-def test_what_is_kept_goes_through_pack_and_unpack_and_attentions_end_is_told():
-    packed, told = [], []
+def test_what_is_kept_goes_through_pack_and_unpack():
+    packed = []
 
     def pack(tensor):
         packed.append(tensor)
@@ -101,14 +102,32 @@ def test_what_is_kept_goes_through_pack_and_unpack_and_attentions_end_is_told():
         return packed[number] if isinstance(number, int) else number
 
     query = torch.randn(1, 2, TOKENS, 16, requires_grad=True)
-    contexts = partial(
-        keep_and_reuse, attention=True, pack=pack, unpack=unpack, after_attention=lambda: told.append(query.grad)
-    )
-    output = checkpoint(attend, query * 1, [], use_reentrant=False, context_fn=contexts)
+    contexts = partial(keep_and_reuse, attention=True, pack=pack, unpack=unpack)
+    checkpoint(attend, query, [], use_reentrant=False, context_fn=contexts).sum().backward()
     assert [tuple(tensor.shape) for tensor in packed] == [(1, 2, TOKENS, 16), (1, 2, TOKENS)]
+    (plain,) = torch.autograd.grad(attend(query, []).sum(), query)
+    torch.testing.assert_close(query.grad, plain)
+
+
+def test_the_beginning_and_the_end_of_attentions_backward_are_told_once():
+    told = []
+
+    def layer(x):
+        query = x * 1
+        query.register_hook(lambda _: told.append("the query's gradient"))
+        output = attend(query, [])
+        output.register_hook(lambda _: told.append("the output's gradient"))
+        return output
+
+    contexts = partial(
+        keep_and_reuse, attention=True, before_attention=lambda: told.append("before"),
+        after_attention=lambda: told.append("after"),
+    )  # fmt: skip
+    x = torch.randn(1, 2, TOKENS, 16, requires_grad=True)
+    output = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     assert not told
     output.sum().backward()
-    assert told == [None]  # before the gradient has reached the query's own inputs
+    assert told == ["the output's gradient", "before", "the query's gradient", "after"]
 
 
 def test_kept_results_do_not_hold_the_graph():

@@ -18,6 +18,7 @@ def chain(weights, offload=None, early=False):
         with layer.hooks() if layer else nullcontext():
             x = checkpoint(lambda x, w=weight: torch.tanh(x @ w / 32), x, use_reentrant=False)
         if early:
+            x.register_hook(lambda _, layer=layer: layer.fetch_input_before())
             x.register_hook(lambda _, layer=layer: layer.fetch_before())
     return torch.autograd.grad(x.sum(), weights)
 
@@ -60,6 +61,21 @@ def test_a_layer_is_fetched_at_once_and_again_for_another_backward():
         assert torch.equal(first, tensors[0])
         assert torch.equal(second, tensors[1])
     assert first.stride() == tensors[0].stride()
+
+
+def test_the_input_of_the_layer_before_is_fetched_first_unless_it_is_large(monkeypatch):
+    offload = ActivationOffload()
+    layer = offload.next_layer()
+    packed = [layer.pack(torch.randn(2**20, device="cuda")) for _ in range(2)]
+    after = offload.next_layer()
+    monkeypatch.setattr("lora.offload.LARGEST_FETCHED_EARLY_BYTES", 2**20)
+    after.fetch_input_before()
+    assert [one.is_on_device for one in packed] == [False, False]
+    monkeypatch.undo()
+    after.fetch_input_before()
+    assert [one.is_on_device for one in packed] == [True, False]
+    after.fetch_before()
+    assert [one.is_on_device for one in packed] == [True, True]
 
 
 def test_small_tensors_and_what_was_not_packed_stay():

@@ -10,7 +10,9 @@ import torch
 from torch.multiprocessing import start_processes
 
 multiprocessing = torch.multiprocessing.get_context("forkserver")
-multiprocessing.set_forkserver_preload(["lightning.pytorch", "peft", "transformers.models.qwen3_moe", "helpers.rank_fits", "helpers.recipe_ranks"])
+multiprocessing.set_forkserver_preload(
+    ["lightning.pytorch", "peft", "transformers.models.qwen3_moe", "helpers.rank_fits", "helpers.recipe_ranks"]
+)
 
 
 def together(function, *arguments, num_processes=2, **options):

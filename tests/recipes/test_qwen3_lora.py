@@ -133,8 +133,8 @@ def test_misspelt_options_are_named_before_training(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed")])
 def test_an_interrupted_run_goes_on_with_the_losses_of_one_that_was_not(dtype, precision, tmp_path, monkeypatch):
-    options = [f"--model.dtype={dtype}", f"--trainer.precision={precision}", PACKED, ONE, "--model.architecture.num_hidden_layers=2",
-               "--data.max_length=64", "--trainer.accumulate_grad_batches=2"]  # fmt: skip
+    options = [f"--model.dtype={dtype}", f"--trainer.precision={precision}", "--trainer.accumulate_grad_batches=2",
+               PACKED, ONE, "--data.max_length=64", "--model.architecture.num_hidden_layers=2"]  # fmt: skip
     fit(tmp_path / "whole", *options, steps=6)
 
     def interrupt(module, batch, batch_idx):

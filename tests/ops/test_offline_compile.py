@@ -72,7 +72,7 @@ def launches(kernels, torch, capability):
         yield outer(gather, wide_first)
     yield partial(kernels.gated, empty(num_rows, 1536, dtype=bf16), "silu")
     yield gated_backward("silu", "gated a", bf16)
-    yield combine(True, 2048, bf16, bf16)
+    yield combine(False, 2048, fp16, fp32)
     if capability in (90, 120):
         for columns in (16, 32, 64, 128):  # the tile's width, and so its stages, follow them; the dtype does not count
             yield linear(columns in (16, 64), columns in (16, 128), columns=columns, dtype=fp16)
@@ -89,7 +89,7 @@ def launches(kernels, torch, capability):
         for kind, needs, dtype in [("silu", None, bf16), ("silu", "a", bf16), ("gelu", "gated a", bf16),
                                    ("gelu_tanh", "a", fp16)]:  # fmt: skip
             yield gated_backward(kind, needs, dtype)
-        yield combine(False, 2048, fp16, fp32)
+        yield combine(True, 2048, bf16, bf16)
         yield combine(True, 64, fp16, fp16)
 
 

@@ -13,13 +13,12 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from helpers.launch import multiprocessing, together
+from helpers.launch import process, together
 from helpers.line import At, Line, trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
@@ -119,15 +118,14 @@ def train_for_long(folder):
 
 
 def test_a_signal_from_another_process(tmp_path):
-    process = multiprocessing.Process(target=train_for_long, args=(tmp_path,))
-    process.start()
+    training = process(train_for_long, tmp_path)
     while not (tmp_path / "ready").exists():
-        assert process.is_alive()
+        assert training.is_alive()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(timeout=300)
+    os.kill(training.pid, signal.SIGTERM)
+    training.join(timeout=300)
     errors = (tmp_path / "errors.txt").read_text()
-    assert process.exitcode == 143, errors
+    assert training.exitcode == 143, errors
     assert len(list((tmp_path / "kept").glob("interrupted-step=*.ckpt"))) == 1
     assert "--ckpt_path" in errors
 
@@ -324,8 +322,7 @@ run.fit(Line(), DataLoader(range(24), batch_size=1))
 def run_script(*arguments):
     """As `python` with these arguments does, and Lightning starts the other ranks; but what it imports is there."""
     os.dup2(os.open(arguments[1] / "errors.txt", os.O_WRONLY | os.O_CREAT), 2)
-    folders = [*Path(__file__).parents[1:3], Path(fault_tolerance.__file__).parents[1]]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     sys.argv = list(map(str, arguments))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -345,10 +342,9 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(failing, tmp_path):
     """As Lightning starts them: well before the half hour that a rank waits for another."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
-    process = multiprocessing.Process(target=run_script, args=(script, tmp_path, failing))
-    process.start()
-    process.join(timeout=300)
-    assert process.exitcode
+    launcher = process(run_script, script, tmp_path, failing)
+    launcher.join(timeout=300)
+    assert launcher.exitcode
     assert "RuntimeError: the pump is broken" in (tmp_path / "errors.txt").read_text()
     for rank in (0, 1):
         assert is_gone(int((tmp_path / f"pid-{rank}").read_text()))

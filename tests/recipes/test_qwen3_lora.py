@@ -246,7 +246,7 @@ def baseline(tmp_path_factory):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_trains_as_the_baseline_does(name, baseline, tmp_path, capsys):
     options, words = OPTIONS[name]
-    options = [PACKED, ONE, "--model.architecture.num_hidden_layers=2", *options]
+    options = [PACKED, ONE, *options]
     fit(tmp_path, *options, steps=3)
     summary = (tmp_path / "log" / "version_0" / "report" / "summary.md").read_text()
     assert words in summary + capsys.readouterr().out

@@ -2,15 +2,36 @@
 
 import os
 import socket
+import sys
 import tempfile
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 from torch.multiprocessing import start_processes
 
 multiprocessing = torch.multiprocessing.get_context("forkserver")
-multiprocessing.set_forkserver_preload(["lightning.pytorch", "peft", "transformers.models.qwen3_moe", "helpers.models"])
+multiprocessing.set_forkserver_preload(["helpers.rank_fits", "helpers.recipe_ranks", "transformers.models.qwen3_moe"])
+
+
+def _start_server():
+    """Has the server find what it imports for all processes: of this one's sys.path it knows what the environment has.
+
+    A module that it does not find is no error, but is imported anew in each process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
+def process(function, *arguments):
+    """A process that runs the function; started."""
+    _start_server()
+    started = multiprocessing.Process(target=function, args=arguments)
+    started.start()
+    return started
 
 
 def together(function, *arguments, num_processes=2, **options):
@@ -18,6 +39,7 @@ def together(function, *arguments, num_processes=2, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         start_processes(
             _work,

@@ -22,8 +22,13 @@ LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120:
 TENSOR_MEMORY = 512  # columns; on capability 10 only
 
 
-def launches(kernels, torch, *, has_grouped_linear):
-    """Calls of each launcher for every shape class, layout, dtype and option, with tensors that have no memory."""
+def launches(kernels, torch, capability):
+    """Calls of each launcher, with tensors that have no memory.
+
+    Every capability gets the largest block of each kernel in every layout. What makes a block no larger (a dtype, a
+    lower rank, an activation, fewer results, no low-rank term) is compiled for Hopper alone, and the tile's width for
+    the two that differ in the stages that it is given.
+    """
     bf16, fp16, fp32, int32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
     empty = partial(torch.empty, device="meta")
     num_rows, num_tokens, top_k, num_experts = 4096, 512, 8, 128
@@ -60,38 +65,49 @@ def launches(kernels, torch, *, has_grouped_linear):
         inverse, out = empty(num_tokens, top_k, dtype=int32), empty(num_tokens, columns, dtype=out_dtype)
         return partial(kernels.combine, empty(num_rows, columns, dtype=dtype), inverse, gates, out)
 
+    def route(key_dtype):
+        return partial(
+            kernels.route, empty(num_rows, dtype=key_dtype), tokens, num_experts, needs_tiles=has_descriptors
+        )
+
     def count(choice_dtype, gate_dtype):
         counters, gates = empty(7, dtype=torch.int64), empty(num_tokens, top_k, dtype=gate_dtype)
         choice = None if choice_dtype is None else empty(num_tokens, top_k, dtype=choice_dtype)
         grads, choices = (None, None) if choice is None else (gates, (choice, choice))
         return partial(kernels.count, counters, gates, grads, tokens, offsets, choices=choices, bytes_saved=2**33)
 
-    if has_grouped_linear:
+    has_descriptors = capability >= 90
+    if has_descriptors:
         for gather, in_first in product([True, False], repeat=2):
-            yield linear(gather, in_first)
             yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
+    yield route(torch.uint8)
+    yield count(int32, fp32)
+    for gather, wide_first in product([True, False], repeat=2):
+        yield outer(gather, wide_first)
+    yield partial(kernels.gated, empty(num_rows, 1536, dtype=bf16), "silu")
+    yield gated_backward("silu", "gated a", bf16)
+    yield combine(False, 2048, fp16, fp32)
+    if capability in (90, 120):
         for columns in (16, 32, 64, 128):  # the tile's width, and so its stages, follow them; the dtype does not count
             yield linear(columns in (16, 64), columns in (16, 128), columns=columns, dtype=fp16)
+    if capability == 90:
+        for gather, in_first in product([True, False], repeat=2):
+            yield linear(gather, in_first)
         yield linear(True, False, True, rank=16)
         yield linear(False, True, False, rank=32, dtype=fp16)
         yield linear(True, False, inner=72)  # the last step's loads are masked
-    for key_dtype in (torch.uint8, int32):
-        keys = empty(num_rows, dtype=key_dtype)
-        yield partial(kernels.route, keys, tokens, num_experts, needs_tiles=has_grouped_linear)
-        yield count(key_dtype, bf16)
-    yield count(None, fp32)
-    for gather, wide_first in product([True, False], repeat=2):
-        yield outer(gather, wide_first)
-        yield outer(gather, wide_first, rank=8 if wide_first else 32, dtype=fp16, out_dtype=fp16)
-    for kind, dtype in [("silu", bf16), ("silu", fp16), ("gelu", bf16), ("gelu_tanh", fp16)]:
-        yield partial(kernels.gated, empty(num_rows, 1536, dtype=dtype), kind)
-    for needs in (None, "a", "gated a"):
-        yield gated_backward("silu", needs, bf16)
-    yield gated_backward("gelu", "gated a", bf16)
-    yield gated_backward("gelu_tanh", "a", fp16)
-    yield combine(True, 2048, bf16, bf16)
-    yield combine(False, 2048, fp16, fp32)
-    yield combine(True, 64, fp16, fp16)
+        for gather, wide_first in product([True, False], repeat=2):
+            yield outer(gather, wide_first, rank=8 if wide_first else 32, dtype=fp16, out_dtype=fp16)
+        for kind, dtype in [("silu", fp16), ("gelu", bf16), ("gelu_tanh", fp16)]:
+            yield partial(kernels.gated, empty(num_rows, 1536, dtype=dtype), kind)
+        for kind, needs, dtype in [("silu", None, bf16), ("silu", "a", bf16), ("gelu", "gated a", bf16),
+                                   ("gelu_tanh", "a", fp16)]:  # fmt: skip
+            yield gated_backward(kind, needs, dtype)
+        yield combine(True, 2048, bf16, bf16)
+        yield combine(True, 64, fp16, fp16)
+        yield route(int32)
+        yield count(torch.uint8, bf16)
+        yield count(None, bf16)
 
 
 def compile_offline(capability, shared_memory, num_launches):
@@ -124,7 +140,7 @@ def compile_offline(capability, shared_memory, num_launches):
     spec = importlib.util.spec_from_file_location("triton_kernels", KERNELS)  # alone it is imported sooner
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
-    for launch in islice(launches(kernels, torch, has_grouped_linear=capability >= 90), num_launches):
+    for launch in islice(launches(kernels, torch, capability), num_launches):
         launch()
 
 

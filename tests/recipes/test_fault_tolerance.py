@@ -7,62 +7,32 @@ import errno
 import os
 import pickle
 import resource
+import runpy
 import signal
-import subprocess
 import sys
+import time
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from helpers.launch import together
+from helpers.launch import process, together
+from helpers.line import At, Line, trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lora import fault_tolerance
-from lora.fault_tolerance import AtomicCheckpointIO, CheckpointOnSignal, OutOfMemoryAdvice, advice, check_room
+from lora.fault_tolerance import AtomicCheckpointIO, OutOfMemoryAdvice, advice, check_room
 from qwen3_lora import UNHELPFUL_WARNINGS
 from torch.utils.data import DataLoader
 
 from lightning_moe import MoEGateGradCallback
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in UNHELPFUL_WARNINGS]
-
-
-class Line(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch, batch_idx):
-        return (self.weight - batch.float().mean()).square()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class At(Callback):
-    """Calls something at the beginning of some batch."""
-
-    def __init__(self, batch_idx, action):
-        self.batch_idx, self.action = batch_idx, action
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == self.batch_idx:
-            self.action()
-
-
-def trainer(folder, *callbacks, **options):
-    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
-    return Trainer(
-        accelerator="cpu", default_root_dir=folder, plugins=[AtomicCheckpointIO()],
-        callbacks=[CheckpointOnSignal(), ModelCheckpoint(folder / "kept", save_last=True), *callbacks], **options,
-    )  # fmt: skip
 
 
 def fit(folder, *callbacks, length=12, **options):
@@ -141,27 +111,21 @@ def test_undisturbed_runs_end_as_usual(tmp_path):
     assert fit(tmp_path).global_step == 12
 
 
-SCRIPT = """
-import sys, warnings
-from pathlib import Path
-sys.path[:0] = {paths!r}
-warnings.simplefilter("ignore")
-from test_fault_tolerance import At, fit
-fit(Path({folder!r}), At(2, lambda: print("READY", flush=True)), length=10**7)
-"""
+def train_for_long(folder):
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(folder / "errors.txt", os.O_WRONLY | os.O_CREAT), 2)
+    fit(folder, At(2, (folder / "ready").touch), length=10**7)
 
 
 def test_a_signal_from_another_process(tmp_path):
-    tests = os.path.dirname(__file__)
-    paths = [tests, os.path.dirname(tests), os.path.dirname(os.path.dirname(fault_tolerance.__file__))]
-    source = SCRIPT.format(paths=paths, folder=str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline().strip() == "READY"
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 143, errors
+    training = process(train_for_long, tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert training.is_alive()
+        time.sleep(0.01)
+    os.kill(training.pid, signal.SIGTERM)
+    training.join(timeout=300)
+    errors = (tmp_path / "errors.txt").read_text()
+    assert training.exitcode == 143, errors
     assert len(list((tmp_path / "kept").glob("interrupted-step=*.ckpt"))) == 1
     assert "--ckpt_path" in errors
 
@@ -337,10 +301,11 @@ def test_all_ranks_leave_after_the_same_step(asked, tmp_path):
 
 
 FAILS = """
-import sys, time
-from lightning.pytorch.strategies import DDPStrategy
-from test_fault_tolerance import At, DataLoader, Line, os, trainer
+import os, sys, time
 from pathlib import Path
+from lightning.pytorch.strategies import DDPStrategy
+from helpers.line import At, Line, trainer
+from torch.utils.data import DataLoader
 folder, failing = Path(sys.argv[1]), sys.argv[2]
 
 def fail():
@@ -352,6 +317,14 @@ def fail():
 run = trainer(folder, At(3, fail), devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
 run.fit(Line(), DataLoader(range(24), batch_size=1))
 """
+
+
+def run_script(*arguments):
+    """As `python` with these arguments does, and Lightning starts the other ranks; but what it imports is there."""
+    os.dup2(os.open(arguments[1] / "errors.txt", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = list(map(str, arguments))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def is_gone(process):
@@ -369,11 +342,9 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(failing, tmp_path):
     """As Lightning starts them: well before the half hour that a rank waits for another."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
-    folders = [*Path(__file__).parents[:3], Path(fault_tolerance.__file__).parents[1]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path), failing]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode
-    assert "RuntimeError: the pump is broken" in done.stderr
+    launcher = process(run_script, script, tmp_path, failing)
+    launcher.join(timeout=300)
+    assert launcher.exitcode
+    assert "RuntimeError: the pump is broken" in (tmp_path / "errors.txt").read_text()
     for rank in (0, 1):
         assert is_gone(int((tmp_path / f"pid-{rank}").read_text()))

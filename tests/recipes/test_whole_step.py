@@ -1,11 +1,16 @@
 """Tests of the benchmark of whole steps: its arithmetic on made-up runs, its plot, one small run of the real thing."""
 
+import io
 import json
+import runpy
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import qwen3_lora
 import whole_step
 import yaml
 from matplotlib.image import imread
@@ -82,11 +87,23 @@ def test_the_data_are_long_enough_for_a_sequence_on_each_device(tmp_path):
     assert sum(len(record["prompt"] + record["completion"]) for record in records) * 0.95 / 4 > 2 * 9_000
 
 
+def recipe_in_this_process(command, run=subprocess.run, **options):
+    """Takes the place of subprocess.run where it is the recipe's command line that counts, and not its process."""
+    if command[:2] != [sys.executable, qwen3_lora.__file__]:
+        return run(command, **options)
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    try:
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(action="ignore"):
+            qwen3_lora.main(command[2:])
+    except SystemExit as leaving:
+        status = leaving.code
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
 def test_several_devices_shard_the_model(tmp_path):
     overlay = write_overlay(whole_step.TINY, "baseline", 96, 2, tmp_path, devices=3)
     command = command_of(whole_step.TINY, overlay, 3, ("--print_config",))
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    trainer = yaml.safe_load(printed)["trainer"]
+    trainer = yaml.safe_load(recipe_in_this_process(command).stdout)["trainer"]
     assert trainer["strategy"]["init_args"]["num_ranks"] == trainer["devices"] == 3
 
 
@@ -108,7 +125,8 @@ def test_the_whole_on_the_cpu(tmp_path, capsys):
     assert (tmp_path / "whole_step.png").stat().st_size > 1000
 
 
-def test_a_variant_that_fails_is_named_with_its_output(tmp_path):
+def test_a_variant_that_fails_is_named_with_its_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_step.subprocess, "run", recipe_in_this_process)
     options = ("--model.rank=-1",)
     whole_step.main(lengths=(96,), variants=("lightning_moe",), steps=2, warmup=0, options=options, out=tmp_path)
     assert (
@@ -151,7 +169,7 @@ def test_bad_arguments_are_named(bad, tmp_path):
         whole_step.main(out=tmp_path, **bad)
 
 
-def test_the_command_line_reaches_the_function():
-    command = [sys.executable, str(Path(whole_step.__file__)), "--recipe=nowhere.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "there is no nowhere.yaml" in done.stderr
+def test_the_command_line_reaches_the_function(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["whole_step.py", "--recipe=nowhere.yaml"])
+    with pytest.raises(SystemExit, match="there is no nowhere.yaml"):
+        runpy.run_path(whole_step.__file__, run_name="__main__")

@@ -38,12 +38,10 @@ from lightning_moe.ops.passes import (
     Saved,
     backward,
     from_activation,
+    num_buffer_columns,
     until_activation,
 )
 from lightning_moe.ops.validation import check_output_buffer, shape_problem, unsupported_weights
-
-# The fewest hidden features that the output buffer takes at a time: the width of a product's tile.
-MIN_BUFFER_COLUMNS = 256
 
 _NUM_INPUTS, _NUM_SAVED = len(Inputs._fields), len(Saved._fields)
 
@@ -193,7 +191,7 @@ def moe_experts(
     plan = Plan(
         activation=activation,
         is_transposed=is_transposed,
-        buffer_columns=_buffer_columns(output_buffer_mib, num_tokens * top_k, hidden_size, down_proj.element_size()),
+        buffer_columns=num_buffer_columns(output_buffer_mib, num_tokens * top_k, hidden_size, down_proj.element_size()),
         recomputes_h=recompute_gate_up,
         is_expert_parallel=is_expert_parallel,
         records=records,
@@ -205,9 +203,3 @@ def moe_experts(
     anchor = [Anchor.apply(*inputs, *factors)] if records else []  # in a list, or it would be an input
     placeholder, made = _UntilActivation.apply(top_k_index.long(), plan, anchor, *inputs, *factors)
     return _FromActivation.apply(placeholder, made, plan)
-
-
-def _buffer_columns(output_buffer_mib: float, num_rows: int, hidden_size: int, element_size: int) -> int:
-    """How many hidden features of all rows fit the buffer, in whole tiles."""
-    columns = int(output_buffer_mib * 2**20) // max(num_rows * element_size, 1)
-    return min(max(columns // MIN_BUFFER_COLUMNS, 1) * MIN_BUFFER_COLUMNS, hidden_size)

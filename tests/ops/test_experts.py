@@ -445,7 +445,7 @@ def test_under_autocast_results_equal_stock_code_under_autocast(layout):
 def _narrow_chunks():
     """Lets the small problems here be cut: eight features at a time, the fewest that grouped_mm takes of 16 bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_module, "MIN_BUFFER_COLUMNS", 8)
+        patch.setattr(passes, "MIN_BUFFER_COLUMNS", 8)
         yield
 
 

@@ -193,7 +193,7 @@ def segment_gradients(problem, saved=None, **options):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels_module, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(experts_module, "MIN_BUFFER_COLUMNS", 4)
+    monkeypatch.setattr(passes, "MIN_BUFFER_COLUMNS", 4)
 
 
 LOW_RANK = {"gate_up_ranks": (3, 2), "down_ranks": (3,)}

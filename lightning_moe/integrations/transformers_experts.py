@@ -109,12 +109,14 @@ class ExpertsSpec:
         is_transposed: weights are (E, in, out).
         has_bias: `<name>_bias` exists for both projections.
         activation: (R, N) to (R, I).
+        act_fn: the module's, that the activation was read from.
     """
 
     up_name: str
     is_transposed: bool
     has_bias: bool
     activation: Activation
+    act_fn: Any = None
 
     @property
     def stems(self) -> tuple[str, str]:
@@ -153,6 +155,7 @@ def read_spec(module: Any) -> ExpertsSpec:
         is_transposed=flags.is_transposed,
         has_bias=flags.has_bias,
         activation=_activation(module, flags),
+        act_fn=getattr(module, "act_fn", None),
     )
 
 

@@ -229,7 +229,8 @@ def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Any, ...]:
     wanted = _wanted([True] * (num_inputs + len(factors)), flags, len(up_scalings))
     grads = [next(at) if wants else None for wants in wanted]
     of_inputs, of_factors = grads[:num_inputs], grads[num_inputs:]
-    return *of_inputs, None, of_factors, counts if ctx.counts else None, *[None] * len(ctx.options)
+    none = [[] if option == [] else None for option in ctx.options]  # an empty list might be one of tensors
+    return *of_inputs, None, of_factors, counts if ctx.counts else None, *none
 
 
 torch.library.register_autograd("lightning_moe::experts", _backward, setup_context=_setup_context)

@@ -103,7 +103,7 @@ class LayerHealth:
             drained.append(self.probe.grad.to(torch.int64))
             self.probe.grad = None
         if drained:
-            found = dict(zip(COUNTERS, sum(drained), strict=True))
+            found = dict(zip(COUNTERS, torch.stack(drained).sum(0), strict=True))
             counts.active_layers = found.pop("executions").clamp(max=micro_batches)
             counts.activation_bytes_saved = found.pop("bytes_saved")
             for name, count in found.items():

@@ -24,11 +24,12 @@ from lightning_moe.ops.passes import (
     from_activation,
     num_buffer_columns,
     until_activation,
+    without_foreign,
 )
 
 # An operator takes no function: the activations that it knows, by name.
 _ACTIVATIONS = {name: activation for activation, name in FUSED_ACTIVATIONS.items()}
-# Of a `Saved` the first are inputs, or what is the same; the rest is made, and an empty tensor stands for one that is not.
+# Of a `Saved` the first are inputs; the rest is made, and an empty tensor stands for one that is not.
 _NUM_GIVEN = Saved._fields.index("permutation")
 
 
@@ -57,6 +58,10 @@ def call(
     bytes_saved: int,
 ) -> Tensor:
     """The output of `moe_experts`, whose arguments these are: W1 and W2 are the `up` and the `down` projection's."""
+    if is_expert_parallel:
+        inputs = inputs._replace(
+            routing_weights=without_foreign(inputs.routing_weights, top_k_index, inputs.down_weight)
+        )
     factors = [factor for update in (*up_updates, *down_updates) for factor in (update.a, update.b)]
     wants = [tensor is not None and tensor.requires_grad for tensor in inputs]
     for updates in (up_updates, down_updates):
@@ -229,7 +234,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Any, ...]:
     wanted = _wanted([True] * (num_inputs + len(factors)), flags, len(up_scalings))
     grads = [next(at) if wants else None for wants in wanted]
     of_inputs, of_factors = grads[:num_inputs], grads[num_inputs:]
-    none = [[] if option == [] else None for option in ctx.options]  # an empty list might be one of tensors
+    none: list[Any] = [[] if option == [] else None for option in ctx.options]  # an empty list might be one of tensors
     return *of_inputs, None, of_factors, counts if ctx.counts else None, *none
 
 

@@ -137,6 +137,11 @@ class Intermediates(NamedTuple):
     chosen: Tensor
 
 
+def without_foreign(routing_weights: Tensor, top_k_index: Tensor, down_weight: Tensor) -> Tensor:
+    """The routing weights with zeros for other ranks' experts: whatever stands there adds nothing, be it NaN."""
+    return routing_weights.masked_fill(top_k_index >= down_weight.shape[0], 0)
+
+
 def until_activation(
     inputs: Inputs, top_k_index: Tensor, factors: Sequence[Tensor], plan: Plan, needs: Needs
 ) -> tuple[Saved, Intermediates]:

@@ -11,7 +11,6 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightning_moe.ops import experts as experts_module
 from lightning_moe.ops import grouped as kernels_module
 from lightning_moe.ops import passes, projection
 

@@ -53,8 +53,8 @@ def gategrad_experts(
     """The experts function in Transformers' signature, registered as `gategrad`.
 
     Runs the operation where it may, and otherwise what the layer had before; either is counted in backward. In a
-    compiled graph it is one operator, or the graph breaks here. Where no gradient is needed, and in an export, the graph
-    has what the layer had before.
+    compiled graph it is one operator, or the graph breaks here, as it does for an activation without a kernel and under
+    expert parallelism. Where no gradient is needed, and in an export, the graph has what the layer had before.
 
     Args:
         module: a decorated experts module, patched or only named `gategrad` in its config; or a patched one of a

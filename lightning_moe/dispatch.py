@@ -32,8 +32,10 @@ from lightning_moe.integrations.transformers_dispatch import (
 )
 from lightning_moe.integrations.transformers_experts import ExpertsSpec, ExpertWeights, read_flags, read_spec
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
+from lightning_moe.ops import operator
 from lightning_moe.ops.experts import moe_experts
 from lightning_moe.ops.low_rank import LowRank, merge
+from lightning_moe.ops.passes import Inputs
 from lightning_moe.patch_state import LayerPatch, patch_of
 from lightning_moe.unmerged_lora import UnmergedLoRAForward, warn_once
 
@@ -50,9 +52,9 @@ def gategrad_experts(
 ) -> Tensor:
     """The experts function in Transformers' signature, registered as `gategrad`.
 
-    Runs the operation where it may, and otherwise what the layer had before; either is counted in backward. Compiled
-    models break their graph here where a gradient is needed. Where none is, and in an export, the graph has what the
-    layer had before.
+    Runs the operation where it may, and otherwise what the layer had before; either is counted in backward. In a
+    compiled graph it is one operator, or the graph breaks here, as it does for an activation without a kernel and under
+    expert parallelism. Where no gradient is needed, and in an export, the graph has what the layer had before.
 
     Args:
         module: a decorated experts module, patched or only named `gategrad` in its config; or a patched one of a
@@ -66,11 +68,52 @@ def gategrad_experts(
         (T, H).
     """
     inputs = hidden_states, top_k_index, top_k_weights
-    is_compiled = torch.compiler.is_compiling() and not _needs_gradient(module, hidden_states, top_k_weights)
-    if (is_compiled or torch.compiler.is_exporting()) and not adapted_by:
+    if torch.compiler.is_compiling():
         patch = patch_of(module)
-        return run_default(module, module.config if patch is None else patch.config, *inputs)
+        if not adapted_by and (torch.compiler.is_exporting() or not _needs_gradient(module, *inputs[::2])):
+            return run_default(module, module.config if patch is None else patch.config, *inputs)
+        if patch is not None and (spec := _traced(module, patch, hidden_states)) is not None:
+            return _trace(module, patch, spec, *inputs, adapted_by)
     return _run(module, *inputs, adapted_by)
+
+
+def _traced(module: Any, patch: LayerPatch, hidden_states: Tensor) -> ExpertsSpec | None:
+    """How the compiler may take the layer: as it was patched, if nothing says that it is another one since."""
+    spec, probe = patch.traced, patch.health.probe
+    if spec is None or probe is None or patch.reason is not None or is_parametrized(module):
+        return None
+    is_same = getattr(module, "act_fn", None) is spec.act_fn and "_apply_gate" not in vars(module)
+    is_there = probe.device == hidden_states.device and module.down_proj.dtype == patch.dtype
+    return spec if is_same and is_there else None
+
+
+def _trace(
+    module: Any,
+    patch: LayerPatch,
+    spec: ExpertsSpec,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapted_by: tuple[UnmergedLoRAForward, ...],
+) -> Tensor:
+    """What `gategrad_experts` does inside a graph."""
+    updates, weights = _updates(adapted_by), spec.weights(module)
+    return operator.call(
+        Inputs(
+            hidden_states, top_k_weights, weights.gate_up_proj, weights.gate_up_proj_bias, weights.down_proj,
+            weights.down_proj_bias,
+        ),
+        top_k_index,
+        updates.get(spec.up_name, ()),
+        updates.get("down_proj", ()),
+        activation=spec.activation,
+        is_transposed=spec.is_transposed,
+        output_buffer_mib=patch.options.output_buffer_mib,
+        recompute_gate_up=patch.options.recompute_gate_up,
+        is_expert_parallel=False,
+        probe=patch.health.probe,
+        bytes_saved=_bytes_saved(patch, spec, weights, updates, top_k_index.numel()),
+    )  # fmt: skip
 
 
 def update_estimate(module: Any, patch: LayerPatch, weights: ExpertWeights) -> None:

@@ -67,13 +67,15 @@ class LayerHealth:
     """The counters of one layer.
 
     Attributes:
-        audit_due: set to have the layer's next backward audited; cleared by that backward.
+        audit_due: set to have the layer's next backward audited; cleared by that backward. Compiled ones are not.
+        probe: in whose gradient the compiled operation counts, see `ops.operator`; None where it never runs.
     """
 
     def __init__(self) -> None:
         self.audit_due = False
         self._fallback = HealthCounts()
         self._operation: Tensor | None = None
+        self.probe: Tensor | None = None
 
     def counters(self, like: Tensor) -> Tensor | None:
         """What the operation is to count in, on the device of a tensor; None for a fake tensor, which nobody counts."""
@@ -93,9 +95,15 @@ class LayerHealth:
         counts, self._fallback = self._fallback, HealthCounts()
         counts.fallback_layers = min(counts.fallback_layers, micro_batches)
         counts.bias_fallback_layers = min(counts.bias_fallback_layers, micro_batches)
+        drained = []
         if self._operation is not None:
-            found = dict(zip(COUNTERS, self._operation.clone(), strict=True))
+            drained.append(self._operation.clone())
             self._operation.zero_()  # the same tensor, which a graph under way may hold
+        if self.probe is not None and self.probe.grad is not None:
+            drained.append(self.probe.grad.to(torch.int64))
+            self.probe.grad = None
+        if drained:
+            found = dict(zip(COUNTERS, torch.stack(drained).sum(0), strict=True))
             counts.active_layers = found.pop("executions").clamp(max=micro_batches)
             counts.activation_bytes_saved = found.pop("bytes_saved")
             for name, count in found.items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_moe.activation_estimate import ActivationEstimate
 from lightning_moe.health import LayerHealth
 from lightning_moe.integrations.transformers_dispatch import implementation_of, with_gategrad
+from lightning_moe.integrations.transformers_experts import ExpertsSpec
 from lightning_moe.integrations.unsupported import Unsupported
 
 DownBias = Literal["exact", "fallback"]
@@ -51,6 +52,7 @@ class LayerPatch:
         merge_reasons: the parameters whose adapters PEFT merges, with the reason, as far as has been reported.
         other_parameters: names of the module's parameters beside the experts' weights, which may be unfrozen at any
             time.
+        traced: how the compiler may take the layer, as it was when it was patched; None where its graph has to break.
     """
 
     config: Any
@@ -64,6 +66,7 @@ class LayerPatch:
     health: LayerHealth = field(default_factory=LayerHealth)
     merge_reasons: set[tuple[str, Unsupported]] = field(default_factory=set)
     other_parameters: list[str] = field(default_factory=list)
+    traced: ExpertsSpec | None = None
 
 
 class PatchedForward:

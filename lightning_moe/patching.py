@@ -13,8 +13,10 @@ from torch import nn
 from lightning_moe.discovery import MoELayer, find_moe_layers, other_parameters
 from lightning_moe.dispatch import gategrad_experts, update_estimate
 from lightning_moe.integrations.peft_experts import active_adapters, unsupported_adapter, unsupported_layout
+from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
 from lightning_moe.integrations.transformers_experts import is_registered, read_spec
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
+from lightning_moe.ops import operator
 from lightning_moe.ops.validation import check_output_buffer
 from lightning_moe.patch_report import LayerReport, PatchReport
 from lightning_moe.patch_state import DownBias, LayerPatch, PatchOptions, attach, detach, patch_of, patched_modules
@@ -114,9 +116,12 @@ def _patch(layer: MoELayer, options: PatchOptions) -> LayerReport:
             patch.merge_reasons.add((wrapper.parameter_name, reason))
         elif adapters := active_adapters(wrapper):
             patch.ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
-    weights = read_spec(module).weights(module)
+    spec = read_spec(module)
+    weights = spec.weights(module)
     if weights.are_full:  # else at the first call
         update_estimate(module, patch, weights)
+        if operator.is_known(spec.activation) and not (patch.other_parameters or is_expert_parallel(module)):
+            patch.traced, patch.health.probe = spec, operator.new_probe(weights.down_proj.device)
     reasons = sorted({reason for _, reason in patch.merge_reasons}, key=str)
     top_k: Any = getattr(config, "num_experts_per_tok", None)
     is_known = isinstance(top_k, int) and patch.dtype is not None

@@ -37,10 +37,15 @@ class UnmergedLoRAForward:
         idles = torch.compiler.is_compiling() and not active_adapters(self.wrapper)
         if idles or torch.compiler.is_exporting():  # where PEFT's can be traced
             return ParamWrapper.forward(self.wrapper, x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._dispatch(x, *args, **kwargs)
         return self._run(x, *args, **kwargs)
 
     @torch.compiler.disable  # one code object for all wrappers: each would be compiled anew, up to a limit
     def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._dispatch(x, *args, **kwargs)
+
+    def _dispatch(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wrapper = self.wrapper
         module: Any = wrapper.get_base_layer()
         if is_parametrized(module) and (reason := unsupported_adapter(wrapper, module)):  # since it was patched

@@ -136,9 +136,14 @@ class _Weight(nn.Module):
         return self.weight
 
 
-@cache
+@torch.compiler.assume_constant_result
 def unsupported_layout() -> Unsupported | None:
     """Why the factors cannot be read out of this version of PEFT; None if they can. Tried once, on small wrappers."""
+    return _tried_layout()
+
+
+@cache
+def _tried_layout() -> Unsupported | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             for is_transposed in (False, True):

@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations import moe as transformers_moe
@@ -81,7 +82,7 @@ def register_experts(
             f"{experts_class.__name__}.forward must take (hidden_states, top_k_index, top_k_weights): {error}"
         ) from None
     _registered[experts_class] = Flags(is_gated, has_bias, is_transposed), experts_class.forward
-    _registered_ancestor.cache_clear()
+    _found_ancestor.cache_clear()
 
 
 def is_decorated(module: nn.Module) -> bool:
@@ -109,12 +110,14 @@ class ExpertsSpec:
         is_transposed: weights are (E, in, out).
         has_bias: `<name>_bias` exists for both projections.
         activation: (R, N) to (R, I).
+        act_fn: the module's, that the activation was read from.
     """
 
     up_name: str
     is_transposed: bool
     has_bias: bool
     activation: Activation
+    act_fn: Any = None
 
     @property
     def stems(self) -> tuple[str, str]:
@@ -153,6 +156,7 @@ def read_spec(module: Any) -> ExpertsSpec:
         is_transposed=flags.is_transposed,
         has_bias=flags.has_bias,
         activation=_activation(module, flags),
+        act_fn=getattr(module, "act_fn", None),
     )
 
 
@@ -187,9 +191,14 @@ def _registration(module: Any) -> Flags | None:
     return flags if own.forward is forward and not _overrides(own, ancestor) else None
 
 
-@functools.lru_cache(maxsize=256)  # asked several times at every call of a layer
+@torch.compiler.assume_constant_result  # which keeps the compiler from looking into the cache
 def _registered_ancestor(own: Any) -> Any:
     """The nearest class that was registered or is known, from the class itself up."""
+    return _found_ancestor(own)
+
+
+@functools.lru_cache(maxsize=256)  # asked several times at every call of a layer
+def _found_ancestor(own: Any) -> Any:
     return next((each for each in own.__mro__ if each in _registered or _path(each) in _KNOWN), None)
 
 

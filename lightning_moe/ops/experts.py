@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_moe.ops import operator
 from lightning_moe.ops.autograd import Anchor, FirstOrderOnly, Owner, graph_is_kept, has_saved_tensors_hooks
 from lightning_moe.ops.grouped import Activation, silu_gated
 from lightning_moe.ops.low_rank import LowRank
@@ -38,12 +39,11 @@ from lightning_moe.ops.passes import (
     Saved,
     backward,
     from_activation,
+    num_buffer_columns,
     until_activation,
+    without_foreign,
 )
 from lightning_moe.ops.validation import check_output_buffer, shape_problem, unsupported_weights
-
-# The fewest hidden features that the output buffer takes at a time: the width of a product's tile.
-MIN_BUFFER_COLUMNS = 256
 
 _NUM_INPUTS, _NUM_SAVED = len(Inputs._fields), len(Saved._fields)
 
@@ -138,7 +138,7 @@ def moe_experts(
 
     Products are computed in the weights' dtype and accumulated over the slots in float32; autocast does not change
     that. Gradients of first order reach every floating-point argument that asks for one; asking for a second order
-    raises.
+    raises. In a compiled graph this is one operator, for the activations that have kernels and without `health`.
 
     Args:
         hidden_states: (T, H).
@@ -180,12 +180,26 @@ def moe_experts(
         gate_up_updates, down_updates, is_transposed=is_transposed, is_expert_parallel=is_expert_parallel,
     ):  # fmt: skip
         raise ValueError(f"moe_experts: {problem}")
+    if torch.compiler.is_compiling() and operator.is_known(activation) and health is None:
+        return operator.call(
+            Inputs(hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias),
+            top_k_index,
+            gate_up_updates,
+            down_updates,
+            activation=activation,
+            is_transposed=is_transposed,
+            output_buffer_mib=output_buffer_mib,
+            recompute_gate_up=recompute_gate_up,
+            is_expert_parallel=is_expert_parallel,
+            probe=None,
+            bytes_saved=bytes_saved,
+        )
     if problem := unsupported_weights(gate_up_proj, down_proj):
         raise TypeError(f"moe_experts: {problem}")
     num_tokens, hidden_size = hidden_states.shape
     top_k = top_k_index.shape[1]
-    if is_expert_parallel:  # whatever stands in such a slot adds nothing, be it NaN
-        top_k_weights = top_k_weights.masked_fill(top_k_index >= down_proj.shape[0], 0)
+    if is_expert_parallel:
+        top_k_weights = without_foreign(top_k_weights, top_k_index, down_proj)
 
     inputs = (hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias)
     factors = [factor for update in (*gate_up_updates, *down_updates) for factor in (update.a, update.b)]
@@ -193,7 +207,7 @@ def moe_experts(
     plan = Plan(
         activation=activation,
         is_transposed=is_transposed,
-        buffer_columns=_buffer_columns(output_buffer_mib, num_tokens * top_k, hidden_size, down_proj.element_size()),
+        buffer_columns=num_buffer_columns(output_buffer_mib, num_tokens * top_k, hidden_size, down_proj.element_size()),
         recomputes_h=recompute_gate_up,
         is_expert_parallel=is_expert_parallel,
         records=records,
@@ -205,9 +219,3 @@ def moe_experts(
     anchor = [Anchor.apply(*inputs, *factors)] if records else []  # in a list, or it would be an input
     placeholder, made = _UntilActivation.apply(top_k_index.long(), plan, anchor, *inputs, *factors)
     return _FromActivation.apply(placeholder, made, plan)
-
-
-def _buffer_columns(output_buffer_mib: float, num_rows: int, hidden_size: int, element_size: int) -> int:
-    """How many hidden features of all rows fit the buffer, in whole tiles."""
-    columns = int(output_buffer_mib * 2**20) // max(num_rows * element_size, 1)
-    return min(max(columns // MIN_BUFFER_COLUMNS, 1) * MIN_BUFFER_COLUMNS, hidden_size)

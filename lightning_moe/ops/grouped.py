@@ -56,6 +56,11 @@ def has_grouped_linear(dtype: torch.dtype, device: torch.device) -> bool:
     return _takes(dtype, device) and _triton_kernels() is not None and _has_tensor_memory_accelerator(device)
 
 
+def num_tiles(num_rows: int, num_experts: int) -> int:
+    """How many tiles of the kernel's the rows take at most; their height is the kernel's."""
+    return num_rows // 128 + num_experts
+
+
 def grouped_linear(
     rows: Tensor,
     weight: Tensor,
@@ -218,13 +223,8 @@ def activation_backward(
     inner = row_weights.new_empty(row_weights.shape[0], dtype=torch.float32)
     for start in range(0, row_weights.shape[0], CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        with torch.enable_grad():
-            h = pre_activation[part].detach().requires_grad_()
-            activated = activation(h)
         scale = row_weights[part].to(torch.float32).unsqueeze(-1)
-        grad_activated = (scale * grad_unscaled[part]).to(activated.dtype)
-        (grad_h,) = torch.autograd.grad(activated, h, grad_activated)
-        activated = activated.detach()
+        activated, grad_h = _differentiated(activation, pre_activation[part], scale * grad_unscaled[part])
         inner[part] = (activated.to(torch.float32) * grad_unscaled[part]).sum(-1)
         if needs is not None:
             grad_unscaled[part] = activated if needs == "a" else scale * activated
@@ -233,6 +233,25 @@ def activation_backward(
     if pairs is not None:
         inner = torch.empty_like(inner).index_copy_(0, pairs, inner)
     return grad, inner, grad_unscaled if needs is not None else None
+
+
+def _differentiated(activation: Activation, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation of h, and the gradient of h, from the activation's in float32."""
+    if kind := FUSED_ACTIVATIONS.get(activation):  # as autograd does it, and also where there is none: in an operator
+        (gate, up), activated = h.chunk(2, dim=-1), activation(h)
+        grad = grad.to(activated.dtype)
+        if kind == "silu":
+            value, grad_gate = F.silu(gate), torch.ops.aten.silu_backward(grad * up, gate)
+        else:
+            approximate = "tanh" if kind == "gelu_tanh" else "none"
+            value = F.gelu(gate, approximate=approximate)
+            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=approximate)
+        return activated, torch.cat([grad_gate, grad * value], dim=-1)
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        activated = activation(h)
+    (grad_h,) = torch.autograd.grad(activated, h, grad.to(activated.dtype))
+    return activated.detach(), grad_h
 
 
 def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: Tensor, start: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Low-rank updates of the experts' weights: W + scaling · B A per expert, of which the product is never formed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,10 +43,16 @@ class Factors(NamedTuple):
     b: Tensor
 
 
+def padded_rank(ranks: Iterable[int], dtype: torch.dtype) -> int:
+    """R, the rank of updates joined in this dtype: rows of whole multiples of 16 bytes."""
+    used = sum(ranks)
+    return used + -used % (16 // dtype.itemsize)
+
+
 def join(updates: Sequence[LowRank], dtype: torch.dtype) -> Factors:
     """Joins updates along the rank, in `dtype`, padded with zeros to rows of whole multiples of 16 bytes."""
-    step, used = 16 // dtype.itemsize, sum(update.rank for update in updates)
-    missing = -used % step
+    ranks = [update.rank for update in updates]
+    missing = padded_rank(ranks, dtype) - sum(ranks)
     (experts, _, width_in), width_out = updates[0].a.shape, updates[0].b.shape[1]
     a = [update.a.to(dtype) for update in updates]
     b = [_scaled(update, dtype) for update in updates]

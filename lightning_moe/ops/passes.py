@@ -18,6 +18,9 @@ from lightning_moe.ops.low_rank import LowRank, split_gradients
 from lightning_moe.ops.projection import Projection, pre_activation, project_and_combine
 from lightning_moe.ops.routing import Routing, compact, sort_by_expert
 
+# The fewest hidden features that the output buffer takes at a time: the width of a product's tile.
+MIN_BUFFER_COLUMNS = 256
+
 
 class Plan(NamedTuple):
     """What of a call is not a tensor that may need a gradient.
@@ -132,6 +135,11 @@ class Intermediates(NamedTuple):
     top_k_index: Tensor
     out_dtype: torch.dtype
     chosen: Tensor
+
+
+def without_foreign(routing_weights: Tensor, top_k_index: Tensor, down_weight: Tensor) -> Tensor:
+    """The routing weights with zeros for other ranks' experts: whatever stands there adds nothing, be it NaN."""
+    return routing_weights.masked_fill(top_k_index >= down_weight.shape[0], 0)
 
 
 def until_activation(
@@ -403,3 +411,9 @@ def _bias_products(grad_output: Tensor, top_k_index: Tensor, bias: Tensor, plan:
 def _with_nonlocal(bias: Tensor, plan: Plan) -> Tensor:
     """The biases (E, H), with zeros for other ranks' experts after the last."""
     return torch.cat([bias, bias.new_zeros(1, bias.shape[1])]) if plan.is_expert_parallel else bias
+
+
+def num_buffer_columns(output_buffer_mib: float, num_rows: int, hidden_size: int, element_size: int) -> int:
+    """How many hidden features of all rows fit the buffer, in whole tiles."""
+    columns = int(output_buffer_mib * 2**20) // max(num_rows * element_size, 1)
+    return min(max(columns // MIN_BUFFER_COLUMNS, 1) * MIN_BUFFER_COLUMNS, hidden_size)

@@ -85,7 +85,7 @@ def shape_problem(
                 )
             if not (update.a.is_floating_point() and update.b.is_floating_point()):
                 return f"{name} must be floating, got {update.a.dtype} and {update.b.dtype}"
-    if top_k_index.device.type == "cpu" and top_k_index.numel():
+    if not torch.compiler.is_compiling() and top_k_index.device.type == "cpu" and top_k_index.numel():
         low, high = (int(end) for end in top_k_index.aminmax())  # not compared as the narrow ones that they may be
         if low < 0 or (high >= num_experts and not is_expert_parallel):
             return f"top_k_index names experts {low} to {high}, but there are {num_experts}"

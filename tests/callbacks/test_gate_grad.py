@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lightning_moe
 from lightning_moe import MemoryMonitor, MoEGateGradCallback
-from lightning_moe.integrations.peft_experts import unsupported_layout
+from lightning_moe.integrations.peft_experts import _tried_layout
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -216,7 +216,7 @@ def test_the_host_waits_for_the_device_at_log_steps_only(tmp_path, monkeypatch):
     """On a CPU nothing waits, so the calls that would are watched: those that the package itself makes once patched."""
     synchronising, calls = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"), []
     package = Path(lightning_moe.__file__).parent
-    unsupported_layout.cache_clear()  # as in a process whose first fit this is
+    _tried_layout.cache_clear()  # as in a process whose first fit this is
 
     def watch(name):
         original = getattr(torch.Tensor, name)

@@ -13,16 +13,16 @@ from lightning_moe import export_adapter, gategrad
 from lightning_moe.adapter_updates import AdapterUpdates
 from lightning_moe.adapters.export import describe_adapters
 from lightning_moe.adapters.files import CONFIG
-from lightning_moe.integrations.peft_experts import unsupported_layout
+from lightning_moe.integrations.peft_experts import _tried_layout, unsupported_layout
 from lightning_moe.patching import touched_modules
 
 
 @pytest.fixture
 def unprobed():
     """As in a process that has not tried PEFT's layout yet."""
-    unsupported_layout.cache_clear()
+    _tried_layout.cache_clear()
     yield
-    unsupported_layout.cache_clear()
+    _tried_layout.cache_clear()
 
 
 def test_installed_peft_has_the_layout(unprobed):
@@ -81,5 +81,5 @@ def test_the_probe_leaves_nothing_in_a_recomputed_forward(unprobed):
     model = qwen3().train()
     enable_checkpointing(model, use_reentrant=False)
     with gategrad(model):
-        unsupported_layout.cache_clear()
+        _tried_layout.cache_clear()
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()

@@ -38,9 +38,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import LowRank, moe_experts
-from lightning_moe.ops import experts as experts_module
 from lightning_moe.ops import grouped as kernels_module
-from lightning_moe.ops import projection
+from lightning_moe.ops import passes, projection
 
 # A subnormal float32 has fewer bits than a normal one: products with it are rounded more coarsely, by any code.
 SUBNORMAL_TOLERANCE = 1e-5
@@ -445,7 +444,7 @@ def test_under_autocast_results_equal_stock_code_under_autocast(layout):
 def _narrow_chunks():
     """Lets the small problems here be cut: eight features at a time, the fewest that grouped_mm takes of 16 bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_module, "MIN_BUFFER_COLUMNS", 8)
+        patch.setattr(passes, "MIN_BUFFER_COLUMNS", 8)
         yield
 
 
@@ -634,13 +633,13 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
 @pytest.mark.parametrize("ranks", [{}, {"down_ranks": (4,)}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=str)
 def test_the_second_forward_of_checkpointing_does_not_project_down_again(ranks, monkeypatch):
     projections = []
-    project = experts_module.project_and_combine
+    project = passes.project_and_combine
 
     def counting(*args):
         projections.append(args)
         return project(*args)
 
-    monkeypatch.setattr(experts_module, "project_and_combine", counting)
+    monkeypatch.setattr(passes, "project_and_combine", counting)
     problem = make_problem("default", **ranks, requires_grad=(*FROZEN_WEIGHTS, *FACTORS))
     leaves = problem.leaves()
     checkpoint(lambda: call(problem, leaves) + 1.0, use_reentrant=False).sum().backward()

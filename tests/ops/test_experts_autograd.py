@@ -11,7 +11,6 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightning_moe.ops import experts as experts_module
 from lightning_moe.ops import grouped as kernels_module
 from lightning_moe.ops import passes, projection
 
@@ -193,7 +192,7 @@ def segment_gradients(problem, saved=None, **options):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels_module, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(experts_module, "MIN_BUFFER_COLUMNS", 4)
+    monkeypatch.setattr(passes, "MIN_BUFFER_COLUMNS", 4)
 
 
 LOW_RANK = {"gate_up_ranks": (3, 2), "down_ranks": (3,)}

@@ -30,7 +30,13 @@ from lightning_moe.integrations.transformers_dispatch import (
     register_implementation,
     run_default,
 )
-from lightning_moe.integrations.transformers_experts import ExpertsSpec, ExpertWeights, read_flags, read_spec
+from lightning_moe.integrations.transformers_experts import (
+    ExpertsSpec,
+    ExpertWeights,
+    has_activation_of,
+    read_flags,
+    read_spec,
+)
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops import operator
 from lightning_moe.ops.experts import moe_experts
@@ -82,9 +88,8 @@ def _traced(module: Any, patch: LayerPatch, hidden_states: Tensor) -> ExpertsSpe
     spec, probe = patch.traced, patch.health.probe
     if spec is None or probe is None or patch.reason is not None or is_parametrized(module):
         return None
-    is_same = getattr(module, "act_fn", None) is spec.act_fn and "_apply_gate" not in vars(module)
     is_there = probe.device == hidden_states.device and module.down_proj.dtype == patch.dtype
-    return spec if is_same and is_there else None
+    return spec if is_there and has_activation_of(module, spec) else None
 
 
 def _trace(

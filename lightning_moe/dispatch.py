@@ -21,7 +21,7 @@ from lightning_moe.discovery import (
     unsupported_training,
 )
 from lightning_moe.integrations.peft_experts import active_adapters, low_rank, unsupported_layout
-from lightning_moe.integrations.torch_modules import replaced_parameters
+from lightning_moe.integrations.torch_modules import is_exporting, replaced_parameters
 from lightning_moe.integrations.transformers_dispatch import (
     IMPLEMENTATION,
     implementation_of,
@@ -76,7 +76,7 @@ def gategrad_experts(
     inputs = hidden_states, top_k_index, top_k_weights
     if torch.compiler.is_compiling():
         patch = patch_of(module)
-        if not adapted_by and (torch.compiler.is_exporting() or not _needs_gradient(module, *inputs[::2])):
+        if not adapted_by and (is_exporting() or not _needs_gradient(module, *inputs[::2])):
             return run_default(module, module.config if patch is None else patch.config, *inputs)
         if patch is not None and (spec := _traced(module, patch, hidden_states)) is not None:
             return _trace(module, patch, spec, *inputs, adapted_by)

@@ -21,7 +21,7 @@ from lightning_moe.discovery import (
     unsupported_training,
 )
 from lightning_moe.integrations.peft_experts import active_adapters, low_rank, unsupported_layout
-from lightning_moe.integrations.torch_modules import replaced_parameters
+from lightning_moe.integrations.torch_modules import is_exporting, replaced_parameters
 from lightning_moe.integrations.transformers_dispatch import (
     IMPLEMENTATION,
     implementation_of,
@@ -30,7 +30,13 @@ from lightning_moe.integrations.transformers_dispatch import (
     register_implementation,
     run_default,
 )
-from lightning_moe.integrations.transformers_experts import ExpertsSpec, ExpertWeights, read_flags, read_spec
+from lightning_moe.integrations.transformers_experts import (
+    ExpertsSpec,
+    ExpertWeights,
+    has_activation_of,
+    read_flags,
+    read_spec,
+)
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops import operator
 from lightning_moe.ops.experts import moe_experts
@@ -70,7 +76,7 @@ def gategrad_experts(
     inputs = hidden_states, top_k_index, top_k_weights
     if torch.compiler.is_compiling():
         patch = patch_of(module)
-        if not adapted_by and (torch.compiler.is_exporting() or not _needs_gradient(module, *inputs[::2])):
+        if not adapted_by and (is_exporting() or not _needs_gradient(module, *inputs[::2])):
             return run_default(module, module.config if patch is None else patch.config, *inputs)
         if patch is not None and (spec := _traced(module, patch, hidden_states)) is not None:
             return _trace(module, patch, spec, *inputs, adapted_by)
@@ -82,9 +88,8 @@ def _traced(module: Any, patch: LayerPatch, hidden_states: Tensor) -> ExpertsSpe
     spec, probe = patch.traced, patch.health.probe
     if spec is None or probe is None or patch.reason is not None or is_parametrized(module):
         return None
-    is_same = getattr(module, "act_fn", None) is spec.act_fn and "_apply_gate" not in vars(module)
     is_there = probe.device == hidden_states.device and module.down_proj.dtype == patch.dtype
-    return spec if is_same and is_there else None
+    return spec if is_there and has_activation_of(module, spec) else None
 
 
 def _trace(

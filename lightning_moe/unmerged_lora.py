@@ -17,6 +17,7 @@ from lightning_moe.integrations.peft_experts import (
     unsupported_layout,
     unsupported_unmerged,
 )
+from lightning_moe.integrations.torch_modules import is_exporting
 from lightning_moe.integrations.transformers_dispatch import reaches_class_forward
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.patch_state import LayerPatch, is_on, patch_of
@@ -35,7 +36,7 @@ class UnmergedLoRAForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the experts with the adapters unmerged, or PEFT's own forward."""
         idles = torch.compiler.is_compiling() and not active_adapters(self.wrapper)
-        if idles or torch.compiler.is_exporting():  # where PEFT's can be traced
+        if idles or is_exporting():  # where PEFT's can be traced
             return ParamWrapper.forward(self.wrapper, x, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._dispatch(x, *args, **kwargs)

@@ -138,9 +138,9 @@ def test_routing_flips(choices, use_reentrant):
 
 def test_flips_between_ranks_are_counted_where_the_new_expert_is():
     """Experts 0 to 3 are here; what the others' ids mean is theirs to count."""
-    remaining = [torch.tensor([[0, 5], [6, 7], [1, 8]]), torch.tensor([[5, 6], [2, 7], [1, 9]])]
+    remaining = [torch.tensor([[0, 5], [6, 7], [1, 8], [0, 1]]), torch.tensor([[5, 6], [2, 7], [1, 9], [0, 5]])]
     health, weights = LayerHealth(), (torch.randn(4, 16, 4), torch.randn(4, 4, 8))
-    hidden, gates = torch.randn(3, 4, requires_grad=True), torch.rand(3, 2, requires_grad=True)
+    hidden, gates = torch.randn(4, 4, requires_grad=True), torch.rand(4, 2, requires_grad=True)
 
     def block(hidden, gates):
         options = {"is_expert_parallel": True, "health": health.counters(hidden)}

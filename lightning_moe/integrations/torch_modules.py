@@ -1,12 +1,14 @@
 """PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
 
 Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
-of `checkpoint_wrapper`'s, `Module._parameters`, and where `FakeTensor` is, `torch._subclasses`.
+of `checkpoint_wrapper`'s, `Module._parameters`, `torch.compiler._is_exporting_flag`, and where `FakeTensor` is,
+`torch._subclasses`.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,11 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor computes as PyTorch's own do, sharded or fake ones among them."""
     has_own_class = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__  # Parameter and FSDP1's have not
     return not has_own_class or isinstance(tensor, (DTensor, FakeTensor))
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces this: `torch.compiler.is_exporting` says so in any compiled graph of torch 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -160,6 +160,11 @@ def read_spec(module: Any) -> ExpertsSpec:
     )
 
 
+def has_activation_of(module: Any, spec: ExpertsSpec) -> bool:
+    """Whether a module still has the activation that its spec was read with; for the compiler, which follows this."""
+    return getattr(module, "act_fn", None) is spec.act_fn and "_apply_gate" not in vars(module)
+
+
 def read_flags(module: Any) -> Flags:
     """The flags of a decorated or registered experts module."""
     return _registration(module) or Flags(module.has_gate, module.has_bias, module.is_transposed)

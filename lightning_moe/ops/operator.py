@@ -1,9 +1,10 @@
 """The operation as one operator of PyTorch's, which the compiler takes whole: a graph with it in has no break.
 
-Eager calls have experts.py's autograd functions, which cost the host less and take h's memory for its gradient. A custom
+Eager calls have experts.py's autograd functions, which cost the host less and take h's memory for its gradient. An
 operator may neither change nor hand out what it was given: here every pass makes tensors of its own, and what backward
 counts comes back as the gradient of a *probe*, (7,) float64, whose `.grad` adds it up: whole numbers below 2^53, in the
-order of `counting.COUNTERS`. Two executions of one node cannot be compared in a graph: there are no routing flips.
+order of `counting.COUNTERS`. A counter changed in place would fail autograd's check where two forwards come before a
+backward. A graph does not see how often it is run: routing flips are not counted.
 """
 
 from collections.abc import Sequence

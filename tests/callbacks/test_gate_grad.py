@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora
+from helpers.patching import enable_checkpointing
 from helpers.training import LIGHTNING_WARNINGS, Fails, FailsTwice, fit, is_restored, logged, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
@@ -450,6 +451,28 @@ def test_nonfinite_gate_gradients_are_counted(tmp_path):
     module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * (torch.nan if batch_idx == 1 else 1)
     fit(tmp_path, module, MoEGateGradCallback(), max_steps=2)  # no further: the step makes the weights NaN
     assert logged(tmp_path, "gategrad/nonfinite_gate_grads") == [0, NUM_GATES]
+
+
+def test_routing_flips_are_logged(tmp_path):
+    """The router of one layer takes the next expert for the last slot whenever it is run a second time."""
+    module, calls = Tiny(), []
+    enable_checkpointing(module.network, use_reentrant=False)
+    router = module.network.model.layers[1].mlp.gate
+
+    def choose_otherwise(_, args, output):
+        *rest, index = output
+        calls.append(index)
+        if len(calls) % 2 == 0:
+            index = index.clone()
+            index[:, -1] = 0
+        return *rest, index
+
+    router.register_forward_hook(choose_otherwise)
+    fit(tmp_path, module, MoEGateGradCallback())
+    assert len(calls) == 8
+    flips = [int((~(seen == 0).any(1)).sum()) for seen in calls[::2]]
+    assert min(flips) > 0
+    assert logged(tmp_path, "gategrad/routing_flips") == flips
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

@@ -86,6 +86,7 @@ def test_route(routing, needs_tiles):
     experts, pairs = sorted_experts(routing)
     inverse, offsets, tiles = triton_kernels.route(experts, pairs, 6, needs_tiles=needs_tiles)
     assert (tiles is not None) == needs_tiles
+    assert tiles is None or tiles.shape == (2, kernels.num_tiles(pairs.shape[0], 6))
     assert offsets.tolist() == ROUTINGS[routing]
     assert offsets.dtype == torch.int32
     assert torch.equal(inverse[pairs], torch.arange(pairs.shape[0], device=DEVICE))

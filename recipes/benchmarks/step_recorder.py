@@ -41,7 +41,7 @@ class StepRecorder(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Samples memory, for want of a peak where there is no allocator to ask."""
-        self._peaks.append(_peak(pl_module))
+        self._peaks.append(max(self._held[-1], _peak(pl_module)))  # resident memory may shrink within a step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -213,7 +213,8 @@ OPTIONS = {
     "router with LoRA": (["--model.router=lora", "--model.rank=4"], "LoRA of rank 4"),
     "each layer recomputed, tiled": (["--model.checkpointing=full", "--model.tile_tokens=64"], "each layer"),
     "all but attention recomputed": (["--model.checkpointing=selective"], "each layer but attention"),
-    "sdpa": (["--model.attention=sdpa"], "| attention | sdpa |"),
+    "what fits": (["--model.checkpointing=auto"], "each layer but attention"),
+    "sdpa": (["--model.attention=sdpa", "--model.checkpointing=auto"], "| recomputed in backward | each layer |"),
     "eager attention, no packing": (["--model.attention=eager", "--data.packing=none", "--data.batch_size=2"], "eager"),
     "wrapped": (["--data.packing=wrapped"], "packs of 256 tokens, 100.0% full"),
     "whole loss": (["--data.assistant_only_loss=false", "--data.long_documents=skip",
@@ -228,7 +229,7 @@ PLAIN = {"--model.checkpointing": "none", "--model.tile_tokens": "0", "--model.a
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
-    """The losses of three steps of stock code with the options, and with none of the recipe's own ways to save."""
+    """The losses of three steps without the callback, with the options but for the recipe's own ways to save."""
     known = {}
 
     def losses(*options):

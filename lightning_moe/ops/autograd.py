@@ -22,7 +22,7 @@ class FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, incoming: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        """The gradient, which now depends on the anchor and on the incoming gradient."""
+        """The gradient, which now depends on the anchor, and so on every input, and on the incoming gradient."""
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -31,20 +31,6 @@ class FirstOrderOnly(torch.autograd.Function):
         raise RuntimeError(
             "moe_experts has no second derivative: for a gradient penalty or a Hessian, train without the callback"
         )
-
-
-class Anchor(torch.autograd.Function):
-    """An empty tensor that depends on every one of the inputs, without holding on to any of them."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:  # type: ignore[override]
-        """The tensor."""
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
-        """Is never reached: `FirstOrderOnly` stands behind it."""
-        raise AssertionError
 
 
 class Owner:

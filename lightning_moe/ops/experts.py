@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.ops import operator
-from lightning_moe.ops.autograd import Anchor, FirstOrderOnly, Owner, graph_is_kept, has_saved_tensors_hooks
+from lightning_moe.ops.autograd import FirstOrderOnly, Owner, graph_is_kept, has_saved_tensors_hooks
 from lightning_moe.ops.grouped import Activation, silu_gated
 from lightning_moe.ops.low_rank import LowRank
 from lightning_moe.ops.passes import (
@@ -63,15 +63,14 @@ class _UntilActivation(torch.autograd.Function):
         inputs, factors = Inputs(*tensors[:_NUM_INPUTS]), tensors[_NUM_INPUTS:]
         wants = ctx.needs_input_grad[3:]
         ctx.needs = Needs.of(wants[:_NUM_INPUTS], wants[_NUM_INPUTS:], plan)
-        saved, made = until_activation(inputs, top_k_index, factors, plan, ctx.needs)
-        placeholder = inputs.hidden_states.new_empty(1, 1).expand(inputs.hidden_states.shape)
-        ctx.plan, ctx.anchor, ctx.chosen, ctx.is_interrupted = plan, anchor, None, False
         ctx.owner = Owner(has_hooks=has_saved_tensors_hooks())
+        # Where hooks have all this made again, what is saved is the recomputation's choice, and this the forward's.
+        keeps_choice = plan.health is not None and ctx.owner.has_hooks
+        saved, made = until_activation(inputs, top_k_index, factors, plan, ctx.needs, keeps_choice=keeps_choice)
+        placeholder = inputs.hidden_states.new_empty(1, 1).expand(inputs.hidden_states.shape)
+        ctx.plan, ctx.anchor, ctx.chosen, ctx.is_interrupted = plan, anchor, made.routing.chosen, False
         if saved.h is not None:
             ctx.owner.mark(saved.h)
-        # Where hooks have all this made again, what is saved is the recomputation's choice, and this the forward's.
-        if plan.health is not None and ctx.owner.has_hooks:
-            ctx.chosen = made.chosen
         ctx.save_for_backward(ctx.chosen, *saved, *factors)
         return placeholder, made
 
@@ -99,20 +98,30 @@ class _UntilActivation(torch.autograd.Function):
             )  # fmt: skip
         ctx.is_interrupted = False
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = [g if g is None else FirstOrderOnly.apply(*ctx.anchor, grad_output, g) for g in gradients]
+            anchor = ctx.anchor.pop()
+            gradients = [g if g is None else FirstOrderOnly.apply(anchor, grad_output, g) for g in gradients]
         return None, None, None, *gradients
 
 
 class _FromActivation(torch.autograd.Function):
-    """The down projection and the sum over the slots. Saves nothing."""
+    """The down projection and the sum over the slots. Saves nothing.
+
+    Under `create_graph` its backward hands the placeholder to `_UntilActivation`'s, as what the gradients depend on: it
+    depends on every input. Held by that one it would hold itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, made: Intermediates, plan: Plan) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, placeholder: Tensor, made: Intermediates, plan: Plan, anchor: list[Tensor]
+    ) -> Tensor:
+        ctx.placeholder, ctx.anchor = placeholder, anchor
         return from_activation(made, plan)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad_output, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            ctx.anchor[:] = [ctx.placeholder]
+        return grad_output, None, None, None
 
 
 def moe_experts(
@@ -216,6 +225,6 @@ def moe_experts(
         health=health,
         bytes_saved=bytes_saved,
     )
-    anchor = [Anchor.apply(*inputs, *factors)] if records else []  # in a list, or it would be an input
+    anchor: list[Tensor] = []
     placeholder, made = _UntilActivation.apply(top_k_index.long(), plan, anchor, *inputs, *factors)
-    return _FromActivation.apply(placeholder, made, plan)
+    return _FromActivation.apply(placeholder, made, plan, anchor)

@@ -16,7 +16,7 @@ from lightning_moe.ops.counting import count
 from lightning_moe.ops.grouped import Activation, activate, activation_backward, grouped_outer, grouped_sum
 from lightning_moe.ops.low_rank import LowRank, split_gradients
 from lightning_moe.ops.projection import Projection, pre_activation, project_and_combine
-from lightning_moe.ops.routing import Routing, compact, sort_by_expert
+from lightning_moe.ops.routing import Routing, sort_by_expert
 
 # The fewest hidden features that the output buffer takes at a time: the width of a product's tile.
 MIN_BUFFER_COLUMNS = 256
@@ -122,7 +122,6 @@ class Intermediates(NamedTuple):
         routing_weights: (T, K).
         top_k_index: (T, K).
         out_dtype: of the output.
-        chosen: `top_k_index` in few bytes.
     """
 
     routing: Routing
@@ -134,7 +133,6 @@ class Intermediates(NamedTuple):
     routing_weights: Tensor
     top_k_index: Tensor
     out_dtype: torch.dtype
-    chosen: Tensor
 
 
 def without_foreign(routing_weights: Tensor, top_k_index: Tensor, down_weight: Tensor) -> Tensor:
@@ -143,13 +141,23 @@ def without_foreign(routing_weights: Tensor, top_k_index: Tensor, down_weight: T
 
 
 def until_activation(
-    inputs: Inputs, top_k_index: Tensor, factors: Sequence[Tensor], plan: Plan, needs: Needs
+    inputs: Inputs,
+    top_k_index: Tensor,
+    factors: Sequence[Tensor],
+    plan: Plan,
+    needs: Needs,
+    *,
+    keeps_choice: bool = False,
 ) -> tuple[Saved, Intermediates]:
-    """The forward pass up to the activation: what backward needs of it, and what the pass continues with."""
+    """The forward pass up to the activation: what backward needs of it, and what the pass continues with.
+
+    With `keeps_choice` its routing has the experts' ids, for `backward` to compare with those of another forward.
+    """
     hidden_states, routing_weights, up_weight, up_bias, down_weight, down_bias = inputs
     dtype, num_experts, is_expert_parallel = down_weight.dtype, down_weight.shape[0], plan.is_expert_parallel
-    chosen = compact(top_k_index, num_experts, is_expert_parallel=is_expert_parallel)
-    routing = sort_by_expert(chosen, num_experts, is_expert_parallel=is_expert_parallel, dtype=dtype)
+    routing = sort_by_expert(
+        top_k_index, num_experts, is_expert_parallel=is_expert_parallel, dtype=dtype, keeps_choice=keeps_choice
+    )
     routing_weights = routing_weights.contiguous()
     x = hidden_states.to(dtype).contiguous()
     up_updates, down_updates = plan.updates(factors)
@@ -184,7 +192,7 @@ def until_activation(
     )
     return saved, Intermediates(
         routing, h if a is None else None, a, down, down_in_rank, down_bias, routing_weights, top_k_index,
-        hidden_states.dtype, chosen,
+        hidden_states.dtype,
     )  # fmt: skip
 
 

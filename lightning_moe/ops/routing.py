@@ -24,6 +24,7 @@ class Routing:
         tiles: where the tiles of the grouped products' kernel lie; None where none runs.
         top_k: number of slots per token.
         is_expert_parallel: whether rows of other ranks' experts may stand at the end, past the last offset.
+        chosen: (T, K) ids of the experts in few bytes, `E` for every other rank's; None where they are not kept.
     """
 
     permutation: Tensor
@@ -32,6 +33,7 @@ class Routing:
     tiles: Tensor | None
     top_k: int
     is_expert_parallel: bool = False
+    chosen: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -56,32 +58,38 @@ class Routing:
         return torch.arange(self.num_rows, dtype=self.offsets.dtype, device=self.offsets.device)
 
 
-def compact(top_k_index: Tensor, num_experts: int, *, is_expert_parallel: bool = False) -> Tensor:
-    """(T, K) ids in as few bytes as they take; `num_experts` for every other rank's expert."""
-    if is_expert_parallel:
-        top_k_index = top_k_index.clamp(max=num_experts)
-    return top_k_index.to(torch.uint8 if num_experts + is_expert_parallel <= 256 else torch.int32).contiguous()
-
-
 def sort_by_expert(
-    chosen: Tensor, num_experts: int, *, is_expert_parallel: bool = False, dtype: torch.dtype | None = None
+    top_k_index: Tensor,
+    num_experts: int,
+    *,
+    is_expert_parallel: bool = False,
+    dtype: torch.dtype | None = None,
+    keeps_choice: bool = False,
 ) -> Routing:
-    """Sorts the (token, slot) pairs by expert, keeping the order of tokens within an expert.
+    """Sorts the (token, slot) pairs by expert, keeping the order of pairs within an expert.
 
     Args:
-        chosen: (T, K) integer, the experts of each token, each in [0, num_experts). Narrow ones, as `compact` makes
-            them, keep a radix sort short.
+        top_k_index: (T, K) integer, the experts of each token, each in [0, num_experts).
         num_experts: E.
-        is_expert_parallel: ids of `num_experts` may be among them; they come last.
+        is_expert_parallel: ids of `num_experts` and above may be among them; they come last.
         dtype: of the rows that are to be multiplied, for which tiles are made; None for no tiles.
+        keeps_choice: whether the ids are kept in few bytes.
     """
-    experts, permutation = torch.sort(chosen.reshape(-1), stable=True)
-    needs_tiles = dtype is not None and has_grouped_linear(dtype, chosen.device)
-    routed = launch("route", experts, experts, permutation, num_experts, needs_tiles=needs_tiles)
+    ids = top_k_index.contiguous()
+    compact_dtype = torch.uint8 if num_experts + is_expert_parallel <= 256 else torch.int32
+    options = {
+        "is_expert_parallel": is_expert_parallel,
+        "needs_tiles": dtype is not None and has_grouped_linear(dtype, ids.device),
+        "compact_dtype": compact_dtype if keeps_choice else None,
+    }
+    routed = launch("route", ids, ids, num_experts, **options)
     if routed is NO_KERNEL:
+        chosen = (ids.clamp(max=num_experts) if is_expert_parallel else ids).to(compact_dtype)
+        experts, permutation = torch.sort(chosen.flatten(), stable=True)
         rows = torch.arange(permutation.shape[0], device=permutation.device)
-        back = torch.empty_like(permutation).scatter_(0, permutation, rows)
+        inverse = torch.empty_like(permutation).scatter_(0, permutation, rows)
         every_expert = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
-        routed = back, torch.searchsorted(experts, every_expert, right=True, out_int32=True), None
-    inverse, offsets, tiles = routed
-    return Routing(permutation, inverse, offsets, tiles, chosen.shape[1], is_expert_parallel)
+        offsets = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
+        routed = permutation, inverse, offsets, None, chosen if keeps_choice else None
+    permutation, inverse, offsets, tiles, chosen = routed
+    return Routing(permutation, inverse, offsets, tiles, top_k_index.shape[1], is_expert_parallel, chosen)

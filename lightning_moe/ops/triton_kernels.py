@@ -62,39 +62,58 @@ def _specialization(arg: Any) -> Any:
 
 
 @triton.jit
-def _route_kernel(
-    experts, permutation, inverse, offsets, tiles_out, num_rows, num_experts, num_tiles, steps,
-    HAS_TILES: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+def _count_experts_kernel(
+    experts, chosen, counts, num_rows, last, COMPACTS: tl.constexpr, E2: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    row = block * BR + tl.arange(0, BR)
-    pair = tl.load(permutation + row, mask=row < num_rows, other=0)
-    tl.store(inverse + pair, row.to(tl.int64), mask=row < num_rows)
-    if (block > 0) & (block * BT >= num_tiles):
-        return
+    pair = block * BR + tl.arange(0, BR)
+    valid = pair < num_rows
+    expert = tl.minimum(tl.maximum(tl.load(experts + pair, mask=valid, other=0).to(tl.int32), 0), last)
+    if COMPACTS:
+        tl.store(chosen + pair, expert.to(chosen.dtype.element_ty), mask=valid)
     every = tl.arange(0, E2)
-    # Two binary searches side by side: how many keys are below each expert's, and up to it.
-    starts, starts_high = tl.zeros((E2,), tl.int32), tl.zeros((E2,), tl.int32) + num_rows
-    ends, ends_high = starts, starts_high
-    for _ in range(steps):
-        middle = starts + (starts_high - starts) // 2
-        key = tl.load(experts + middle, mask=starts < starts_high, other=0).to(tl.int32)
-        goes_up = (starts < starts_high) & (key < every)
-        starts, starts_high = tl.where(goes_up, middle + 1, starts), tl.where(goes_up, starts_high, middle)
-        middle = ends + (ends_high - ends) // 2
-        key = tl.load(experts + middle, mask=ends < ends_high, other=0).to(tl.int32)
-        goes_up = (ends < ends_high) & (key <= every)
-        ends, ends_high = tl.where(goes_up, middle + 1, ends), tl.where(goes_up, ends_high, middle)
+    count = tl.histogram(tl.where(valid, expert, E2 - 1), E2)
+    count -= tl.where(every == E2 - 1, tl.sum((~valid).to(tl.int32), 0), 0)
+    tl.store(counts + block * E2 + every, count)
+
+
+@triton.jit
+def _route_kernel(
+    experts, counts, permutation, inverse, offsets, tiles_out, num_rows, last, num_experts, num_blocks, num_tiles,
+    HAS_TILES: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    every = tl.arange(0, E2)
+    # The rows of each expert, of all pairs and of those before this block's.
+    rows, rows_before = tl.zeros((E2,), tl.int32), tl.zeros((E2,), tl.int32)
+    for first in range(0, num_blocks, BC):
+        other = first + tl.arange(0, BC)
+        count = tl.load(counts + other[:, None] * E2 + every[None, :], mask=(other < num_blocks)[:, None], other=0)
+        rows += tl.sum(count, 0)
+        rows_before += tl.sum(tl.where((other < block)[:, None], count, 0), 0)
+    ends = tl.cumsum(rows, 0)
+    starts = ends - rows
+    following = starts + rows_before
+    for first in range(block * BR, tl.minimum(block * BR + BR, num_rows), BC):
+        pair = first + tl.arange(0, BC)
+        valid = pair < num_rows
+        expert = tl.minimum(tl.maximum(tl.load(experts + pair, mask=valid, other=0).to(tl.int32), 0), last)
+        is_its = ((expert[:, None] == every[None, :]) & valid[:, None]).to(tl.int32)
+        row = tl.sum(is_its * (following[None, :] + tl.cumsum(is_its, 0) - 1), 1)
+        following += tl.sum(is_its, 0)
+        tl.store(inverse + pair, row.to(tl.int64), mask=valid)
+        tl.store(permutation + row, pair.to(tl.int64), mask=valid)
     if block == 0:
         tl.store(offsets + every, ends, mask=every < num_experts)
-    if HAS_TILES:
-        tiles = tl.where(every < num_experts, (ends - starts + BM - 1) // BM, 0)
-        last = tl.cumsum(tiles, 0)
+    if HAS_TILES and block * BT < num_tiles:
+        tiles = tl.where(every < num_experts, (rows + BM - 1) // BM, 0)
+        tile_ends = tl.cumsum(tiles, 0)
         tile = block * BT + tl.arange(0, BT)
-        passed = (last[None, :] <= tile[:, None]) & (every < num_experts)[None, :]
+        passed = (tile_ends[None, :] <= tile[:, None]) & (every < num_experts)[None, :]
         expert = tl.sum(passed.to(tl.int32), 1)
         # Rows before the expert's first tile, counted in whole tiles, differ from its first row.
-        shift = tl.where(every[None, :] == expert[:, None], (starts - (last - tiles) * BM)[None, :], 0)
+        shift = tl.where(every[None, :] == expert[:, None], (starts - (tile_ends - tiles) * BM)[None, :], 0)
         mask = tile < num_tiles
         tl.store(tiles_out + tile, tl.where(expert < num_experts, expert, -1), mask=mask)
         tl.store(tiles_out + num_tiles + tile, tile * BM + tl.sum(shift, 1), mask=mask)
@@ -149,18 +168,35 @@ def _grouped_linear_kernel(
 
 
 def route(
-    experts: Tensor, permutation: Tensor, num_experts: int, *, needs_tiles: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    num_rows, inverse = experts.shape[0], torch.empty_like(permutation)
-    offsets = experts.new_empty(num_experts, dtype=torch.int32)
+    top_k_index: Tensor,
+    num_experts: int,
+    *,
+    is_expert_parallel: bool,
+    needs_tiles: bool,
+    compact_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    num_rows = top_k_index.numel()
+    permutation = top_k_index.new_empty(num_rows, dtype=torch.int64)
+    inverse = torch.empty_like(permutation)
+    offsets = top_k_index.new_empty(num_experts, dtype=torch.int32)
     num_tiles = num_rows // BLOCK_ROWS + num_experts if needs_tiles else 0
-    tiles = experts.new_empty(2, num_tiles, dtype=torch.int32) if needs_tiles else None
-    grid = (max(_cdiv(num_rows, 1024), _cdiv(num_tiles, 32), 1),)
+    tiles = top_k_index.new_empty(2, num_tiles, dtype=torch.int32) if needs_tiles else None
+    chosen = None if compact_dtype is None else torch.empty_like(top_k_index, dtype=compact_dtype)
+    last = num_experts if is_expert_parallel else num_experts - 1  # other ranks' experts are one more
+    # Each block reads the counts of all: they stay few.
+    bins, block = max(_power_of_2(last + 1), 2), max(1024, _power_of_2(_cdiv(num_rows, 256)))
+    num_blocks = max(_cdiv(num_rows, block), 1)
+    counts = offsets.new_empty(num_blocks, bins)
     _run(
-        _route_kernel, grid, experts, permutation, inverse, offsets, tiles, num_rows, num_experts, num_tiles,
-        num_rows.bit_length(), constants=(needs_tiles, _power_of_2(num_experts), BLOCK_ROWS, 1024, 32),
+        _count_experts_kernel, (num_blocks,), top_k_index, chosen, counts, num_rows, last,
+        constants=(chosen is not None, bins, block),
     )  # fmt: skip
-    return inverse, offsets, tiles
+    _run(
+        _route_kernel, (max(num_blocks, _cdiv(num_tiles, 32)),), top_k_index, counts, permutation, inverse, offsets,
+        tiles, num_rows, last, num_experts, num_blocks, num_tiles,
+        constants=(needs_tiles, bins, BLOCK_ROWS, block, min(max(8192 // bins, 8), 256), 32),
+    )  # fmt: skip
+    return permutation, inverse, offsets, tiles, chosen
 
 
 def _cdiv(dividend: int, divisor: int) -> int:

@@ -65,10 +65,11 @@ def launches(kernels, torch, capability):
         inverse, out = empty(num_tokens, top_k, dtype=int32), empty(num_tokens, columns, dtype=out_dtype)
         return partial(kernels.combine, empty(num_rows, columns, dtype=dtype), inverse, gates, out)
 
-    def route(key_dtype):
+    def route(id_dtype, compact_dtype=None):
         return partial(
-            kernels.route, empty(num_rows, dtype=key_dtype), tokens, num_experts, needs_tiles=has_descriptors
-        )
+            kernels.route, empty(num_tokens, top_k, dtype=id_dtype), num_experts, is_expert_parallel=False,
+            needs_tiles=has_descriptors, compact_dtype=compact_dtype,
+        )  # fmt: skip
 
     def count(choice_dtype, gate_dtype):
         counters, gates = empty(7, dtype=torch.int64), empty(num_tokens, top_k, dtype=gate_dtype)
@@ -80,7 +81,7 @@ def launches(kernels, torch, capability):
     if has_descriptors:
         for gather, in_first in product([True, False], repeat=2):
             yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
-    yield route(torch.uint8)
+    yield route(torch.int64, torch.uint8)
     yield count(int32, fp32)
     for gather, wide_first in product([True, False], repeat=2):
         yield outer(gather, wide_first)

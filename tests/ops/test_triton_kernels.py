@@ -68,33 +68,59 @@ def plain(name):
     return call
 
 
-def sorted_experts(routing, num_experts=6):
-    """Experts of the sorted rows of random pairs, and the pairs."""
+def routed_experts(routing, dtype=torch.int64):
+    """Experts of pairs in a random order, (S, 1), of which each expert has the rows that the routing says."""
     ends = ROUTINGS[routing]
     experts = [e for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) for _ in range(start, end)]
-    pairs = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(experts, dtype=torch.uint8, device=DEVICE), pairs.to(DEVICE)
+    order = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(experts, dtype=dtype)[order, None].to(DEVICE)
+
+
+def route(top_k_index, num_experts=6, *, is_expert_parallel=False, needs_tiles=True, compact_dtype=None):
+    return triton_kernels.route(
+        top_k_index, num_experts, is_expert_parallel=is_expert_parallel, needs_tiles=needs_tiles,
+        compact_dtype=compact_dtype,
+    )  # fmt: skip
 
 
 def tiles_of(routing):
-    return triton_kernels.route(*sorted_experts(routing), 6, needs_tiles=True)[2]
+    return route(routed_experts(routing))[3]
 
 
 @pytest.mark.parametrize("needs_tiles", [True, False])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_route(routing, needs_tiles):
-    experts, pairs = sorted_experts(routing)
-    inverse, offsets, tiles = triton_kernels.route(experts, pairs, 6, needs_tiles=needs_tiles)
+    experts = routed_experts(routing)
+    permutation, inverse, offsets, tiles, chosen = route(experts, needs_tiles=needs_tiles)
     assert (tiles is not None) == needs_tiles
-    assert tiles is None or tiles.shape == (2, kernels.num_tiles(pairs.shape[0], 6))
+    assert tiles is None or tiles.shape == (2, kernels.num_tiles(experts.numel(), 6))
     assert offsets.tolist() == ROUTINGS[routing]
-    assert offsets.dtype == torch.int32
-    assert torch.equal(inverse[pairs], torch.arange(pairs.shape[0], device=DEVICE))
+    assert chosen is None
+    expected = torch.sort(experts.flatten(), stable=True).indices
+    assert torch.equal(permutation, expected)
+    assert torch.equal(inverse[permutation], torch.arange(experts.numel(), device=DEVICE))
+    assert (permutation.dtype, inverse.dtype, offsets.dtype) == (torch.int64, torch.int64, torch.int32)
 
 
-def test_route_without_the_rows_of_other_processes():
-    experts = torch.tensor([0, 2, 2, 4, 4], dtype=torch.int32, device=DEVICE)  # 4 is another's
-    assert triton_kernels.route(experts, torch.arange(5).to(DEVICE), 4, needs_tiles=True)[1].tolist() == [1, 1, 3, 3]
+@pytest.mark.parametrize("num_pairs", [2500, 0])
+@pytest.mark.parametrize("num_experts", [1, 3, 130])
+def test_route_of_several_blocks(num_experts, num_pairs):
+    generator = torch.Generator().manual_seed(1)
+    experts = torch.randint(num_experts, (num_pairs, 1), generator=generator).to(DEVICE)
+    permutation, _, offsets, *_ = route(experts, num_experts)
+    assert torch.equal(permutation, torch.sort(experts.flatten(), stable=True).indices)
+    assert torch.equal(offsets, experts.flatten().bincount(minlength=num_experts).cumsum(0))
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.uint8])
+def test_route_with_the_rows_of_other_ranks_last(id_dtype):
+    experts = torch.tensor([[0], [9], [2], [2], [4]], dtype=id_dtype, device=DEVICE)  # 4 and 9 are others'
+    permutation, inverse, offsets, _, chosen = route(experts, 4, is_expert_parallel=True, compact_dtype=torch.uint8)
+    assert offsets.tolist() == [1, 1, 3, 3]
+    assert permutation.tolist() == [0, 2, 3, 1, 4]
+    assert inverse.tolist() == [0, 3, 1, 2, 4]
+    assert chosen.tolist() == [[0], [4], [2], [2], [4]]
+    assert chosen.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

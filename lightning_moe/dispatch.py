@@ -85,7 +85,7 @@ def gategrad_experts(
 
 def _traced(module: Any, patch: LayerPatch, hidden_states: Tensor) -> ExpertsSpec | None:
     """How the compiler may take the layer: as it was patched, if nothing says that it is another one since."""
-    spec, probe = patch.traced, patch.health.probe
+    spec, probe = patch.spec, patch.health.probe
     if spec is None or probe is None or patch.reason is not None or is_parametrized(module):
         return None
     is_there = probe.device == hidden_states.device and module.down_proj.dtype == patch.dtype
@@ -150,7 +150,9 @@ def _run(
 
     reason = patch.reason or _unsupported_call(module, patch, is_patched=is_patched)
     if reason is None:
-        spec = read_spec(module)
+        spec = patch.spec
+        if spec is None or not has_activation_of(module, spec):
+            spec = read_spec(module)
         weights = spec.weights(module)
         reason = unsupported_tensors(weights)
     if reason is not None:

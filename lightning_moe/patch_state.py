@@ -52,7 +52,7 @@ class LayerPatch:
         merge_reasons: the parameters whose adapters PEFT merges, with the reason, as far as has been reported.
         other_parameters: names of the module's parameters beside the experts' weights, which may be unfrozen at any
             time.
-        traced: how the compiler may take the layer, as it was when it was patched; None where its graph has to break.
+        spec: how the layer stored its weights and what it computed when it was patched.
     """
 
     config: Any
@@ -66,7 +66,7 @@ class LayerPatch:
     health: LayerHealth = field(default_factory=LayerHealth)
     merge_reasons: set[tuple[str, Unsupported]] = field(default_factory=set)
     other_parameters: list[str] = field(default_factory=list)
-    traced: ExpertsSpec | None = None
+    spec: ExpertsSpec | None = None
 
 
 class PatchedForward:

@@ -116,12 +116,12 @@ def _patch(layer: MoELayer, options: PatchOptions) -> LayerReport:
             patch.merge_reasons.add((wrapper.parameter_name, reason))
         elif adapters := active_adapters(wrapper):
             patch.ranks[wrapper.parameter_name] = sum(wrapper.r[adapter] for adapter in adapters)
-    spec = read_spec(module)
+    patch.spec = spec = read_spec(module)
     weights = spec.weights(module)
     if weights.are_full:  # else at the first call
         update_estimate(module, patch, weights)
         if operator.is_known(spec.activation) and not (patch.other_parameters or is_expert_parallel(module)):
-            patch.traced, patch.health.probe = spec, operator.new_probe(weights.down_proj.device)
+            patch.health.probe = operator.new_probe(weights.down_proj.device)
     reasons = sorted({reason for _, reason in patch.merge_reasons}, key=str)
     top_k: Any = getattr(config, "num_experts_per_tok", None)
     is_known = isinstance(top_k, int) and patch.dtype is not None

@@ -7,6 +7,8 @@ of `checkpoint_wrapper`'s, `Module._parameters`, `torch.compiler._is_exporting_f
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,13 @@ def without_wrappers(name: str) -> str:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor computes as PyTorch's own do, sharded or fake ones among them."""
-    has_own_class = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__  # Parameter and FSDP1's have not
-    return not has_own_class or isinstance(tensor, (DTensor, FakeTensor))
+    return _is_plain_class(type(tensor))
+
+
+@cache
+def _is_plain_class(tensor_class: Any) -> bool:
+    has_own_class = tensor_class.__torch_dispatch__ is not Tensor.__torch_dispatch__  # Parameter and FSDP1's have not
+    return not has_own_class or issubclass(tensor_class, (DTensor, FakeTensor))
 
 
 def is_exporting() -> bool:

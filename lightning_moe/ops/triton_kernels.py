@@ -62,36 +62,42 @@ def _specialization(arg: Any) -> Any:
 
 
 @triton.jit
-def _count_experts_kernel(
-    experts, chosen, counts, num_rows, last, COMPACTS: tl.constexpr, E2: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
+def _count_experts(experts, block, num_rows, last, E2: tl.constexpr, BR: tl.constexpr):
+    """How many of a block's pairs each expert has."""
     pair = block * BR + tl.arange(0, BR)
     valid = pair < num_rows
     expert = tl.minimum(tl.maximum(tl.load(experts + pair, mask=valid, other=0).to(tl.int32), 0), last)
-    if COMPACTS:
-        tl.store(chosen + pair, expert.to(chosen.dtype.element_ty), mask=valid)
-    every = tl.arange(0, E2)
-    count = tl.histogram(tl.where(valid, expert, E2 - 1), E2)
-    count -= tl.where(every == E2 - 1, tl.sum((~valid).to(tl.int32), 0), 0)
-    tl.store(counts + block * E2 + every, count)
+    invalid = tl.where(tl.arange(0, E2) == 0, tl.sum((~valid).to(tl.int32), 0), 0)
+    return tl.histogram(tl.where(valid, expert, 0), E2) - invalid
+
+
+@triton.jit
+def _count_experts_kernel(experts, counts, num_rows, last, E2: tl.constexpr, BR: tl.constexpr):
+    block = tl.program_id(0)
+    tl.store(counts + block * E2 + tl.arange(0, E2), _count_experts(experts, block, num_rows, last, E2, BR))
 
 
 @triton.jit
 def _route_kernel(
-    experts, counts, permutation, inverse, offsets, tiles_out, num_rows, last, num_experts, num_blocks, num_tiles,
-    HAS_TILES: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    BT: tl.constexpr,
+    experts, counts, permutation, inverse, offsets, tiles_out, chosen, num_rows, last, num_experts, num_blocks,
+    num_tiles, HAS_COUNTS: tl.constexpr, HAS_TILES: tl.constexpr, COMPACTS: tl.constexpr, E2: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     every = tl.arange(0, E2)
     # The rows of each expert, of all pairs and of those before this block's.
     rows, rows_before = tl.zeros((E2,), tl.int32), tl.zeros((E2,), tl.int32)
-    for first in range(0, num_blocks, BC):
-        other = first + tl.arange(0, BC)
-        count = tl.load(counts + other[:, None] * E2 + every[None, :], mask=(other < num_blocks)[:, None], other=0)
-        rows += tl.sum(count, 0)
-        rows_before += tl.sum(tl.where((other < block)[:, None], count, 0), 0)
+    if HAS_COUNTS:
+        for first in range(0, num_blocks, BC):
+            other = first + tl.arange(0, BC)
+            count = tl.load(counts + other[:, None] * E2 + every[None, :], mask=(other < num_blocks)[:, None], other=0)
+            rows += tl.sum(count, 0)
+            rows_before += tl.sum(tl.where((other < block)[:, None], count, 0), 0)
+    else:
+        for other in range(num_blocks):
+            count = _count_experts(experts, other, num_rows, last, E2, BR)
+            rows += count
+            rows_before += tl.where(other < block, count, 0)
     ends = tl.cumsum(rows, 0)
     starts = ends - rows
     following = starts + rows_before
@@ -104,6 +110,8 @@ def _route_kernel(
         following += tl.sum(is_its, 0)
         tl.store(inverse + pair, row.to(tl.int64), mask=valid)
         tl.store(permutation + row, pair.to(tl.int64), mask=valid)
+        if COMPACTS:
+            tl.store(chosen + pair, expert.to(chosen.dtype.element_ty), mask=valid)
     if block == 0:
         tl.store(offsets + every, ends, mask=every < num_experts)
     if HAS_TILES and block * BT < num_tiles:
@@ -183,18 +191,19 @@ def route(
     tiles = top_k_index.new_empty(2, num_tiles, dtype=torch.int32) if needs_tiles else None
     chosen = None if compact_dtype is None else torch.empty_like(top_k_index, dtype=compact_dtype)
     last = num_experts if is_expert_parallel else num_experts - 1  # other ranks' experts are one more
-    # Each block reads the counts of all: they stay few.
+    # Each block reads the counts of all, which stay few; where there are fewer still, it counts them itself.
     bins, block = max(_power_of_2(last + 1), 2), max(1024, _power_of_2(_cdiv(num_rows, 256)))
-    num_blocks = max(_cdiv(num_rows, block), 1)
-    counts = offsets.new_empty(num_blocks, bins)
-    _run(
-        _count_experts_kernel, (num_blocks,), top_k_index, chosen, counts, num_rows, last,
-        constants=(chosen is not None, bins, block),
-    )  # fmt: skip
+    num_blocks, counts = max(_cdiv(num_rows, block), 1), None
+    if num_blocks > 32:
+        counts = offsets.new_empty(num_blocks, bins)
+        _run(
+            _count_experts_kernel, (num_blocks,), top_k_index, counts, num_rows, last, constants=(bins, block)
+        )  # fmt: skip
     _run(
         _route_kernel, (max(num_blocks, _cdiv(num_tiles, 32)),), top_k_index, counts, permutation, inverse, offsets,
-        tiles, num_rows, last, num_experts, num_blocks, num_tiles,
-        constants=(needs_tiles, bins, BLOCK_ROWS, block, min(max(8192 // bins, 8), 256), 32),
+        tiles, chosen, num_rows, last, num_experts, num_blocks, num_tiles,
+        constants=(counts is not None, needs_tiles, chosen is not None, bins, BLOCK_ROWS, block,
+                   min(max(8192 // bins, 8), 256), 32),
     )  # fmt: skip
     return permutation, inverse, offsets, tiles, chosen
 

@@ -65,9 +65,9 @@ def launches(kernels, torch, capability):
         inverse, out = empty(num_tokens, top_k, dtype=int32), empty(num_tokens, columns, dtype=out_dtype)
         return partial(kernels.combine, empty(num_rows, columns, dtype=dtype), inverse, gates, out)
 
-    def route(id_dtype, compact_dtype=None):
+    def route(id_dtype, compact_dtype=None, tokens=num_tokens):
         return partial(
-            kernels.route, empty(num_tokens, top_k, dtype=id_dtype), num_experts, is_expert_parallel=False,
+            kernels.route, empty(tokens, top_k, dtype=id_dtype), num_experts, is_expert_parallel=False,
             needs_tiles=has_descriptors, compact_dtype=compact_dtype,
         )  # fmt: skip
 
@@ -82,6 +82,7 @@ def launches(kernels, torch, capability):
         for gather, in_first in product([True, False], repeat=2):
             yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
     yield route(torch.int64, torch.uint8)
+    yield route(torch.int64, tokens=2**15)
     yield count(int32, fp32)
     for gather, wide_first in product([True, False], repeat=2):
         yield outer(gather, wide_first)

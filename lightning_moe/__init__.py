@@ -12,9 +12,11 @@ try:
     from lightning_moe.adapters.export import export_adapter
     from lightning_moe.callbacks.adapter_export import AdapterExport
     from lightning_moe.callbacks.adapter_updates import AdapterUpdateCheck
+    from lightning_moe.callbacks.cuda_graph import CUDAGraphCallback
     from lightning_moe.callbacks.expert_load import ExpertLoadMonitor
     from lightning_moe.callbacks.gate_grad import MoEGateGradCallback
     from lightning_moe.callbacks.memory import MemoryMonitor
+    from lightning_moe.cuda_graph import GraphedFunction, replayed_bytes
     from lightning_moe.expert_load import plot_expert_load
     from lightning_moe.integrations.transformers_experts import register_experts
     from lightning_moe.integrations.unsupported import Unsupported
@@ -37,9 +39,11 @@ except ModuleNotFoundError as error:  # the operation, in `lightning_moe.ops`, n
 __all__ = [
     "AdapterExport",
     "AdapterUpdateCheck",
+    "CUDAGraphCallback",
     "ExpertLoad",
     "ExpertLoadMonitor",
     "GateGradHealth",
+    "GraphedFunction",
     "LayerReport",
     "LowRank",
     "MemoryMonitor",
@@ -54,5 +58,6 @@ __all__ = [
     "patch_moe",
     "plot_expert_load",
     "register_experts",
+    "replayed_bytes",
     "unpatch_moe",
 ]

@@ -54,7 +54,13 @@ class ExpertLoadCounter:
 
 
 class _CountRows:
-    """A forward hook that counts one layer's rows. An object, so that copies of the model count by themselves."""
+    """A forward hook that counts one layer's rows. An object, so that copies of the model count by themselves.
+
+    Attributes:
+        rows: (experts,) int64, added to in place: in a CUDA graph, too, each replay counts. None before the first call.
+    """
+
+    is_capturable = True
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -65,17 +71,20 @@ class _CountRows:
         if not output.requires_grad:
             return
         top_k_index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        if self.rows is None or self.rows.device != output.device:
+            self.rows = torch.zeros(self.num_experts, dtype=torch.int64, device=output.device)
+        rows = self.rows
 
         def count(_: Tensor) -> None:
-            rows = count_rows(top_k_index, self.num_experts)
-            self.rows = rows if self.rows is None else self.rows + rows
+            rows.add_(count_rows(top_k_index, self.num_experts))
 
         output.register_hook(count)
 
     def drain(self, device: torch.device) -> Tensor:
-        rows, self.rows = self.rows, None
-        if rows is None:
+        if self.rows is None:
             return torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+        rows = self.rows.clone()
+        self.rows.zero_()
         return rows.to(device, non_blocking=True)
 
 

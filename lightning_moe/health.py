@@ -5,6 +5,7 @@ and routing weights do. So it happens once per backward: activation checkpointin
 Counts stay on the layer's device until `LayerHealth.drain`. A *gate* is one routing weight.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -13,11 +14,21 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_moe.integrations.torch_modules import is_fake
-from lightning_moe.ops.counting import COUNTERS, new_counters
+from lightning_moe.ops.counting import COUNTERS
 
 DefaultExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NUM_AUDITED_TOKENS = 8
+
+# What is counted where the default implementation runs, in this order in a tensor.
+_FALLBACK_COUNTERS = (
+    "fallback_layers",
+    "bias_fallback_layers",
+    "gates",
+    "nonpositive_gates",
+    "zero_gates",
+    "nonfinite_gate_grads",
+)
 
 
 @dataclass
@@ -45,8 +56,8 @@ class HealthCounts:
     nonfinite_gate_grads: Tensor | int = 0
     routing_flips: Tensor | int = 0
     active_layers: Tensor | int = 0
-    fallback_layers: int = 0
-    bias_fallback_layers: int = 0
+    fallback_layers: Tensor | int = 0
+    bias_fallback_layers: Tensor | int = 0
     activation_bytes_saved: Tensor | int = 0
     audit_rel_error: Tensor | float = float("nan")
 
@@ -64,7 +75,7 @@ class HealthCounts:
 
 
 class LayerHealth:
-    """The counters of one layer.
+    """The counters of one layer. They are added to in place: in a CUDA graph, too, each replay counts.
 
     Attributes:
         audit_due: set to have the layer's next backward audited; cleared by that backward. Compiled ones are not.
@@ -73,16 +84,16 @@ class LayerHealth:
 
     def __init__(self) -> None:
         self.audit_due = False
-        self._fallback = HealthCounts()
+        self._audit_rel_error: Tensor | float = math.nan
         self._operation: Tensor | None = None
+        self._fallback: Tensor | None = None
         self.probe: Tensor | None = None
 
     def counters(self, like: Tensor) -> Tensor | None:
         """What the operation is to count in, on the device of a tensor; None for a fake tensor, which nobody counts."""
-        if self._operation is None or self._operation.device != like.device:
-            if is_fake(like):
-                return None
-            self._operation = new_counters(like.device)
+        if is_fake(like):
+            return None
+        self._operation = _on_device(self._operation, like.device, len(COUNTERS))
         return self._operation
 
     def drain(self, micro_batches: int) -> HealthCounts:
@@ -92,9 +103,13 @@ class LayerHealth:
             micro_batches: since the last time. A layer that runs more than once in one, such as on parts of a sequence,
                 is one layer all the same.
         """
-        counts, self._fallback = self._fallback, HealthCounts()
-        counts.fallback_layers = min(counts.fallback_layers, micro_batches)
-        counts.bias_fallback_layers = min(counts.bias_fallback_layers, micro_batches)
+        counts = HealthCounts(audit_rel_error=self._audit_rel_error)
+        self._audit_rel_error = math.nan
+        if self._fallback is not None:
+            found = dict(zip(_FALLBACK_COUNTERS, self._fallback.clone(), strict=True))
+            self._fallback.zero_()
+            for name, count in found.items():
+                setattr(counts, name, count.clamp(max=micro_batches) if name.endswith("_layers") else count)
         drained = []
         if self._operation is not None:
             drained.append(self._operation.clone())
@@ -131,18 +146,16 @@ class LayerHealth:
         if not output.requires_grad:
             return
         values = routing_weights.detach()
+        counters = self._fallback = _on_device(self._fallback, output.device, len(_FALLBACK_COUNTERS))
 
         def count_execution(_: Tensor) -> None:
-            counts = self._fallback
-            counts.fallback_layers += 1
-            counts.bias_fallback_layers += bias_fallback
             local = top_k_index.long() < num_experts
-            counts.gates = counts.gates + local.sum()
-            counts.nonpositive_gates = counts.nonpositive_gates + ((values <= 0) & local).sum()
-            counts.zero_gates = counts.zero_gates + ((values == 0) & local).sum()
+            counters[0] += 1
+            counters[1] += bias_fallback
+            counters[2:5] += torch.stack([local.sum(), ((values <= 0) & local).sum(), ((values == 0) & local).sum()])
 
         def count_gradient(grad: Tensor) -> None:
-            self._fallback.nonfinite_gate_grads = self._fallback.nonfinite_gate_grads + (~grad.isfinite()).sum()
+            counters[5] += (~grad.isfinite()).sum()
 
         output.register_hook(count_execution)
         if routing_weights.requires_grad:
@@ -187,8 +200,15 @@ class LayerHealth:
             scale = torch.linalg.vector_norm(want).clamp_min(torch.finfo(torch.float32).tiny)
             error = torch.linalg.vector_norm(grad[tokens].float() - want) / scale
             self.audit_due = False
-            previous = torch.as_tensor(self._fallback.audit_rel_error, device=error.device)
-            self._fallback.audit_rel_error = torch.fmax(previous, error.nan_to_num(nan=torch.inf))
+            previous = torch.as_tensor(self._audit_rel_error, device=error.device)
+            self._audit_rel_error = torch.fmax(previous, error.nan_to_num(nan=torch.inf))
 
         output.register_hook(differentiate_default)
         routing_weights.register_hook(compare)
+
+
+def _on_device(counters: Tensor | None, device: torch.device, size: int) -> Tensor:
+    """The counters, or where there are none on the device, new ones."""
+    if counters is None or counters.device != device:
+        return torch.zeros(size, dtype=torch.int64, device=device)
+    return counters

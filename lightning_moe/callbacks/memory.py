@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
 from lightning_moe.callbacks.restoring import stand_in_front
+from lightning_moe.cuda_graph import replayed_bytes
 from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
 
 MIB, GIB = 2**20, 2**30
@@ -72,6 +73,7 @@ class MemoryMonitor(Callback):
         device = pl_module.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            replayed_bytes(device)
         self._held = self._step_peak = _allocated(device)
         step = self.measure_activations_at_step
         if step is not None and trainer.global_step >= step and not self.activations:
@@ -93,7 +95,8 @@ class MemoryMonitor(Callback):
         self._sample(pl_module.device)
         reserved = self._step_peak
         if pl_module.device.type == "cuda":
-            self._step_peak = torch.cuda.max_memory_allocated(pl_module.device)
+            replayed = self._held + replayed_bytes(pl_module.device)
+            self._step_peak = max(torch.cuda.max_memory_allocated(pl_module.device), replayed)
             reserved = torch.cuda.max_memory_reserved(pl_module.device)
         self._peak = max(self._peak, self._step_peak)
         self._peak_reserved = max(self._peak_reserved, reserved)

@@ -14,6 +14,7 @@ import peft
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -41,6 +42,14 @@ def active_adapters(wrapper: ParamWrapper) -> list[str]:
     if wrapper.disable_adapters or wrapper.merged:
         return []
     return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
+def adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
+    """What of an adapted layer decides how it computes, beside its weights; None for a layer that PEFT did not make."""
+    if not isinstance(module, BaseTunerLayer):
+        return None
+    scalings = tuple(sorted(getattr(module, "scaling", {}).items()))
+    return tuple(module.active_adapters), module.disable_adapters, module.merged, scalings
 
 
 def low_rank(wrapper: Any, adapter: str) -> LowRank:

@@ -1,8 +1,8 @@
 """PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
 
 Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
-of `checkpoint_wrapper`'s, `Module._parameters`, `torch.compiler._is_exporting_flag`, and where `FakeTensor` is,
-`torch._subclasses`.
+of `checkpoint_wrapper`'s, `Module._parameters` and the four dictionaries of its hooks,
+`torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -54,3 +54,11 @@ def replaced_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Ite
         yield
     finally:
         module._parameters.update(kept)
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The hooks that run when the module is called, and in its backward."""
+    for hooks in (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    ):  # fmt: skip
+        yield from hooks.values()

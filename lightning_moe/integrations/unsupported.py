@@ -48,6 +48,15 @@ REASONS = {
         "{name} holds quantized values ({dtype}), and PEFT {version} adds the update to them before they are scaled: "
         "the adapter would train next to nothing"
     ),
+    # Why a training step is not captured in a CUDA graph.
+    "graph_compiled": "the step is being compiled",
+    "graph_device": "CUDA graphs need a GPU, and this is on {device}",
+    "graph_failed": "it cannot be captured: {error}",
+    "graph_hook": "{hook} on {module} runs Python at each call, which a replay would leave out",
+    "graph_memory": "there is no memory for it beside what is held: {error}",
+    "graph_ranks": "{world_size} ranks train, and what they communicate is not captured",
+    "graph_shapes": "batches have more than {num_shapes} shapes: pack documents to a fixed length",
+    "graph_slower": "a replay takes {replay:.3f} s and the step by itself {eager:.3f} s",
     # Why ranks would train apart.
     "not_sharded": (
         "{world_size} ranks train, and the model {how}: each would silently train an unsynchronized replica. Give the "

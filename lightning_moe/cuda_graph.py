@@ -1,0 +1,417 @@
+"""A training step's forward and backward as CUDA graphs: captured once for each shape, then replayed.
+
+A step of many small kernels takes as long as the host takes to launch them; a replay launches them all at once. It does
+what was captured: the same kernels on the same addresses, none of the Python. `GraphedFunction` watches what it can see
+of that, and runs the function by itself wherever it does not hold.
+
+PyTorch's `torch.cuda.make_graphed_callables` hands out gradients that the next replay overwrites, and autograd keeps
+them as `.grad` without a copy: accumulating gradients adds wrong numbers. Here backward adds to buffers.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_moe.integrations.peft_experts import adapter_state
+from lightning_moe.integrations.torch_modules import hooks_of
+from lightning_moe.integrations.unsupported import Unsupported, unsupported
+from lightning_moe.patch_state import is_on, patch_of
+
+Mode = Literal["auto", True]
+Batch = Mapping[str, Any]
+Outputs = tuple[Tensor, ...]
+Kind = Literal["eager", "capture", "replay"]
+
+# Steps of each shape that run by themselves first: kernels are compiled in them, and libraries initialized.
+WARMUP_STEPS = 3
+# Shapes that are captured. All share their memory; what each has for itself is its batch.
+MAX_SHAPES = 8
+# A replay has to take less than this part of the step's time by itself, or its memory is not worth it.
+WORTH_IT = 0.97
+
+
+# By device, what replays have used since this was last asked for.
+_replayed: dict[torch.device, int] = {}
+
+
+def replayed_bytes(device: torch.device) -> int:
+    """The bytes that replays since the last call of this computed in, which no allocator's statistics know."""
+    return _replayed.pop(device, 0)
+
+
+class GraphedFunction:
+    """A function of a batch that gives a loss, with forward and backward captured as CUDA graphs.
+
+    In training it runs by itself for three steps of each shape of batch, is captured, and is replayed from then on.
+    Gradients add up in `.grad` as ever. It runs by itself without gradients (validation), for other shapes, where a
+    layer is due for an audit, and where something cannot be captured: then it says why, once.
+
+    The function must be the same each time but for the tensors in the batch and the module's parameters: no branch on a
+    tensor's values, no wait for the device (`.item()`), nothing that only Python does, such as logging. Random numbers
+    that it draws are new at each replay; activation checkpointing has to be told `preserve_rng_state=False`.
+
+        loss = GraphedFunction(self.loss, self.model)     # loss(batch) -> (), or a tuple that begins with it
+        loss({"input_ids": ..., "labels": ...}).backward()
+
+    Attributes:
+        reason: why nothing is captured any more, or None.
+
+    Args:
+        function: takes a mapping of tensors, and of constants that can be hashed, by name. Returns the loss, ()
+            floating, or a tuple that begins with it; what else is in it comes back without a graph.
+        module: whose parameters it trains.
+        mode: `"auto"` keeps to replays where they are faster than the step by itself; True keeps to them in any case.
+    """
+
+    def __init__(self, function: Callable[[Batch], Any], module: nn.Module, mode: Mode = "auto") -> None:
+        self.function, self.module, self.mode = function, module, mode
+        self.reason: Unsupported | None = None
+        self._said: set[str] = set()
+        self._recorder = Recorder()
+        self._captured: dict[Any, _Captured] = {}
+        self._warmups: Counter[Any] = Counter()
+        self._gradients: _Gradients | None = None
+        self._state: Any = None
+        self._undecided: set[Any] = set()
+        self._marks: deque[_Mark] = deque(maxlen=64)
+        self._lines: list[str] = []
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles begin anew."""
+        return type(self), (self.function, self.module, self.mode)
+
+    def __call__(self, batch: Batch) -> Any:
+        """What the function returns."""
+        if not torch.is_grad_enabled() or self.reason is not None:
+            return self.function(batch)
+        reason, state, is_audited = self._look(batch)
+        if reason is not None:
+            self._say(reason)
+        if reason is not None or is_audited:
+            self._marks.clear()
+            return self.function(batch)
+        if state != self._state:  # adapters were switched, say: what is captured is of another model
+            self._forget()
+            self._state = state
+        key = tuple(
+            (name, (tuple(value.shape), value.dtype, value.device) if _is_tensor(value) else value)
+            for name, value in sorted(batch.items())
+        )
+        is_warm = self._warmups[key] >= WARMUP_STEPS
+        if self.mode == "auto" and not is_warm:
+            self._undecided.add(key)
+        self._mark(key, "replay" if key in self._captured else "capture" if is_warm else "eager")
+        if is_warm and self.reason is None and key not in self._captured:
+            self._capture(key, batch)
+        self._warmups[key] += 1
+        captured = self._captured.get(key)
+        return self.function(batch) if captured is None else captured(batch)
+
+    def report(self) -> list[str]:
+        """What was captured, and what was not and why, a line each."""
+        return list(self._lines)
+
+    def release(self) -> None:
+        """Gives the memory back. What is called after that is captured anew."""
+        self._forget()
+        self._recorder.release()
+
+    def _forget(self) -> None:
+        for captured in self._captured.values():
+            captured.release()
+        for left in (self._captured, self._warmups, self._undecided, self._marks):
+            left.clear()
+        self._gradients = None
+
+    def _look(self, batch: Batch) -> tuple[Unsupported | None, Any, bool]:
+        """Why this step cannot be captured; what a graph of it relies on; whether a layer is due for an audit."""
+        device = next((value.device for value in batch.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        if not self._recorder.takes(device):
+            return unsupported("graph_device", device=device), None, False
+        if torch.compiler.is_compiling():
+            return unsupported("graph_compiled"), None, False
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and (ranks := torch.distributed.get_world_size()) > 1
+        ):
+            return unsupported("graph_ranks", world_size=ranks), None, False
+        relied_on: list[Any] = [
+            torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
+            torch.are_deterministic_algorithms_enabled(),
+        ]  # fmt: skip
+        is_audited = False
+        for name, module in self.module.named_modules():
+            for hook in hooks_of(module):
+                if not getattr(hook, "is_capturable", False):
+                    shown = getattr(hook, "__qualname__", type(hook).__name__)
+                    return unsupported("graph_hook", hook=shown, module=name or "the model"), None, False
+                relied_on.append(id(hook))
+            relied_on.append(module.training)
+            if (adapters := adapter_state(module)) is not None:
+                relied_on.append(adapters)
+            if (patch := patch_of(module)) is not None:
+                relied_on.append((id(patch), is_on(module)))
+                is_audited |= patch.health.audit_due
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            relied_on.append((tensor.data_ptr(), tensor.requires_grad))
+        return None, hash(tuple(relied_on)), is_audited
+
+    def _capture(self, key: Any, batch: Batch) -> None:
+        if len(self._captured) >= MAX_SHAPES:
+            self._say(unsupported("graph_shapes", num_shapes=MAX_SHAPES))
+            return
+        began, failure = time.perf_counter(), None
+        try:
+            if self._gradients is None:
+                self._gradients = _Gradients([p for p in self.module.parameters() if p.requires_grad])
+            self._captured[key] = _Captured(self.function, batch, self._gradients, self._recorder)
+        except torch.OutOfMemoryError as error:
+            failure = unsupported("graph_memory", error=_first_line(error))
+        except RuntimeError as error:
+            failure = unsupported("graph_failed", error=_first_line(error))
+        if failure is not None:  # out of the handler, which holds on to what was allocated
+            self._give_up(failure)
+            return
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items() if _is_tensor(value))
+        gib = self._recorder.pool_bytes() / 2**30
+        self._tell(f"captured {shapes} in {time.perf_counter() - began:.1f} s; graphs have {gib:.2f} GiB to compute in")
+
+    def _mark(self, key: Any, kind: Kind) -> None:
+        """Notes that a step begins while replays are still on trial, and judges those of its shape."""
+        if not self._undecided:
+            return
+        self._marks.append(_Mark(key, kind, self._recorder.mark()))
+        steps = [(one.kind, one.event, following.event) for one, following in pairwise(self._marks) if one.key == key]
+        replays, eager = ([step[1:] for step in steps if step[0] == kind] for kind in ("replay", "eager"))
+        if key not in self._undecided or len(replays) < 2 or not eager:
+            return
+        self._undecided.discard(key)
+        replay, alone = (min(self._recorder.seconds(*step) for step in found) for found in (replays, eager))
+        if replay < WORTH_IT * alone:
+            self._tell(f"a replay takes {replay:.3f} s, the step by itself took {alone:.3f} s")
+        else:
+            self._give_up(unsupported("graph_slower", replay=replay, eager=alone))
+
+    def _give_up(self, reason: Unsupported) -> None:
+        self.reason = reason
+        self.release()
+        self._say(reason)
+
+    def _say(self, reason: Unsupported) -> None:
+        if reason.code in self._said:
+            return
+        self._said.add(reason.code)
+        self._lines.append(f"not captured: {reason}")
+        say = rank_zero_info if self.mode == "auto" else rank_zero_warn
+        say(f"CUDA graph: the step runs without one: {reason}")
+
+    def _tell(self, line: str) -> None:
+        self._lines.append(line)
+        rank_zero_info(f"CUDA graph: {line}")
+
+
+class Recorder:
+    """PyTorch's capture, one pool of memory for all that it records, and the device's clock."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def takes(self, device: torch.device) -> bool:
+        """Whether the device has graphs."""
+        return device.type == "cuda"
+
+    def record(self, run: Callable[[], None]) -> Any:
+        """A graph of what `run` launches, to be replayed. Nothing is computed yet."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Where capture fails it leaves its own stream the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+            run()
+        return graph
+
+    def release(self) -> None:
+        """Lets go of the pool, whose graphs are gone."""
+        if self._pool is not None:
+            self._pool = None
+            torch.cuda.empty_cache()
+
+    def pool_bytes(self) -> int:
+        """What the graphs compute in, which between replays the allocator takes for free."""
+        return sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment["segment_pool_id"]) == self._pool
+        )
+
+    def mark(self) -> Any:
+        """A point in the device's work."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two points; waits for the second."""
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class _Mark(NamedTuple):
+    """A step's beginning."""
+
+    key: Any
+    kind: Kind
+    event: Any
+
+
+class _Gradients:
+    """The gradients that graphs add to, which all share: parts of one buffer for each dtype, cleared in one go."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._flat: dict[Any, Tensor] = {}
+        sizes: Counter[Any] = Counter()
+        for parameter in parameters:
+            sizes[parameter.dtype, parameter.device] += parameter.numel()
+        for (dtype, device), size in sizes.items():
+            self._flat[dtype, device] = torch.zeros(size, dtype=dtype, device=device)
+        left = dict(self._flat)
+        self._buffers: list[Tensor] = []
+        for parameter in parameters:
+            kind = parameter.dtype, parameter.device
+            self._buffers.append(left[kind][: parameter.numel()].view_as(parameter))
+            left[kind] = left[kind][parameter.numel() :]
+
+    def put_in_place(self) -> None:
+        """Has each parameter's `.grad` be its buffer, with the value that it had; zero where it had none."""
+        if all(parameter.grad is None for parameter in self.parameters):
+            for flat in self._flat.values():
+                flat.zero_()
+        for parameter, buffer in zip(self.parameters, self._buffers, strict=True):
+            if parameter.grad is None:
+                buffer.zero_()
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Has them in place within, values aside, and what was there after it."""
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter, buffer in zip(self.parameters, self._buffers, strict=True):
+            parameter.grad = buffer
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(self.parameters, before, strict=True):
+                parameter.grad = gradient
+
+
+class _Captured:
+    """Forward and backward for one shape of batch."""
+
+    def __init__(
+        self, function: Callable[[Batch], Any], batch: Batch, gradients: _Gradients, recorder: Recorder
+    ) -> None:
+        self._function, self._gradients = function, gradients
+        self._batch = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in batch.items()}
+        device = next(value.device for value in self._batch.values() if isinstance(value, Tensor))
+        self._grad_loss = torch.ones((), device=device)
+        self._anchor = torch.empty(0, device=device, requires_grad=True)
+        self._outputs: Outputs = ()
+        self._is_single = False
+        self._used: set[nn.Parameter] = set()
+        self._step: object = None
+        self._forward = recorder.record(self._run_forward)
+        with gradients.in_place():
+            self._backward = recorder.record(self._run_backward)
+        self._outputs = tuple(output.detach() for output in self._outputs)
+        self._bytes = recorder.pool_bytes()
+
+    def __call__(self, batch: Batch) -> Any:
+        """Replays forward; backward is replayed when it is asked for."""
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                self._batch[name].copy_(value)
+        self._step = object()
+        outputs = _Replay.apply(self._anchor, self)
+        return outputs[0] if self._is_single else outputs
+
+    def replay_forward(self) -> tuple[object, Outputs]:
+        """The step, and its outputs, which the next one leaves alone."""
+        self._forward.replay()
+        device = self._anchor.device
+        _replayed[device] = max(_replayed.get(device, 0), self._bytes)
+        return self._step, tuple(output.detach().clone() for output in self._outputs)
+
+    def replay_backward(self, step: object, grad_loss: Tensor) -> None:
+        """Adds to the parameters' gradients."""
+        if step is not self._step:
+            raise RuntimeError(
+                "a captured step has one backward, before the next step begins: what it saved is overwritten. Train "
+                "without the CUDA graph to have more"
+            )
+        self._step = None
+        self._grad_loss.copy_(grad_loss)
+        had_none = [parameter for parameter in self._gradients.parameters if parameter.grad is None]
+        self._gradients.put_in_place()
+        self._backward.replay()
+        for parameter in had_none:
+            if parameter not in self._used:
+                parameter.grad = None
+
+    def release(self) -> None:
+        """Gives the graphs back."""
+        self._outputs = ()
+        for graph in (self._forward, self._backward):
+            graph.reset()
+
+    def _run_forward(self) -> None:
+        device = self._anchor.device.type
+        dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # A cast that an earlier step has cached would not be captured.
+        with torch.autocast(device, dtype, enabled=is_enabled, cache_enabled=False):
+            outputs = self._function(self._batch)
+        self._is_single = isinstance(outputs, Tensor)
+        self._outputs = (outputs,) if self._is_single else tuple(outputs)
+
+    def _run_backward(self) -> None:
+        self._used.clear()
+        hooks = [p.register_post_accumulate_grad_hook(self._used.add) for p in self._gradients.parameters]
+        try:
+            torch.autograd.backward(self._outputs[0], self._grad_loss.to(self._outputs[0].dtype))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Replay(torch.autograd.Function):
+    """Replays forward now and backward when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, captured: _Captured) -> Outputs:  # type: ignore[override]
+        ctx.captured = captured
+        ctx.step, outputs = captured.replay_forward()
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None]:  # type: ignore[override]
+        ctx.captured.replay_backward(ctx.step, grad_loss)
+        return None, None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -243,6 +243,16 @@ class InstructionData(LightningDataModule):
         return StatefulDataLoader(self._validation, batch_size=step, collate_fn=self.collate)
 
 
+def num_documents(batch: dict[str, Any]) -> int:
+    """Of a batch; `batch_size_fn` of Lightning's ThroughputMonitor."""
+    return batch["cu_seq_lens_q"].numel() - 1
+
+
+def num_tokens(batch: dict[str, Any]) -> int:
+    """Of a batch; `length_fn` of Lightning's ThroughputMonitor."""
+    return batch["input_ids"].numel()
+
+
 def _tokens_with_loss(packs: list[Pack]) -> int:
     return sum(label != IGNORED for pack in packs for document in pack for label in document.labels[1:])
 

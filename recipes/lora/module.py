@@ -13,12 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora.adapters import add_adapters, check_checkpoint, check_names, trained_products
+from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.base_model import apply_liger, build, check_memory, check_weights, read_config
 from lora.checkpointing import Mode, Recomputing, choose_checkpointing, enable_checkpointing
 from lora.data import InstructionData
-from lora.flops import batch_flops
 from lora.loss import LossImpl, choose_loss, losses
 from lora.sharding import check_strategy, rename_optimizer_state, shard
 
@@ -66,6 +65,8 @@ class MoELoRA(LightningModule):
         loss_impl: how the loss avoids the full logits: `torch`, `liger`, `chunked`, or `auto` for the first that can.
     """
 
+    flops_per_batch = None  # Lightning's ThroughputMonitor asks for it
+
     def __init__(
         self,
         architecture: dict[str, Any],
@@ -109,7 +110,6 @@ class MoELoRA(LightningModule):
         self.checkpointing: tuple[Mode, bool] = "none", False
         self.strict_loading = False  # checkpoints hold the adapter only
         self._loss_impl: LossImpl = "chunked"
-        self._boundaries: Tensor | None = None
 
     @property
     def _name(self) -> str | None:
@@ -202,21 +202,8 @@ class MoELoRA(LightningModule):
         """
         return self
 
-    @property
-    def flops_per_batch(self) -> int | None:
-        """Model FLOPs of the current training batch, for Lightning's ThroughputMonitor; None where no formula is known.
-
-        Waits for the device, for which the monitor has waited already.
-        """
-        if self._boundaries is None or not self.trainer.training:
-            return None
-        assert self.network is not None
-        config: Any = self.network.get_base_model().config
-        return batch_flops(config, self._boundaries, trained_products(self.hparams))
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean loss over all ranks' tokens that have a label, logged, and the router's on top if asked for."""
-        self._boundaries = batch["cu_seq_lens_q"]
         loss, balance = self._losses(batch)
         logged = self._mean(loss)
         self.log("train/loss", logged, prog_bar=True)

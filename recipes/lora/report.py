@@ -131,8 +131,6 @@ class RunReport(Callback):
             yield "tokens per second and rank", f"{logged['train/device/items_per_sec']:,.0f}"
             seconds = trainer.accumulate_grad_batches / logged["train/device/batches_per_sec"]
             yield "seconds per step", f"{seconds:.3f}"
-        if "train/device/mfu" in logged:
-            yield "model FLOPs utilisation", f"{logged['train/device/mfu']:.1%}"
         if self._peak_gib:
             kind = "allocated" if trainer.strategy.root_device.type == "cuda" else "resident"
             yield f"peak memory ({kind})", f"{self._peak_gib:.2f} GiB"

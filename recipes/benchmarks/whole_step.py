@@ -39,7 +39,7 @@ VariantName = Literal[
     "lightning_moe+offload",
 ]  # fmt: skip
 BASELINE = {
-    "attention": "sdpa", "liger": False, "loss_impl": "chunked", "checkpointing": "full", "offload": False,
+    "attention": "sdpa", "liger": False, "checkpointing": "full", "offload": False,
     "tile_tokens": 0, "fused_lora": False,
 }  # fmt: skip
 VARIANTS: dict[VariantName, dict[str, Any]] = {
@@ -224,7 +224,7 @@ def main(
         recipe: a configuration of qwen3_lora.py.
         lengths: tokens of each step, ascending; a variant that ran out of memory is not run again.
         variants: in turn; ratios are to the first. `baseline` is Transformers and PEFT as they come, each layer
-            recomputed, with a chunked loss; `+liger` has Liger's RMSNorm and rotary embedding as well, `+selective`
+            recomputed, with the recipe's loss; `+liger` has Liger's RMSNorm and rotary embedding as well, `+selective`
             attention kept as the recipe keeps it. `lightning_moe` is the recipe with selective checkpointing, `+full`
             with each layer recomputed, `+offload` with what is kept in host memory. What needs a GPU, or Liger, is left
             out where there is none.

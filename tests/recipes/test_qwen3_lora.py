@@ -363,11 +363,20 @@ def test_wrong_key_is_named(tmp_path, capsys):
     assert "rnak" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["rank=0", "learning_rate=-1", "warmup_steps=-1", "tile_tokens=-1", "dtype=half"])
-def test_model_options_out_of_range(option, capsys):
+@pytest.mark.parametrize(
+    "option",
+    [
+        "model.rank=0", "model.learning_rate=-1", "model.warmup_steps=-1", "model.tile_tokens=-1", "model.dtype=half",
+        "data.batch_size=0", "data.max_length=0", "data.validation_every=1", "data.packing=seperate",
+        "data.long_documents=cut",
+    ],
+)  # fmt: skip
+def test_options_out_of_range(option, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--model.{option}"])
-    assert f"model.{option.partition('=')[0]}" in capsys.readouterr().err
+        main(["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--{option}"])
+    error = capsys.readouterr().err
+    assert option.partition("=")[0] in error
+    assert option.partition("=")[2] in error
 
 
 def test_options_that_do_not_go_together():

@@ -132,22 +132,19 @@ class InstructionData(LightningDataModule):
     def _fit(self, documents: list[Document]) -> list[Document]:
         """Truncates or leaves out long documents, and leaves out those without a label within the length."""
         limit = None if self.packing == "wrapped" else self.max_length
-        is_long = [limit is not None and len(document.input_ids) > limit for document in documents]
-        if self.long_documents == "skip":
-            kept, what = [document for document, long in zip(documents, is_long, strict=True) if not long], "left out"
-        else:
-            kept, what = (
-                [Document(d.input_ids[:limit], d.labels[:limit], d.prompt, d.answer) for d in documents],
-                "truncated",
-            )
+        kept, what = [d for d in documents if limit is None or len(d.input_ids) <= limit], "left out"
+        num_long = len(documents) - len(kept)
+        if self.long_documents == "truncate":
+            kept = [Document(d.input_ids[:limit], d.labels[:limit], d.prompt, d.answer) for d in documents]
+            what = "truncated"
         fitting = [document for document in kept if _tokens_with_loss([[document]])]
         num_tokens = sum(len(document.input_ids) for document in fitting)
         share = _tokens_with_loss([fitting]) / max(num_tokens, 1)
         self._report = [
             f"{len(fitting):,} documents of {len(documents):,}, {num_tokens:,} tokens, {share:.0%} of them with a loss"
         ]
-        if any(is_long):
-            self._report.append(f"{sum(is_long):,} documents longer than {self.max_length:,} tokens are {what}")
+        if num_long:
+            self._report.append(f"{num_long:,} documents longer than {self.max_length:,} tokens are {what}")
         if without_loss := len(kept) - len(fitting):
             self._report.append(
                 f"{without_loss:,} documents have no token with a loss within that length and are left out"

@@ -11,10 +11,9 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
@@ -41,18 +40,14 @@ MODELS: dict[str, dict[str, Any]] = {
 HEADERS = ["tokens", "variant", "kept MiB", "peak MiB", "forward ms", "total ms", "× roofline", "largest error"]
 
 
-@dataclass(frozen=True)
-class Result:
-    """One variant at one size: MiB, milliseconds, the largest relative error; or why it did not run."""
+class Numbers(NamedTuple):
+    """Of one variant at one size: MiB, milliseconds, and the largest relative error."""
 
-    name: str
-    num_tokens: int
-    kept: float = 0.0
-    peak: float = 0.0
-    forward: float = 0.0
-    total: float = 0.0
+    kept: float
+    peak: float
+    forward: float
+    total: float
     error: float = 0.0
-    failure: str = ""
 
 
 class Block(nn.Module):
@@ -165,7 +160,7 @@ def errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, flo
     return {name: ((found[name].float() - want).norm() / want.norm()).item() for name, want in wanted.items()}
 
 
-def measure(layer: Layer, block: Block, inputs: tuple[Tensor, ...]) -> tuple[float, float, float, float]:
+def measure(layer: Layer, block: Block, inputs: tuple[Tensor, ...]) -> Numbers:
     """MiB kept by the forward pass and at the peak, and median milliseconds of forward and of both passes."""
     from triton.testing import do_bench
 
@@ -182,7 +177,7 @@ def measure(layer: Layer, block: Block, inputs: tuple[Tensor, ...]) -> tuple[flo
     output = layer(hidden, index, weights)
     kept = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
     output.backward(grad)
-    return kept / MIB, (torch.cuda.max_memory_allocated() - before) / MIB, forward, total
+    return Numbers(kept / MIB, (torch.cuda.max_memory_allocated() - before) / MIB, forward, total)
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -193,43 +188,39 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * 8192**3 / do_bench(lambda: left @ right, return_mode="median") * 1e3
 
 
-def bench(config: Qwen3MoeConfig, mode: Mode, num_tokens: int) -> list[Result]:
-    """Every variant at one size."""
-    device, results = torch.device("cuda"), []
+def bench(
+    config: Qwen3MoeConfig, mode: Mode, num_tokens: int, roofline: float, device: torch.device
+) -> list[list[str]]:
+    """The table's rows at one size; `roofline` in milliseconds."""
+    rows, baseline = [], None
     inputs = make_inputs(config, num_tokens, device, seed=0)
     wanted = reference(Block(config, mode, device), inputs)
     for name, make in track(variants(mode).items(), description=f"{num_tokens} tokens", transient=True):
         block = Block(config, mode, device)
         try:
             layer = make(block)
-            found = errors(run(layer, block, inputs), wanted)
-            results.append(Result(name, num_tokens, *measure(layer, block, inputs), max(found.values())))
-        except Exception as error:  # a peer that fails is a line of the table, not the end of it
-            results.append(Result(name, num_tokens, failure=f"{type(error).__name__}: {error}"[:60]))
+            error = max(errors(run(layer, block, inputs), wanted).values())
+            numbers = measure(layer, block, inputs)._replace(error=error)
+            baseline = baseline or numbers
+            cells = cells_of(numbers, baseline, roofline)
+        except Exception as problem:  # a peer that fails is a line of the table, not the end of it
+            cells = [f"{type(problem).__name__}: {problem}"[:60], *[""] * (len(HEADERS) - 3)]
+        rows.append([f"{num_tokens:,}", name, *cells])
         del block
         torch.cuda.empty_cache()
-    return results
-
-
-def rows_of(results: list[Result], rooflines: dict[int, float]) -> list[list[str]]:
-    """The table's cells, ratios to the baseline beside the numbers."""
-    rows = []
-    for result in results:
-        row = [str(result.num_tokens), result.name]
-        if result.failure:
-            rows.append([*row, result.failure, *[""] * (len(HEADERS) - 3)])
-            continue
-        base = next(r for r in results if r.num_tokens == result.num_tokens)
-        rows.append([
-            *row,
-            f"{result.kept:.0f} ({result.kept / base.kept:.2f})",
-            f"{result.peak:.0f} ({result.peak / base.peak:.2f})",
-            f"{result.forward:.2f}",
-            f"{result.total:.2f} ({result.total / base.total:.2f})",
-            f"{result.total / rooflines[result.num_tokens]:.2f}",
-            f"{result.error:.1e}",
-        ])  # fmt: skip
     return rows
+
+
+def cells_of(numbers: Numbers, baseline: Numbers, roofline: float) -> list[str]:
+    """Numbers, those of memory and time with their ratio to the baseline's."""
+    return [
+        f"{numbers.kept:.0f} ({numbers.kept / baseline.kept:.2f})",
+        f"{numbers.peak:.0f} ({numbers.peak / baseline.peak:.2f})",
+        f"{numbers.forward:.2f}",
+        f"{numbers.total:.2f} ({numbers.total / baseline.total:.2f})",
+        f"{numbers.total / roofline:.2f}",
+        f"{numbers.error:.1e}",
+    ]
 
 
 def main(
@@ -250,14 +241,14 @@ def main(
         sys.exit("experts_layer measures a GPU and there is none here")
     config = Qwen3MoeConfig(**MODELS[model])
     config._experts_implementation = "grouped_mm"
-    rate = matrix_rate(torch.device("cuda"))
+    device = torch.device("cuda")
+    rate = matrix_rate(device)
     # Per row three products of hidden x intermediate forward, three backward, three more for weights' gradients.
     passes = 3 if mode == "full" else 2
     work = 2 * 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok * passes
-    rooflines = {size: work * size / rate * 1e3 for size in tokens}
-    results = [result for size in tokens for result in bench(config, mode, size)]
+    rows = [row for size in tokens for row in bench(config, mode, size, work * size / rate * 1e3, device)]
     source = f"{provenance(__file__, 'transformers', 'peft')}; plain matrix product {rate / 1e12:.0f} TFLOP/s"
-    table = (f"{model}, {mode}", source, HEADERS, rows_of(results, rooflines))
+    table = (f"{model}, {mode}", source, HEADERS, rows)
     show(*table)
     if out is not None:
         write(out / "table.md", *table)

@@ -33,7 +33,7 @@ def next_token_loss(hidden_states: Tensor, head: nn.Module, labels: Tensor) -> T
         total = _ChunkedLoss.apply(hidden, targets, head, *(p for p in head.parameters() if p.requires_grad))
     else:
         chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-        total = torch.stack([_chunk_loss(chunk, head, target) for chunk, target in chunks]).sum()
+        total = torch.stack([_loss(head(chunk), target) for chunk, target in chunks]).sum()
     return total / (targets != IGNORED).sum().clamp_min(1)
 
 
@@ -48,11 +48,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for chunk, target, grad in zip(*chunks, strict=True):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
-                loss = _chunk_loss(leaf, head, target)
-            parts = torch.autograd.grad(loss, (leaf, *trained))
+                logits = head(leaf)
+            loss, grad_logits = _loss_and_gradient(logits.detach(), target)
+            parts = torch.autograd.grad(logits, (leaf, *trained), grad_logits)
             for into, part in zip((grad, *grads[1:]), parts, strict=True):
                 into += part
-            total += loss.detach()
+            total += loss
         ctx.save_for_backward(*grads)
         return total
 
@@ -63,8 +64,31 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden, None, None, *trained
 
 
-def _chunk_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum", ignore_index=IGNORED)
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of (tokens,) losses, and its gradient, softmax - 1 at the target, in the logits' dtype.
+
+    Each pass over (tokens, vocabulary) takes a good part of the time of a product with the head's weight: they are few.
+    """
+    log_probabilities, target, has_label = _log_probabilities(logits, targets)
+    of_target = log_probabilities.gather(1, target)
+    gradient = torch.exp(log_probabilities, out=torch.empty_like(logits))
+    gradient.scatter_(1, target, of_target.expm1().to(gradient.dtype))
+    return _sum(of_target, has_label), gradient.mul_(has_label)
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    log_probabilities, target, has_label = _log_probabilities(logits, targets)
+    return _sum(log_probabilities.gather(1, target), has_label)
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32; with the targets, any where there is no label; and where there is one: (tokens, 1)."""
+    has_label = (targets != IGNORED)[:, None]
+    return torch.log_softmax(logits, -1, dtype=torch.float32), targets[:, None].where(has_label, 0), has_label
+
+
+def _sum(of_target: Tensor, has_label: Tensor) -> Tensor:
+    return -of_target.where(has_label, 0).sum()
 
 
 def losses(causal: Any, inputs: dict[str, Any], labels: Tensor, *, balances: bool) -> tuple[Tensor, Tensor | None]:

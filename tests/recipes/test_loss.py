@@ -1,7 +1,5 @@
 """Tests of the loss: against the full logits, masked tokens, what is kept."""
 
-from weakref import ref
-
 import torch
 from lora.chat import IGNORED
 from lora.loss import CHUNK_TOKENS, next_token_loss
@@ -58,19 +56,18 @@ def test_each_token_predicts_the_next():
     assert abs(shifted - next_token_loss(hidden, head, labels)) > 1e-3
 
 
-def test_no_more_than_a_chunk_of_logits_is_kept():
+def test_no_logits_are_kept():
     saved = []
 
     def note(tensor):
-        saved.append((tensor.numel(), ref(tensor)))
+        saved.append(tensor.numel())
         return tensor
 
     hidden, head, labels = problem()
     head.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = next_token_loss(hidden, head, labels)
-    assert max(size for size, tensor in saved if tensor() is not None) <= hidden.numel()
-    assert max(size for size, _ in saved) == CHUNK_TOKENS * head.out_features
+    assert 0 < max(saved) <= hidden.numel()
     loss.backward()
 
 

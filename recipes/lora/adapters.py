@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -107,21 +107,3 @@ def _weights(options: Mapping[str, Any]) -> dict[str, Any]:
         return chosen | {"name": options.get("name")}
     architecture = {f"architecture.{name}": value for name, value in options.get("architecture", {}).items()}
     return chosen | architecture | {"init_seed": options.get("init_seed")}
-
-
-def trained_products(options: Mapping[str, Any]) -> dict[str, int | Literal["full"]]:
-    """What trains, by the names that `flops.model_flops` has: a rank, or `full`. One layer's alone keeps its path."""
-    rank = options["rank"]
-    trained: dict[str, int | Literal["full"]] = {_last(name): rank for name in options["target_modules"]}
-    if options["experts"]:
-        trained |= {"experts.gate_up_proj": rank, "experts.down_proj": rank}
-    if options["router"] != "frozen":
-        trained["gate"] = "full" if options["router"] == "trained" else rank
-    for name in options["modules_to_save"]:
-        if not name.endswith(("norm", "embed_tokens")):  # which take no products
-            trained[_last(name)] = "full"
-    return trained
-
-
-def _last(name: str) -> str:
-    return name if any(part.isdigit() for part in name.split(".")) else name.rpartition(".")[2]

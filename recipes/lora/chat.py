@@ -65,10 +65,7 @@ def read_records(source: str, split: str) -> list[tuple[str, Any]]:
         if int(datasets.__version__.partition(".")[0]) < 4:
             raise ImportError(f"datasets {datasets.__version__} may run a dataset's own code")
     except ImportError as error:
-        raise ValueError(
-            f"data.source {source!r} is not a .jsonl file, and no dataset can be loaded: {error}. "
-            'pip install "datasets>=4"'
-        ) from error
+        raise ValueError(f'data.source {source!r} is no .jsonl file: {error}. pip install "datasets>=4"') from error
     try:
         rows = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -140,8 +137,9 @@ class ChatTokenizer:
     ) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token to end an answer with: set one in its configuration")
-        own: Any = tokenizer.chat_template
-        template: str | None = chat_template or (own.get("default") if isinstance(own, dict) else own)
+        template = chat_template
+        if template is None and tokenizer.chat_template is not None:
+            template = tokenizer.get_chat_template()  # the default one, where there are several
         self._tokenizer = tokenizer
         self._assistant_only_loss = assistant_only_loss
         self._template = template

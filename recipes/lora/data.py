@@ -6,9 +6,10 @@ resumes. The default is tiny.jsonl, questions and answers that a small random mo
 
 from bisect import bisect_left, insort
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
@@ -19,8 +20,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora.chat import IGNORED, ChatTokenizer, Document, encode_all, read_records
 
-LongDocuments = Literal["truncate", "skip"]
-Packing = Literal["none", "bfd", "wrapped"]
+TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
 Pack = list[Document]
 
 TINY = Path(__file__).with_name("tiny.jsonl")
@@ -48,35 +48,21 @@ class InstructionData(LightningDataModule):
 
     def __init__(
         self,
-        batch_size: int = 8,
-        max_length: int = 256,
+        batch_size: PositiveInt = 8,
+        max_length: PositiveInt = 256,
         tokenizer: str | None = None,
         source: str | None = None,
         split: str = "train",
         chat_template: Path | None = None,
         assistant_only_loss: bool = True,
-        long_documents: LongDocuments = "truncate",
-        packing: Packing = "none",
-        validation_every: int = 20,
+        long_documents: Literal["truncate", "skip"] = "truncate",
+        packing: Literal["none", "bfd", "wrapped"] = "none",
+        validation_every: TwoOrMore = 20,  # type: ignore[valid-type]
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least = {
-            "batch_size": (batch_size, 1),
-            "max_length": (max_length, 2),
-            "validation_every": (validation_every, 2),
-        }
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"data.{name} must be at least {least}, not {value}")
-        for name, chosen, choices in (("long_documents", long_documents, get_args(LongDocuments)),
-                                      ("packing", packing, get_args(Packing))):  # fmt: skip
-            if chosen not in choices:
-                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, not {chosen!r}")
-        if chat_template is not None and not Path(chat_template).is_file():
-            raise ValueError(f"data.chat_template {str(chat_template)!r}: there is no such file")
-        self.batch_size = batch_size
-        self.max_length = max_length
+        self.batch_size = int(batch_size)  # checkpoints hold plain types
+        self.max_length = int(max_length)
         self.source = str(TINY) if source is None else source
         self.split = split
         self.long_documents = long_documents
@@ -146,22 +132,19 @@ class InstructionData(LightningDataModule):
     def _fit(self, documents: list[Document]) -> list[Document]:
         """Truncates or leaves out long documents, and leaves out those without a label within the length."""
         limit = None if self.packing == "wrapped" else self.max_length
-        is_long = [limit is not None and len(document.input_ids) > limit for document in documents]
-        if self.long_documents == "skip":
-            kept, what = [document for document, long in zip(documents, is_long, strict=True) if not long], "left out"
-        else:
-            kept, what = (
-                [Document(d.input_ids[:limit], d.labels[:limit], d.prompt, d.answer) for d in documents],
-                "truncated",
-            )
+        kept, what = [d for d in documents if limit is None or len(d.input_ids) <= limit], "left out"
+        num_long = len(documents) - len(kept)
+        if self.long_documents == "truncate":
+            kept = [Document(d.input_ids[:limit], d.labels[:limit], d.prompt, d.answer) for d in documents]
+            what = "truncated"
         fitting = [document for document in kept if _tokens_with_loss([[document]])]
         num_tokens = sum(len(document.input_ids) for document in fitting)
         share = _tokens_with_loss([fitting]) / max(num_tokens, 1)
         self._report = [
             f"{len(fitting):,} documents of {len(documents):,}, {num_tokens:,} tokens, {share:.0%} of them with a loss"
         ]
-        if any(is_long):
-            self._report.append(f"{sum(is_long):,} documents longer than {self.max_length:,} tokens are {what}")
+        if num_long:
+            self._report.append(f"{num_long:,} documents longer than {self.max_length:,} tokens are {what}")
         if without_loss := len(kept) - len(fitting):
             self._report.append(
                 f"{without_loss:,} documents have no token with a loss within that length and are left out"
@@ -241,6 +224,16 @@ class InstructionData(LightningDataModule):
         """The held-out documents in order."""
         step = self.batch_size * self._world_size
         return StatefulDataLoader(self._validation, batch_size=step, collate_fn=self.collate)
+
+
+def num_documents(batch: dict[str, Any]) -> int:
+    """Of a batch; `batch_size_fn` of Lightning's ThroughputMonitor."""
+    return batch["cu_seq_lens_q"].numel() - 1
+
+
+def num_tokens(batch: dict[str, Any]) -> int:
+    """Of a batch; `length_fn` of Lightning's ThroughputMonitor."""
+    return batch["input_ids"].numel()
 
 
 def _tokens_with_loss(packs: list[Pack]) -> int:

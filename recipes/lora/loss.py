@@ -1,56 +1,22 @@
 """The loss on the next token without the full logits: 16,384 tokens of a 152k vocabulary would take 9 GiB in float32.
 
-torch     torch.nn.functional.linear_cross_entropy (torch 2.13 and later)
-liger     Liger's fused linear cross-entropy, on a GPU where the package is installed
-chunked   the head and the loss on some tokens at a time, computed again in backward; for any head
+The head and the loss run on some tokens at a time, for any head, and each part's gradients are formed at once: nothing
+is computed again in backward, and what is kept for it is as large as the hidden states.
 """
 
-import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-LossImpl = Literal["torch", "liger", "chunked"]
+from lora.chat import IGNORED
 
 CHUNK_TOKENS = 1024
-IGNORED = -100
 
 
-def choose_loss(wanted: LossImpl | Literal["auto"], head: nn.Module, device: torch.device) -> LossImpl:
-    """The implementation to take with this head on this device.
-
-    Args:
-        wanted: one of them, or `auto` for the first that can be taken, in the order torch, liger, chunked.
-        head: the model's language head; only a bias-free `nn.Linear`, frozen or trained, can do without its logits.
-        device: where it runs.
-
-    Raises:
-        ValueError: where the wanted one cannot be taken, with the reason.
-    """
-    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.bias is None
-    obstacles: dict[LossImpl, str | None] = {
-        "torch": None if hasattr(nn.functional, "linear_cross_entropy") else "torch 2.13 or later is needed",
-        "liger": "it needs a GPU"
-        if device.type != "cuda"
-        else None
-        if importlib.util.find_spec("liger_kernel")
-        else "the package liger-kernel is not installed",
-        "chunked": None,
-    }
-    if not linear:
-        for impl in ("torch", "liger"):
-            obstacles[impl] = f"the head is a {type(head).__name__}, not a plain linear layer: leave adapters off it"
-    if wanted == "auto":
-        return next(impl for impl, obstacle in obstacles.items() if obstacle is None)
-    if obstacle := obstacles[wanted]:
-        raise ValueError(f"model.loss_impl '{wanted}' cannot be taken: {obstacle}")
-    return wanted
-
-
-def next_token_loss(hidden_states: Tensor, head: Any, labels: Tensor, impl: LossImpl) -> Tensor:
+def next_token_loss(hidden_states: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     """Mean cross-entropy over the tokens that have a label.
 
     Args:
@@ -58,52 +24,88 @@ def next_token_loss(hidden_states: Tensor, head: Any, labels: Tensor, impl: Loss
         head: from H to the vocabulary.
         labels: (1, tokens) int64, as the tokens themselves: each is compared with what the token before it predicts.
             -100 where there is no loss.
-        impl: how, from `choose_loss`.
 
     Returns:
         () float32; 0 where no token has a label.
     """
     hidden, targets = hidden_states[0, :-1], labels[0, 1:]
-    count = (targets != IGNORED).sum().clamp_min(1)
-    if impl == "chunked":
-        chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-        sums = [checkpoint(_chunk_loss, chunk, head, target, use_reentrant=False) for chunk, target in chunks]
-        return torch.stack(sums).sum() / count
-    weight = head.weight.to(hidden.dtype)  # a head that trains is float32
-    if impl == "torch":
-        # Its sum would be rounded to bfloat16; each token's loss is too, but adds up in float32.
-        total = nn.functional.linear_cross_entropy(
-            hidden, weight, targets, reduction="none", ignore_index=IGNORED, options=nn.LinearCrossEntropyOptions()
-        ).sum(dtype=torch.float32)
+    if torch.is_grad_enabled():
+        total = _ChunkedLoss.apply(hidden, targets, head, *(p for p in head.parameters() if p.requires_grad))
     else:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        total = torch.stack([_loss(head(chunk), target) for chunk, target in chunks]).sum()
+    return total / (targets != IGNORED).sum().clamp_min(1)
 
-        total = liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED)
-    return total.float() / count
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The sum over tokens, and in forward already its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:  # type: ignore[override]
+        total = torch.zeros((), device=hidden.device)
+        grads = [torch.zeros_like(tensor) for tensor in (hidden, *trained)]
+        chunks = (tensor.split(CHUNK_TOKENS) for tensor in (hidden, targets, grads[0]))
+        for chunk, target, grad in zip(*chunks, strict=True):
+            with torch.enable_grad():
+                leaf = chunk.detach().requires_grad_()
+                logits = head(leaf)
+            loss, grad_logits = _loss_and_gradient(logits.detach(), target)
+            parts = torch.autograd.grad(logits, (leaf, *trained), grad_logits)
+            for into, part in zip((grad, *grads[1:]), parts, strict=True):
+                into += part
+            total += loss
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, *trained = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return hidden, None, None, *trained
 
 
-def losses(
-    causal: Any, inputs: dict[str, Any], labels: Tensor, impl: LossImpl, *, balances: bool
-) -> tuple[Tensor, Tensor | None]:
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of (tokens,) losses, and its gradient, softmax - 1 at the target, in the logits' dtype.
+
+    Each pass over (tokens, vocabulary) takes a good part of the time of a product with the head's weight: they are few.
+    """
+    log_probabilities, target, has_label = _log_probabilities(logits, targets)
+    of_target = log_probabilities.gather(1, target)
+    gradient = torch.exp(log_probabilities, out=torch.empty_like(logits))
+    gradient.scatter_(1, target, of_target.expm1().to(gradient.dtype))
+    return _sum(of_target, has_label), gradient.mul_(has_label)
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    log_probabilities, target, has_label = _log_probabilities(logits, targets)
+    return _sum(log_probabilities.gather(1, target), has_label)
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32; with the targets, any where there is no label; and where there is one: (tokens, 1)."""
+    has_label = (targets != IGNORED)[:, None]
+    return torch.log_softmax(logits, -1, dtype=torch.float32), targets[:, None].where(has_label, 0), has_label
+
+
+def _sum(of_target: Tensor, has_label: Tensor) -> Tensor:
+    return -of_target.where(has_label, 0).sum()
+
+
+def losses(causal: Any, inputs: dict[str, Any], labels: Tensor, *, balances: bool) -> tuple[Tensor, Tensor | None]:
     """The loss on the next token and, if asked for, the router's load-balancing loss, () float32 each.
 
     Args:
         causal: a causal language model.
         inputs: what its decoder takes.
         labels: see `next_token_loss`.
-        impl: see `next_token_loss`.
         balances: whether the router's is asked for.
     """
     extra = {"output_router_logits": True} if balances else {}
     outputs = causal.get_decoder()(**inputs, use_cache=False, **extra)
-    loss = next_token_loss(outputs.last_hidden_state, causal.get_output_embeddings(), labels, impl)
+    loss = next_token_loss(outputs.last_hidden_state, causal.get_output_embeddings(), labels)
     if not balances:
         return loss, None
     config = causal.config
     balance = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
     assert isinstance(balance, Tensor)
     return loss, balance
-
-
-def _chunk_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum", ignore_index=IGNORED)

@@ -13,13 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora.adapters import add_adapters, check_checkpoint, check_names, trained_products
+from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.base_model import apply_liger, build, check_memory, check_weights, read_config
 from lora.checkpointing import Mode, Recomputing, choose_checkpointing, enable_checkpointing
 from lora.data import InstructionData
-from lora.flops import batch_flops
-from lora.loss import LossImpl, choose_loss, losses
+from lora.loss import losses
 from lora.sharding import check_strategy, rename_optimizer_state, shard
 
 GENERATED_TOKENS = 48
@@ -63,8 +62,9 @@ class MoELoRA(LightningModule):
         attention: `varlen`, the recipe's own, or a name that Transformers knows: `sdpa`, `flash_attention_2`, ...
         fused_lora: have the products of adapted linear layers add their updates; PEFT's own passes where false.
         liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had.
-        loss_impl: how the loss avoids the full logits: `torch`, `liger`, `chunked`, or `auto` for the first that can.
     """
+
+    flops_per_batch = None  # Lightning's ThroughputMonitor asks for it
 
     def __init__(
         self,
@@ -89,7 +89,6 @@ class MoELoRA(LightningModule):
         attention: str = VARLEN,
         fused_lora: bool = True,
         liger: bool | None = None,
-        loss_impl: LossImpl | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         if init == "pretrained" and not name:
@@ -108,8 +107,6 @@ class MoELoRA(LightningModule):
         self.description: dict[str, str] = {}
         self.checkpointing: tuple[Mode, bool] = "none", False
         self.strict_loading = False  # checkpoints hold the adapter only
-        self._loss_impl: LossImpl = "chunked"
-        self._boundaries: Tensor | None = None
 
     @property
     def _name(self) -> str | None:
@@ -154,13 +151,11 @@ class MoELoRA(LightningModule):
             base.get_decoder().layers, mode, offload=offload, tile_tokens=options["tile_tokens"],
             router=options["router_module"],
         )  # fmt: skip
-        self._loss_impl = choose_loss(options["loss_impl"], base.get_output_embeddings(), base.device)
         base.losses = MethodType(losses, base)
         self.description = {
             "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}",
             "attention": options["attention"],
             "norms and rotary embedding": norms,
-            "loss": f"{self._loss_impl}, without the full logits",
             "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
             "router": self._describe_router(),
         }
@@ -202,21 +197,8 @@ class MoELoRA(LightningModule):
         """
         return self
 
-    @property
-    def flops_per_batch(self) -> int | None:
-        """Model FLOPs of the current training batch, for Lightning's ThroughputMonitor; None where no formula is known.
-
-        Waits for the device, for which the monitor has waited already.
-        """
-        if self._boundaries is None or not self.trainer.training:
-            return None
-        assert self.network is not None
-        config: Any = self.network.get_base_model().config
-        return batch_flops(config, self._boundaries, trained_products(self.hparams))
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean loss over all ranks' tokens that have a label, logged, and the router's on top if asked for."""
-        self._boundaries = batch["cu_seq_lens_q"]
         loss, balance = self._losses(batch)
         logged = self._mean(loss)
         self.log("train/loss", logged, prog_bar=True)
@@ -242,7 +224,7 @@ class MoELoRA(LightningModule):
         causal: Any = self.network.get_base_model()
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "weight")}
         balances = bool(self.hparams["router_aux_loss"]) and self.training
-        loss, balance = causal.losses(inputs, batch["labels"], self._loss_impl, balances=balances)
+        loss, balance = causal.losses(inputs, batch["labels"], balances=balances)
         return loss * batch["weight"], balance
 
     def configure_optimizers(self) -> Any:

@@ -3,7 +3,6 @@
 import html
 import math
 import os
-import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor
 
-RECIPE = Path(__file__).parents[1] / "qwen3_lora.py"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "lightning_moe")
 
 MIB = 2**20
@@ -90,7 +88,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The summary of what there is."""
-        if trainer.state.fn != "fit" or not self._losses or not trainer.is_global_zero:
+        if not self._losses or not trainer.is_global_zero:
             return
         try:
             reason = repr(exception).partition("\\n")[0]  # a traceback is no row of a table
@@ -106,21 +104,17 @@ class RunReport(Callback):
         self._peak_gib = max(self._peak_gib, float(trainer.callback_metrics.get("memory/peak_allocated_gib", 0)))
 
     def _summarize(self, trainer: Trainer, module: LightningModule, outcome: str) -> None:
-        rows = [("run", outcome), *self._training_rows(trainer), *_model_rows(trainer, module), *self._sample_rows()]
-        rows += _file_rows(trainer)
         path = self._folder / "report" / "summary.md"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_markdown(rows, trainer, path.parent), "utf-8")
-            rows.append(("report", os.path.relpath(path)))
-        except OSError as error:
-            rank_zero_warn(f"{path} could not be written: {error}")
+        rows = [("run", outcome), *self._training_rows(trainer), *_model_rows(trainer, module), *self._sample_rows()]
+        rows += [*_file_rows(trainer), ("report", os.path.relpath(path))]
         table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
         table.add_column()
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(name, Text(value))  # an answer's brackets are no markup
         Console().print(table)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_markdown(rows, trainer, path.parent), "utf-8")
 
     def _training_rows(self, trainer: Trainer) -> Iterator[tuple[str, str]]:
         logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
@@ -131,8 +125,6 @@ class RunReport(Callback):
             yield "tokens per second and rank", f"{logged['train/device/items_per_sec']:,.0f}"
             seconds = trainer.accumulate_grad_batches / logged["train/device/batches_per_sec"]
             yield "seconds per step", f"{seconds:.3f}"
-        if "train/device/mfu" in logged:
-            yield "model FLOPs utilisation", f"{logged['train/device/mfu']:.1%}"
         if self._peak_gib:
             kind = "allocated" if trainer.strategy.root_device.type == "cuda" else "resident"
             yield f"peak memory ({kind})", f"{self._peak_gib:.2f} GiB"
@@ -174,8 +166,9 @@ def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str
 def _file_rows(trainer: Trainer) -> Iterator[tuple[str, str]]:
     for logger in trainer.loggers:
         yield type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or ".")
-    if checkpoint := _checkpoint(trainer):
-        yield "checkpoint", os.path.relpath(checkpoint)
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and (checkpoint := callback.last_model_path or callback.best_model_path):
+        yield "to go on", f"--ckpt_path {os.path.relpath(checkpoint)}"
     for exporter in _of_type(trainer, AdapterExport):
         for layout, folder in exporter.folders.items():
             yield f"PEFT adapter, {layout}", os.path.relpath(folder)
@@ -183,11 +176,6 @@ def _file_rows(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 def _of_type(trainer: Trainer, kind: type[C]) -> list[C]:
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
-
-
-def _checkpoint(trainer: Trainer) -> str | None:
-    callback = trainer.checkpoint_callback
-    return (callback.last_model_path or callback.best_model_path) if isinstance(callback, ModelCheckpoint) else None
 
 
 def _markdown(rows: list[tuple[str, str]], trainer: Trainer, folder: Path) -> str:
@@ -199,9 +187,4 @@ def _markdown(rows: list[tuple[str, str]], trainer: Trainer, folder: Path) -> st
     for monitor in _of_type(trainer, ExpertLoadMonitor):
         if monitor.heat_map is not None:
             lines += [f"![load of the experts]({os.path.relpath(monitor.heat_map, folder)})", ""]
-    if checkpoint := _checkpoint(trainer):
-        config = folder.parent / "config.yaml"  # as LightningCLI leaves it
-        options = ["--config", os.path.relpath(config)] if config.exists() else []
-        command = ["python", os.path.relpath(RECIPE), "fit", *options, "--ckpt_path", os.path.relpath(checkpoint)]
-        lines += ["To go on from the last checkpoint:", "", "```bash", shlex.join(command), "```", ""]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import pytest
 from helpers.models import qwen3, qwen3_config
-from lora.adapters import add_adapters, check_checkpoint, check_names, trained_products
+from lora.adapters import add_adapters, check_checkpoint, check_names
 
 OPTIONS = {
     "architecture": {"num_experts": 8, "hidden_size": 32}, "init": "random", "init_seed": 0, "name": None, "rank": 4,
@@ -65,20 +65,3 @@ def test_a_folder_with_the_base_may_move_and_another_name_may_not(tmp_path):
     check_checkpoint(PRETRAINED | {"name": str(tmp_path)}, PRETRAINED | {"name": "/where/it/was"})
     with pytest.raises(ValueError, match="model.name is 'Qwen/two' and was 'Qwen/one'"):
         check_checkpoint(PRETRAINED | {"name": "Qwen/two"}, PRETRAINED)
-
-
-@pytest.mark.parametrize(
-    ("changed", "trained"),
-    [
-        ({}, {"q_proj": 4, "v_proj": 4}),
-        ({"target_modules": ("self_attn.o_proj",), "modules_to_save": ("mlp.gate",)}, {"o_proj": 4, "gate": "full"}),
-        ({"target_modules": ("q_proj",), "modules_to_save": ("lm_head", "model.norm", "embed_tokens")},
-         {"q_proj": 4, "lm_head": "full"}),
-        ({"target_modules": ("layers.0.self_attn.q_proj",)}, {"layers.0.self_attn.q_proj": 4}),
-        ({"target_modules": (), "experts": True, "router": "lora"},
-         {"experts.gate_up_proj": 4, "experts.down_proj": 4, "gate": 4}),
-        ({"target_modules": (), "router": "trained"}, {"gate": "full"}),
-    ],
-)  # fmt: skip
-def test_products_that_train_have_the_names_of_the_flops(changed, trained):
-    assert trained_products(OPTIONS | changed) == trained

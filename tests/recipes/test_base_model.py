@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from types import SimpleNamespace
 
@@ -46,9 +47,7 @@ def test_random_weights_depend_on_their_own_seed_alone():
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
 
 
-def test_a_name_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"neither a folder with a config.json nor .* --model.init random"):
-        base_model.read_config(str(tmp_path / "nowhere"), {})
+def test_an_unknown_family_is_refused():
     with pytest.raises(ValueError, match="model.architecture.model_type is 'qwen3_mow', which Transformers does not"):
         base_model.read_config(None, {"model_type": "qwen3_mow"})
 
@@ -66,16 +65,12 @@ def test_fields_that_no_model_has_are_named():
         base_model.read_config(None, fields | {"num_expert": 8, "hiden_size": 3})
 
 
-def test_missing_and_empty_shards_are_named(folder):
+def test_missing_shards_are_named(folder):
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 4
     shards[0].unlink()
-    shards[1].write_bytes(b"")
+    shards[1].unlink()
     with pytest.raises(ValueError, match=rf"lacks weights: {shards[0].name}, {shards[1].name}\. Copy the model again"):
-        base_model.check_weights(str(folder))
-    for shard in shards[2:]:
-        shard.unlink()
-    with pytest.raises(ValueError, match=rf"and {len(shards) - 3} more"):
         base_model.check_weights(str(folder))
 
 
@@ -107,6 +102,11 @@ def test_a_hub_out_of_reach_is_said(monkeypatch):
     monkeypatch.setattr(base_model.huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ValueError, match=r"Qwen3-30B-A3B' is no folder, and the hub .* \(OSError\): connect to it"):
         base_model.check_weights("Qwen/Qwen3-30B-A3B")
+
+
+def test_without_the_hub_the_cache_is_read(monkeypatch):
+    monkeypatch.setattr(base_model.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    base_model.check_weights("Qwen/Qwen3-30B-A3B")
 
 
 def test_a_mistyped_folder_is_named(tmp_path):
@@ -146,15 +146,17 @@ class Evil:
         return os.mkdir, (str(self.folder),)
 
 
-def test_weights_that_could_hold_code_are_refused(folder, tmp_path):
+def test_weights_that_could_hold_code_do_not_run_it(folder, tmp_path):
     torch.save({"lm_head.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps(content | {"weight_map": dict.fromkeys(content["weight_map"], "pytorch_model.bin")}))
-    with pytest.raises(ValueError, match="names pytorch_model.bin: only safetensors are read"):
-        base_model.check_weights(str(folder))
+    config = base_model.read_config(str(folder), {})
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        base_model.build(str(folder), config, torch.float32, CPU, "sdpa", 0)
+    assert not (tmp_path / "ran").exists()
     for file in (index, *folder.glob("*.safetensors")):
         file.unlink()
     with pytest.raises(OSError, match="no file named model.safetensors"):
-        base_model.build(str(folder), base_model.read_config(str(folder), {}), torch.float32, CPU, "sdpa", 0)
+        base_model.build(str(folder), config, torch.float32, CPU, "sdpa", 0)
     assert not (tmp_path / "ran").exists()

@@ -223,17 +223,6 @@ def test_later_epochs_resume_in_their_order_too(data, stop):
     assert [sizes(resumed) for _ in whole[epoch + 1 :]] == whole[epoch + 1 :]
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"batch_size": 0}, "data.batch_size must be at least 1, not 0"),
-        ({"max_length": 1}, "data.max_length must be at least 2"),
-        ({"validation_every": 1}, "data.validation_every must be at least 2"),
-        ({"packing": "seperate"}, "data.packing must be one of none, bfd, wrapped, not 'seperate'"),
-        ({"long_documents": "cut"}, "data.long_documents must be one of truncate, skip, not 'cut'"),
-        ({"chat_template": "nowhere.jinja"}, "data.chat_template 'nowhere.jinja': there is no such file"),
-    ],
-)
-def test_options_out_of_range(options, words):
-    with pytest.raises(ValueError, match=words):
-        InstructionData(**options)
+def test_a_chat_template_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match="nowhere.jinja"):
+        InstructionData(chat_template="nowhere.jinja")

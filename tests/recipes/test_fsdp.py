@@ -38,6 +38,16 @@ def test_two_ranks_train_as_one_does(runs, kind):
         assert logged(runs / kind, name) == pytest.approx(logged(runs / "auto", name), rel=LIMIT), name
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_head_that_trains_does_so_over_two_ranks(kind, tmp_path):
+    start = partial(train, modules_to_save=["lm_head"])
+    start(tmp_path / "auto", "auto")
+    together(start, tmp_path / kind, kind)
+    wanted = values(tmp_path / "auto" / LAST)
+    assert any("lm_head" in name for name in wanted)
+    assert deviation(values(tmp_path / kind / LAST), wanted) < LIMIT
+
+
 def test_the_limit_tells_other_steps_apart(runs):
     assert deviation(values(runs / "auto" / HALFWAY), values(runs / "auto" / LAST)) > 100 * LIMIT
 

@@ -1,4 +1,4 @@
-"""MoELoRA: float32 adapters on a bfloat16 base, families other than Qwen3-MoE, FLOPs of a batch."""
+"""MoELoRA: float32 adapters on a bfloat16 base, families other than Qwen3-MoE, throughput."""
 
 from collections import defaultdict
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lora.flops import model_flops, num_documents, num_tokens
+from lora.data import num_documents, num_tokens
 from qwen3_lora import UNHELPFUL_WARNINGS
 
 from lightning_moe import MoEGateGradCallback
@@ -165,39 +165,27 @@ class Clock:
     now = 0.0
 
 
-@pytest.mark.parametrize(("accumulate", "architecture"), [(1, ARCHITECTURE), (3, ARCHITECTURE), (1, OLMOE)])
-def test_throughput_counts_tokens_and_flops_of_each_batch(accumulate, architecture, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_throughput_counts_tokens_of_each_batch(accumulate, tmp_path, monkeypatch):
     """One second a batch, a hundred for validation; Lightning's monitor does the rest."""
     logged, batches = [], []
     monkeypatch.setattr("lightning.pytorch.callbacks.throughput_monitor.time.perf_counter", lambda: Clock.now)
-    monkeypatch.setattr(
-        "lightning.pytorch.callbacks.throughput_monitor.get_available_flops", lambda device, dtype: 1_000_000
-    )
 
     class Tick(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             Clock.now += 1
-            batches.append((num_tokens(batch), batch["cu_seq_lens_q"].diff().square().sum().item()))
+            batches.append(num_tokens(batch))
 
         def on_validation_batch_start(self, *_):
             Clock.now += 100
 
     logger = CSVLogger(tmp_path)
     monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(dict(metrics)))
-    network = module(architecture)
     monitor = ThroughputMonitor(num_documents, num_tokens, window_size=4)
     options = {"log_every_n_steps": 2, "limit_val_batches": 1, "val_check_interval": 4}
     run = trainer(tmp_path, 4, Tick(), monitor, logger=logger, accumulate_grad_batches=accumulate, **options)
-    run.fit(network, data(max_length=128))
+    run.fit(module(), data(max_length=128))
     last = [row for row in logged if "train/device/items_per_sec" in row][-1]
     assert last["train/device/batches_per_sec"] == pytest.approx(1)
-    assert last["train/device/items_per_sec"] == pytest.approx(sum(tokens for tokens, _ in batches[-3:]) / 3)
-    assert len({tokens for tokens, _ in batches}) > 1
-    if architecture is OLMOE:
-        assert not any("mfu" in name for row in logged for name in row)
-    else:
-        config = network.network.get_base_model().config
-        rank = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
-        flops = sum(model_flops(config, *batch, rank) for batch in batches[-3:])
-        assert last["train/device/mfu"] == pytest.approx(flops / 3 / 1_000_000)
-        assert not any("validate/device/mfu" in row for row in logged)
+    assert last["train/device/items_per_sec"] == pytest.approx(sum(batches[-3:]) / 3)
+    assert len(set(batches)) > 1

@@ -115,11 +115,9 @@ def test_resumed_losses_equal_the_uninterrupted_runs(twenty_steps, tmp_path):
 
 def test_options_count_beside_a_checkpoint_and_another_model_is_refused(twenty_steps, tmp_path):
     checkpoint = f"--ckpt_path={twenty_steps[0] / 'log' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
-    changed = ["--model.learning_rate=1e-5", "--model.checkpointing=full", "--model.loss_impl=chunked"]
+    changed = ["--model.learning_rate=1e-5", "--model.checkpointing=full"]
     cli = fit(tmp_path, *changed, checkpoint, steps=21)
-    assert [cli.model.hparams[name] for name in ("learning_rate", "checkpointing", "loss_impl")] == [
-        1e-5, "full", "chunked"
-    ]  # fmt: skip
+    assert [cli.model.hparams[name] for name in ("learning_rate", "checkpointing")] == [1e-5, "full"]
     with pytest.raises(ValueError, match=r"another model: model.alpha is 64 and was 32. Set it as it was"):
         fit(tmp_path, "--model.alpha=64", checkpoint, steps=22)
 
@@ -223,8 +221,7 @@ OPTIONS = {
 
 
 # Of which the baseline has its own; options with none of these share one baseline.
-PLAIN = {"--model.checkpointing": "none", "--model.tile_tokens": "0", "--model.attention": "sdpa",
-         "--model.loss_impl": "chunked"}  # fmt: skip
+PLAIN = {"--model.checkpointing": "none", "--model.tile_tokens": "0", "--model.attention": "sdpa"}
 
 
 @pytest.fixture(scope="module")
@@ -366,11 +363,20 @@ def test_wrong_key_is_named(tmp_path, capsys):
     assert "rnak" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["rank=0", "learning_rate=-1", "warmup_steps=-1", "tile_tokens=-1", "dtype=half"])
-def test_model_options_out_of_range(option, capsys):
+@pytest.mark.parametrize(
+    "option",
+    [
+        "model.rank=0", "model.learning_rate=-1", "model.warmup_steps=-1", "model.tile_tokens=-1", "model.dtype=half",
+        "data.batch_size=0", "data.max_length=0", "data.validation_every=1", "data.packing=seperate",
+        "data.long_documents=cut",
+    ],
+)  # fmt: skip
+def test_options_out_of_range(option, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--model.{option}"])
-    assert f"model.{option.partition('=')[0]}" in capsys.readouterr().err
+        main(["fit", "--config", str(CONFIGS / "tiny.yaml"), f"--{option}"])
+    error = capsys.readouterr().err
+    assert option.partition("=")[0] in error
+    assert option.partition("=")[2] in error
 
 
 def test_options_that_do_not_go_together():

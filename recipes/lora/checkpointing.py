@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lora.kept_results import keep_and_reuse, keeping
 from lora.offload import ActivationOffload
@@ -69,8 +69,22 @@ def choose_checkpointing(
     return modes[-1], places[-1][0]
 
 
+def draws_random_numbers(model: PreTrainedModel) -> bool:
+    """Whether a layer computed again has to draw its random numbers again, which takes the host time to see to."""
+    fields = model.config.to_dict().items()
+    return any(bool(value) for name, value in fields if "dropout" in name or "jitter" in name) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
+
+
 def enable_checkpointing(
-    layers: nn.ModuleList, mode: Mode, *, offload: bool = False, tile_tokens: int = 0, router: str = "mlp.gate"
+    layers: nn.ModuleList,
+    mode: Mode,
+    *,
+    offload: bool = False,
+    tile_tokens: int = 0,
+    router: str = "mlp.gate",
+    is_random: bool = True,
 ) -> None:
     """Has decoder layers recompute what `mode` says.
 
@@ -82,6 +96,7 @@ def enable_checkpointing(
         tile_tokens: where a sequence is longer, the `mlp` runs this many tokens at a time and once more in backward,
             so that one tile's activations exist at a time. 0 for never.
         router: a layer's module, if it has it, that chooses the experts.
+        is_random: whether the layers draw random numbers.
 
     Raises:
         ValueError: where `offload` has nothing to work on.
@@ -89,31 +104,37 @@ def enable_checkpointing(
     if offload and mode == "none":
         raise ValueError("model.offload brings to the host what checkpointing keeps: set checkpointing, not 'none'")
     offloading = ActivationOffload() if offload else None
+    checkpointing = partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random)
     layer: Any
     for layer in layers:
         _keep_choice(layer, router)
         if tile_tokens:
-            layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
+            layer.mlp.forward = partial(_tiled, checkpointing, layer.mlp.forward, tile_tokens)
         if mode != "none":
-            layer.forward = partial(_checkpointed, layer.forward, mode == "selective", offloading)
+            layer.forward = partial(_checkpointed, checkpointing, layer.forward, mode == "selective", offloading)
 
 
 def _checkpointed(
-    forward: Callable[..., Any], keeps_attention: bool, offloading: ActivationOffload | None, *args: Any, **kwargs: Any
+    checkpointing: Callable[..., Any],
+    forward: Callable[..., Any],
+    keeps_attention: bool,
+    offloading: ActivationOffload | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The layer, computed again in backward."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if offloading is None:
         contexts = partial(keep_and_reuse, attention=keeps_attention)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpointing(forward, *args, context_fn=contexts, **kwargs)
     layer = offloading.next_layer()
     contexts = partial(
         keep_and_reuse, attention=keeps_attention, pack=layer.pack, unpack=layer.unpack,
         before_attention=layer.fetch_input_before, after_attention=layer.fetch_before,
     )  # fmt: skip
     with layer.hooks():
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpointing(forward, *args, context_fn=contexts, **kwargs)
 
 
 def _keep_choice(layer: Any, router: str) -> None:
@@ -130,9 +151,11 @@ def _within_keeping(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         return choose(*args, **kwargs)
 
 
-def _tiled(forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states: Tensor) -> Tensor:
+def _tiled(
+    checkpointing: Callable[..., Tensor], forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states: Tensor
+) -> Tensor:
     """The same of (1, tokens, H), tile by tile."""
     if hidden_states.shape[1] <= tile_tokens or not torch.is_grad_enabled():
         return forward(hidden_states)
-    run = partial(checkpoint, forward, use_reentrant=False, context_fn=partial(keep_and_reuse, attention=False))
+    run = partial(checkpointing, forward, context_fn=partial(keep_and_reuse, attention=False))
     return torch.cat([run(tile) for tile in hidden_states.split(tile_tokens, dim=1)], dim=1)

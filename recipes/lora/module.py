@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.base_model import apply_liger, build, check_memory, check_weights, read_config
-from lora.checkpointing import Mode, Recomputing, choose_checkpointing, enable_checkpointing
+from lora.checkpointing import (
+    Mode,
+    Recomputing,
+    choose_checkpointing,
+    draws_random_numbers,
+    enable_checkpointing,
+)
 from lora.data import InstructionData
 from lora.loss import losses
 from lora.sharding import check_strategy, rename_optimizer_state, shard
@@ -149,7 +155,7 @@ class MoELoRA(LightningModule):
         self.checkpointing = mode, offload = self._choose_checkpointing(base)
         enable_checkpointing(
             base.get_decoder().layers, mode, offload=offload, tile_tokens=options["tile_tokens"],
-            router=options["router_module"],
+            router=options["router_module"], is_random=draws_random_numbers(base),
         )  # fmt: skip
         base.losses = MethodType(losses, base)
         self.description = {

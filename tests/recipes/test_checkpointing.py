@@ -8,8 +8,9 @@ import torch
 from helpers.models import VOCABULARY, qwen3, qwen3_config
 from lora.attention import NAME as VARLEN
 from lora.attention import register
-from lora.checkpointing import choose_checkpointing, enable_checkpointing, kept_bytes
+from lora.checkpointing import choose_checkpointing, draws_random_numbers, enable_checkpointing, kept_bytes
 from lora.kept_results import ATTENTION
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -172,3 +173,31 @@ def test_what_fits_is_chosen(free_on_device, free_on_host, offload, chosen, monk
 def test_full_is_chosen_where_attention_cannot_be_kept():
     chosen = choose_checkpointing(qwen3_config(), 1, torch.float32, torch.device("cpu"), modes=("full",))
     assert chosen == ("full", False)
+
+
+def with_dropout():
+    network = model()
+    for layer in network.model.layers:
+        layer.post_attention_layernorm = nn.Sequential(layer.post_attention_layernorm, nn.Dropout(0.5))
+    return network
+
+
+@pytest.mark.parametrize("is_random", [True, False])
+def test_random_numbers_are_drawn_again_where_it_is_known_that_there_are_any(is_random):
+    found = []
+    for mode in ("none", "full"):
+        network = with_dropout()
+        assert draws_random_numbers(network)
+        enable_checkpointing(network.model.layers, mode, is_random=is_random)
+        torch.manual_seed(1)
+        found.append(step(network)[1])
+    close = [torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4) for mine, theirs in zip(*found, strict=True)]
+    assert all(close) == is_random
+
+
+@pytest.mark.parametrize(("field", "draws"), [("attention_dropout", True), ("head_dim", False)])
+def test_the_configuration_says_whether_there_are_random_numbers(field, draws):
+    network = model()
+    assert not draws_random_numbers(network)
+    setattr(network.config, field, 0.5)
+    assert draws_random_numbers(network) == draws

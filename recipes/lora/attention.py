@@ -6,22 +6,35 @@ runs a few heads at a time, because what backward needs beside its results grows
 """
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lora.kept_results import keeping, watch_attention
+from lora.kept_results import ATTENTION, keeping, watch_attention
 
 NAME = "varlen"
 
 # Tokens times key-value heads that one kernel call works on: more fill the card no better and take memory.
 TOKEN_HEADS_IN_FLIGHT = 131_072
+
+
+# The kernel that attention was first run by, for a report.
+kernels_run: set[str] = set()
+
+
+class _NoteKernel(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ATTENTION:
+            kernels_run.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def check_config(config: Any) -> None:
@@ -68,7 +81,7 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    with keeping():
+    with keeping(), nullcontext() if kernels_run else _NoteKernel():
         output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)
     return output, None

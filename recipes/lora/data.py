@@ -18,10 +18,14 @@ from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithFlattening
 
+from lightning_moe import CUDAGraphCallback
 from lora.chat import IGNORED, ChatTokenizer, Document, encode_all, read_records
 
 TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
 Pack = list[Document]
+
+# What a batch says of itself beside what the model takes.
+COUNTS = ("num_documents", "num_tokens")
 
 TINY = Path(__file__).with_name("tiny.jsonl")
 
@@ -195,6 +199,15 @@ class InstructionData(LightningDataModule):
         rows = [{"input_ids": d.input_ids, "labels": d.labels} for pack in share or packs[:1] for d in pack]
         return {**self._collator(rows), "weight": weight}
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Gives packs to train on one shape where steps are captured in CUDA graphs."""
+        trainer: Any = self.trainer
+        graphs = [c.graphed for c in trainer.callbacks if isinstance(c, CUDAGraphCallback) and c.graphed is not None]
+        if not trainer.training or self.packing != "bfd" or all(graphed.reason is not None for graphed in graphs):
+            return batch
+        most_documents = self.batch_size * max(map(len, self._training))
+        return fill_up(batch, self.batch_size * self.max_length, most_documents, self.max_length)
+
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled anew in each epoch, with a position that checkpoints keep.
 
@@ -228,12 +241,40 @@ class InstructionData(LightningDataModule):
 
 def num_documents(batch: dict[str, Any]) -> int:
     """Of a batch; `batch_size_fn` of Lightning's ThroughputMonitor."""
-    return batch["cu_seq_lens_q"].numel() - 1
+    return batch.get("num_documents", batch["cu_seq_lens_q"].numel() - 1)
 
 
 def num_tokens(batch: dict[str, Any]) -> int:
     """Of a batch; `length_fn` of Lightning's ThroughputMonitor."""
-    return batch["input_ids"].numel()
+    return batch.get("num_tokens", batch["input_ids"].numel())
+
+
+def fill_up(batch: dict[str, Any], length: int, documents: int, longest: int) -> dict[str, Any]:
+    """A batch of one shape, whatever is in it: one document more, without a loss, and empty ones after it.
+
+    The document is the batch's own beginning, so that the router sees text. With as many documents as there are at most
+    and nothing to fill up, the batch is as it was but for `max_length`.
+
+    Args:
+        batch: from `InstructionData.collate`.
+        length: tokens that it is to have.
+        documents: the most that a batch has.
+        longest: tokens that a document has at most.
+    """
+    ids, ends = batch["input_ids"], batch["cu_seq_lens_q"]
+    missing = length - ids.shape[1]
+    more = ids.repeat(1, -(-missing // ids.shape[1]))[:, :missing]
+    positions = torch.arange(missing)[None]
+    after = ends.new_full((documents + 2 - ends.numel(),), length)
+    filled = {
+        "input_ids": torch.cat([ids, more], 1),
+        "labels": torch.cat([batch["labels"], torch.full_like(more, IGNORED)], 1),
+        "position_ids": torch.cat([batch["position_ids"], positions], 1),
+        "cu_seq_lens_q": torch.cat([ends, after]), "cu_seq_lens_k": torch.cat([ends, after]),
+        "max_length_q": longest, "max_length_k": longest,
+        "num_documents": num_documents(batch), "num_tokens": num_tokens(batch),
+    }  # fmt: skip
+    return batch | filled
 
 
 def _tokens_with_loss(packs: list[Pack]) -> int:

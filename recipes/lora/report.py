@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor
+from lightning_moe import AdapterExport, CUDAGraphCallback, ExpertLoadMonitor, MemoryMonitor
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "lightning_moe")
 
@@ -157,6 +157,8 @@ def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str
     if on_experts := sum(size for name, size in sizes.items() if ".experts." in name):
         yield "of these on experts", f"{on_experts:,}"
     yield from getattr(module, "description", {}).items()
+    for graphs in _of_type(trainer, CUDAGraphCallback):
+        yield "CUDA graph", "; ".join(graphs.lines) or "nothing was captured"
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     yield "device", name + (f", {trainer.world_size} ranks" if trainer.world_size > 1 else "")

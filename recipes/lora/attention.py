@@ -26,7 +26,7 @@ NAME = "varlen"
 TOKEN_HEADS_IN_FLIGHT = 131_072
 
 
-# The kernel that attention was first run by, for a report.
+# The kernel that ran the first attention of training, for a report.
 kernels_run: set[str] = set()
 
 
@@ -81,7 +81,8 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    with keeping(), nullcontext() if kernels_run else _NoteKernel():
+    notes = torch.is_grad_enabled() and not kernels_run
+    with keeping(), _NoteKernel() if notes else nullcontext():
         output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)
     return output, None
@@ -112,7 +113,7 @@ def _attend(
         )  # fmt: skip
         assert isinstance(packed, Tensor)
         return packed[None]
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]  # `fill_up` adds empty documents
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     attended = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in documents]
     return torch.cat(attended, dim=1)

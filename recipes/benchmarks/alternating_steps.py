@@ -1,0 +1,196 @@
+"""Training steps of several variants in one process, in turn, on one base: for short steps, whose pace the host sets.
+
+    python recipes/benchmarks/alternating_steps.py                  the tiny model, also on a CPU
+    python recipes/benchmarks/alternating_steps.py --recipe recipes/configs/qwen3_30b_a3b.yaml --lengths "[1024, 4096]"
+
+README.md beside this file says what each column means.
+"""
+
+import copy
+import gc
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+from lora.attention import register
+from lora.module import MoELoRA
+from rich.progress import Progress
+from tables import provenance, show, write
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
+
+Variant = Literal[
+    "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
+    "lightning_moe+full+offload", "lightning_moe+graph",
+]  # fmt: skip
+HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "losses"]
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+STEPS = 2  # in a row, so that the host may run ahead
+# Transformers' own checkpointing is put on by the benchmark. Captured, `sdpa` would make a full mask.
+BASELINE = {
+    "attention": "sdpa", "liger": True, "fused_lora": False, "checkpointing": "none", "offload": False,
+    "tile_tokens": 0,
+}  # fmt: skip
+OPTIONS: dict[Variant, dict[str, Any]] = {
+    "baseline+liger": BASELINE,
+    "baseline+liger+selective": {**BASELINE, "attention": "varlen", "checkpointing": "selective"},
+    "baseline+liger+graph": {**BASELINE, "attention": "varlen"},
+    "lightning_moe": {"checkpointing": "selective", "offload": False},
+    "lightning_moe+offload": {"checkpointing": "selective", "offload": True},
+    "lightning_moe+full+offload": {"checkpointing": "full", "offload": True},
+    "lightning_moe+graph": {"checkpointing": "selective", "offload": False},
+}
+
+
+class OnSharedBase(MoELoRA):
+    """The recipe's module on the weights of another model, which stay where they are."""
+
+    shared: PreTrainedModel
+
+    def build_base(self) -> PreTrainedModel:
+        """A model of its own class and configuration, with the other's tensors."""
+        register()
+        config = copy.deepcopy(self.shared.config)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(
+                config, dtype=self.shared.dtype, attn_implementation=self.hparams["attention"]
+            )
+        base.load_state_dict(self.shared.state_dict(), assign=True)
+        for name, buffer in self.shared.named_buffers():
+            module, _, leaf = name.rpartition(".")
+            base.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+        return base
+
+
+def make_step(
+    variant: Variant, options: dict[str, Any], shared: PreTrainedModel, precision: str
+) -> tuple[Callable[[dict[str, Any]], Tensor], GraphedFunction | None]:
+    """A whole training step of a batch, and what is captured of it."""
+    module = OnSharedBase(**(options | OPTIONS[variant]))
+    module.__dict__["shared"] = shared
+    module.configure_model()
+    assert module.network is not None
+    if OPTIONS[variant] | {"attention": None} == BASELINE | {"attention": None}:
+        saves = {} if "graph" not in variant else {"preserve_rng_state": False}
+        base: Any = module.network.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **saves})
+    if variant.startswith("lightning_moe"):
+        patch_moe(module, output_buffer_mib=64)
+    optimizer = module.configure_optimizers()["optimizer"]
+    losses = GraphedFunction(module.graphed_losses, module, True) if variant.endswith("graph") else None
+
+    def step(batch: dict[str, Any]) -> Tensor:
+        with torch.autocast(shared.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            total, loss = (losses or module.graphed_losses)(batch)
+        total.backward()
+        optimizer.step()
+        return loss
+
+    return step, losses
+
+
+def make_batch(tokens: int, vocabulary: int, seed: int, device: torch.device) -> dict[str, Any]:
+    """One document of random tokens."""
+    ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed)).to(device)
+    ends = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    return {
+        "input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(tokens, device=device)[None],
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": tokens, "max_length_k": tokens,
+        "weight": 1.0,
+    }  # fmt: skip
+
+
+def timed(step: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], device: torch.device) -> tuple[float, ...]:
+    """Seconds of a step, GiB above what was held, and the loss."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        replayed_bytes(device)
+    start = perf_counter()
+    for _ in range(STEPS):
+        loss = step(batch)
+    value = loss.item()
+    seconds = (perf_counter() - start) / STEPS
+    above = max(torch.cuda.max_memory_allocated() - held, replayed_bytes(device)) / 2**30 if on_gpu else float("nan")
+    return seconds, above, value
+
+
+def main(
+    recipe: Path = TINY,
+    lengths: tuple[int, ...] = (128, 256),
+    variants: tuple[Variant, ...] = ("baseline+liger", "lightning_moe", "lightning_moe+graph"),
+    rounds: int = 4,
+    experts: bool = False,
+    layers: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Compares training steps.
+
+    Args:
+        recipe: a configuration of qwen3_lora.py; its architecture gets random weights.
+        lengths: tokens of each step.
+        variants: in turn; ratios are to the first. `baseline+liger` is Transformers and PEFT with Transformers' own
+            checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
+            `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
+            memory, `+full` with nothing kept but layers' inputs.
+        rounds: of two steps of each variant, after three for warming up.
+        experts: LoRA on the experts too.
+        layers: of the model, where not all of them.
+        out: a folder for alternating_steps.md.
+    """
+    settings = yaml.safe_load(recipe.read_text())
+    options = settings["model"] | {"init": "random", "experts": experts}
+    if layers is not None:
+        options["architecture"]["num_hidden_layers"] = layers
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None:
+        print("without a GPU or liger-kernel the baseline has Transformers' own norms, and nothing is captured")
+        options["liger"] = False
+        for found in OPTIONS.values():
+            found.pop("liger", None)
+    shared = MoELoRA(**options | {"checkpointing": "none", "offload": False}).to(device).build_base()
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("steps", total=len(lengths) * len(variants) * (rounds + 3))
+        for tokens in lengths:
+            precision = settings["trainer"].get("precision", "32-true")
+            made = {variant: make_step(variant, options, shared, precision) for variant in variants}
+            found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
+            for number in range(rounds + 3):
+                batch = make_batch(tokens, shared.config.vocab_size, number, device)
+                for variant, (step, _) in made.items():
+                    found[variant].append(timed(step, batch, device))
+                    progress.advance(task)
+            first: Any = None
+            for variant, results in found.items():
+                seconds = median(result[0] for result in results[3:])
+                above = max(result[1] for result in results[3:])
+                first = first or (seconds, above)
+                graphed = made[variant][1]
+                missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
+                rows.append([
+                    f"{tokens:,}", variant + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
+                    f"{above:.2f} ({above / first[1]:.2f})", " ".join(f"{result[2]:.4f}" for result in results[3:]),
+                ])  # fmt: skip
+            del made, step, graphed
+            gc.collect()
+    table = (f"Training steps in turn, {recipe.stem}", provenance(__file__, "transformers", "peft"), HEADERS, rows)
+    show(*table)
+    if out is not None:
+        write(out / "alternating_steps.md", *table)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the recipe does
+    auto_cli(main, as_positional=False)

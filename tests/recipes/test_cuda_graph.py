@@ -1,0 +1,148 @@
+"""The recipe's steps captured as CUDA graphs: packs of one shape, and on a GPU the same run as without."""
+
+import csv
+from collections import defaultdict
+
+import pytest
+import torch
+from helpers.recipe import data, module, trained, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lora.data import IGNORED, fill_up, num_documents, num_tokens
+from qwen3_lora import UNHELPFUL_WARNINGS
+
+from lightning_moe import AdapterUpdateCheck, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback
+from lightning_moe.cuda_graph import Recorder
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in UNHELPFUL_WARNINGS),
+    pytest.mark.filterwarnings("ignore:AdapterUpdateCheck. by step"),  # a tiny router leaves experts idle
+]
+LENGTH, LONGEST = 64, 32
+
+
+def packed(**options):
+    return data(packing="bfd", max_length=LONGEST, batch_size=2, **options)
+
+
+class Batches(Callback):
+    """The batches that are trained on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((batch, outputs["train/loss"].item()))
+
+
+def fit_on_cpu(tmp_path, **options):
+    batches = Batches()
+    with pytest.warns(UserWarning, match="graph_device") if options["cuda_graph"] is True else not_warned():
+        trainer(tmp_path, 4, batches).fit(module(**options), packed())
+    return batches.seen
+
+
+class not_warned:  # noqa: N801
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_packs_have_one_shape_and_the_same_loss(tmp_path):
+    """Filled up they train as they are: what is added has no loss, and no document sees it."""
+    as_they_are, filled = (fit_on_cpu(tmp_path, cuda_graph=wanted) for wanted in (False, True))
+    shapes = {
+        (batch["input_ids"].shape[1], batch["cu_seq_lens_q"].numel(), batch["max_length_q"]) for batch, _ in filled
+    }
+    assert len(shapes) == 1
+    assert {length for length, *_ in shapes} == {LENGTH}
+    assert len({batch["input_ids"].shape[1] for batch, _ in as_they_are}) > 1
+    for (batch, loss), (other, same) in zip(as_they_are, filled, strict=True):
+        assert same == pytest.approx(loss, abs=1e-6)
+        assert (num_documents(other), num_tokens(other)) == (num_documents(batch), num_tokens(batch))
+
+
+def test_fill_up_adds_a_document_without_a_loss_and_empty_ones():
+    ids = torch.arange(1, 6)[None]
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    batch = {
+        "input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2]]), "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends, "max_length_q": 3, "max_length_k": 3, "weight": 1.0,
+    }  # fmt: skip
+    filled = fill_up(batch, 12, 4, 8)
+    assert filled["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]]
+    assert filled["labels"].tolist() == [[1, 2, 3, 4, 5, *[IGNORED] * 7]]
+    assert filled["position_ids"].tolist() == [[0, 1, 0, 1, 2, *range(7)]]
+    assert filled["cu_seq_lens_q"].tolist() == filled["cu_seq_lens_k"].tolist() == [0, 2, 5, 12, 12, 12]
+    assert (filled["max_length_q"], filled["max_length_k"], filled["weight"]) == (8, 8, 1.0)
+    full = fill_up(batch, 5, 2, 8)
+    assert full["input_ids"].tolist() == ids.tolist()
+    assert full["cu_seq_lens_q"].tolist() == [0, 2, 5, 5]
+
+
+class Interrupt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("the machine goes down")
+
+
+def metrics(folder, version):
+    """What was logged, by name and step, memory aside."""
+    found = defaultdict(dict)
+    for row in csv.DictReader((folder / "log" / f"version_{version}" / "metrics.csv").open()):
+        for name, value in row.items():
+            if value and name not in ("epoch", "step") and not name.startswith("memory/"):
+                found[name][int(row["step"])] = value
+    return found
+
+
+def long_fit(folder, *callbacks, ckpt_path=None, steps=300):
+    network = module(
+        dtype="bfloat16", checkpointing="selective", cuda_graph=True, experts=True, router_aux_loss=1e-2,
+        learning_rate=1e-3, architecture=GPU_ARCHITECTURE,
+    )  # fmt: skip
+    run = trainer(
+        folder, steps, MoEGateGradCallback(audit_every_n_steps=60), ExpertLoadMonitor(), MemoryMonitor(),
+        AdapterUpdateCheck(), ModelCheckpoint(every_n_train_steps=50, save_last=True, save_top_k=0), *callbacks,
+        accelerator="gpu", devices=1, precision="bf16-mixed", logger=CSVLogger(folder, "log"), limit_val_batches=1,
+        val_check_interval=400, check_val_every_n_epoch=None, accumulate_grad_batches=4, log_every_n_steps=10,
+        gradient_clip_val=1.0, enable_checkpointing=True, deterministic=True,
+    )  # fmt: skip
+    run.fit(network, packed(), ckpt_path=ckpt_path)
+    return network
+
+
+GPU_ARCHITECTURE = {
+    "model_type": "qwen3_moe", "vocab_size": 384, "hidden_size": 128, "intermediate_size": 64,
+    "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_a_long_run_is_the_same_with_and_without(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    graphed = long_fit(tmp_path / "graphed")
+    with pytest.raises(RuntimeError, match="goes down"):
+        long_fit(tmp_path / "parts", Interrupt(170))
+    resumed = long_fit(tmp_path / "parts", ckpt_path=str(tmp_path / "parts/log/version_0/checkpoints/last.ckpt"))
+    assert capfd.readouterr().err.count("CUDA graph: captured") == 3
+    monkeypatch.setattr(Recorder, "takes", lambda self, device: False)
+    with pytest.warns(UserWarning, match="graph_device"):
+        alone = long_fit(tmp_path / "alone")
+    want = metrics(tmp_path / "alone", 0)
+    assert len(want["train/loss"]) == 30
+    assert len(want["val/loss"]) == 3
+    assert metrics(tmp_path / "graphed", 0) == want
+    for name, values in metrics(tmp_path / "parts", 1).items():
+        assert values == {step: value for step, value in want[name].items() if step in values}, name
+    for name, value in trained(alone).items():
+        assert torch.equal(trained(graphed)[name], value), name
+        assert torch.equal(trained(resumed)[name], value), name

@@ -11,7 +11,7 @@ them as `.grad` without a copy: accumulating gradients adds wrong numbers. Here 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_moe.integrations.peft_experts import adapter_state
-from lightning_moe.integrations.torch_modules import hooks_of
+from lightning_moe.integrations.torch_modules import gradient_hooks_of, hooks_of, replaced_parameters
+from lightning_moe.integrations.transformers_dispatch import only_requires_gradients
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.patch_state import is_on, patch_of
 
@@ -43,6 +44,8 @@ _replayed: dict[torch.device, int] = {}
 
 def replayed_bytes(device: torch.device) -> int:
     """The bytes that replays since the last call of this computed in, which no allocator's statistics know."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return _replayed.pop(device, 0)
 
 
@@ -150,9 +153,8 @@ class GraphedFunction:
         is_audited = False
         for name, module in self.module.named_modules():
             for hook in hooks_of(module):
-                if not getattr(hook, "is_capturable", False):
-                    shown = getattr(hook, "__qualname__", type(hook).__name__)
-                    return unsupported("graph_hook", hook=shown, module=name or "the model"), None, False
+                if not (getattr(hook, "is_capturable", False) or only_requires_gradients(hook)):
+                    return unsupported("graph_hook", hook=_shown(hook), module=name or "the model"), None, False
                 relied_on.append(id(hook))
             relied_on.append(module.training)
             if (adapters := adapter_state(module)) is not None:
@@ -160,7 +162,9 @@ class GraphedFunction:
             if (patch := patch_of(module)) is not None:
                 relied_on.append((id(patch), is_on(module)))
                 is_audited |= patch.health.audit_due
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
+        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
+            for hook in gradient_hooks_of(tensor):
+                return unsupported("graph_hook", hook=_shown(hook), module=name), None, False
             relied_on.append((tensor.data_ptr(), tensor.requires_grad))
         return None, hash(tuple(relied_on)), is_audited
 
@@ -171,12 +175,13 @@ class GraphedFunction:
         began, failure = time.perf_counter(), None
         try:
             if self._gradients is None:
-                self._gradients = _Gradients([p for p in self.module.parameters() if p.requires_grad])
+                self._gradients = _Gradients(self.module)
             self._captured[key] = _Captured(self.function, batch, self._gradients, self._recorder)
-        except torch.OutOfMemoryError as error:
-            failure = unsupported("graph_memory", error=_first_line(error))
         except RuntimeError as error:
-            failure = unsupported("graph_failed", error=_first_line(error))
+            cause = _cause(error)
+            code = "graph_memory" if isinstance(cause, torch.OutOfMemoryError) else "graph_failed"
+            failure = unsupported(code, error=str(cause).partition("\n")[0])
+            del cause
         if failure is not None:  # out of the handler, which holds on to what was allocated
             self._give_up(failure)
             return
@@ -233,9 +238,14 @@ class Recorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Where capture fails it leaves its own stream the current one.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
-            run()
+        try:
+            # Where capture fails it leaves its own stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+                run()
+        except BaseException:  # and random numbers to a graph that there is not
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph
 
     def release(self) -> None:
@@ -273,46 +283,59 @@ class _Mark(NamedTuple):
 
 
 class _Gradients:
-    """The gradients that graphs add to, which all share: parts of one buffer for each dtype, cleared in one go."""
+    """The gradients that graphs add to, which all share: parts of one buffer for each dtype, cleared in one go.
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    What is captured computes with leaves of its own in the parameters' memory: the parameters' own may belong to a loss
+    of an earlier step that somebody still holds, and to its stream.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._flat: dict[Any, Tensor] = {}
+        self._buffers: list[Tensor] = []
         sizes: Counter[Any] = Counter()
-        for parameter in parameters:
+        for parameter in self.parameters:
             sizes[parameter.dtype, parameter.device] += parameter.numel()
         for (dtype, device), size in sizes.items():
             self._flat[dtype, device] = torch.zeros(size, dtype=dtype, device=device)
         left = dict(self._flat)
-        self._buffers: list[Tensor] = []
-        for parameter in parameters:
+        self.leaves: list[Tensor] = []
+        for parameter in self.parameters:
             kind = parameter.dtype, parameter.device
-            self._buffers.append(left[kind][: parameter.numel()].view_as(parameter))
-            left[kind] = left[kind][parameter.numel() :]
+            buffer, left[kind] = left[kind][: parameter.numel()].view_as(parameter), left[kind][parameter.numel() :]
+            leaf = parameter.detach().requires_grad_()
+            leaf.grad = buffer
+            self._buffers.append(buffer)
+            self.leaves.append(leaf)
+        leaf_of = dict(zip(map(id, self.parameters), self.leaves, strict=True))
+        self._places = []
+        for owner in module.modules():
+            own = {n: leaf_of[id(p)] for n, p in owner.named_parameters(recurse=False, remove_duplicate=False)
+                   if p.requires_grad}  # fmt: skip
+            if own:
+                self._places.append((owner, own))
+
+    @contextmanager
+    def with_leaves(self) -> Iterator[None]:
+        """Has the module compute with the leaves."""
+        with ExitStack() as stack:
+            for owner, leaves in self._places:
+                stack.enter_context(replaced_parameters(owner, leaves))
+            yield
 
     def put_in_place(self) -> None:
         """Has each parameter's `.grad` be its buffer, with the value that it had; zero where it had none."""
         if all(parameter.grad is None for parameter in self.parameters):
             for flat in self._flat.values():
                 flat.zero_()
-        for parameter, buffer in zip(self.parameters, self._buffers, strict=True):
-            if parameter.grad is None:
-                buffer.zero_()
-            elif parameter.grad is not buffer:
-                buffer.copy_(parameter.grad)
-            parameter.grad = buffer
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Has them in place within, values aside, and what was there after it."""
-        before = [parameter.grad for parameter in self.parameters]
+        else:
+            for parameter, buffer in zip(self.parameters, self._buffers, strict=True):
+                if parameter.grad is None:
+                    buffer.zero_()
+                elif parameter.grad is not buffer:
+                    buffer.copy_(parameter.grad)
         for parameter, buffer in zip(self.parameters, self._buffers, strict=True):
             parameter.grad = buffer
-        try:
-            yield
-        finally:
-            for parameter, gradient in zip(self.parameters, before, strict=True):
-                parameter.grad = gradient
 
 
 class _Captured:
@@ -328,11 +351,10 @@ class _Captured:
         self._anchor = torch.empty(0, device=device, requires_grad=True)
         self._outputs: Outputs = ()
         self._is_single = False
-        self._used: set[nn.Parameter] = set()
+        self._used: set[Tensor] = set()
         self._step: object = None
         self._forward = recorder.record(self._run_forward)
-        with gradients.in_place():
-            self._backward = recorder.record(self._run_backward)
+        self._backward = recorder.record(self._run_backward)
         self._outputs = tuple(output.detach() for output in self._outputs)
         self._bytes = recorder.pool_bytes()
 
@@ -361,11 +383,12 @@ class _Captured:
             )
         self._step = None
         self._grad_loss.copy_(grad_loss)
-        had_none = [parameter for parameter in self._gradients.parameters if parameter.grad is None]
-        self._gradients.put_in_place()
+        gradients = self._gradients
+        had_none = [parameter.grad is None for parameter in gradients.parameters]
+        gradients.put_in_place()
         self._backward.replay()
-        for parameter in had_none:
-            if parameter not in self._used:
+        for parameter, leaf, is_new in zip(gradients.parameters, gradients.leaves, had_none, strict=True):
+            if is_new and leaf not in self._used:
                 parameter.grad = None
 
     def release(self) -> None:
@@ -378,16 +401,18 @@ class _Captured:
         device = self._anchor.device.type
         dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # A cast that an earlier step has cached would not be captured.
-        with torch.autocast(device, dtype, enabled=is_enabled, cache_enabled=False):
+        cast = torch.autocast(device, dtype, enabled=is_enabled, cache_enabled=False)
+        with cast, self._gradients.with_leaves():
             outputs = self._function(self._batch)
         self._is_single = isinstance(outputs, Tensor)
         self._outputs = (outputs,) if self._is_single else tuple(outputs)
 
     def _run_backward(self) -> None:
         self._used.clear()
-        hooks = [p.register_post_accumulate_grad_hook(self._used.add) for p in self._gradients.parameters]
+        hooks = [leaf.register_post_accumulate_grad_hook(self._used.add) for leaf in self._gradients.leaves]
         try:
-            torch.autograd.backward(self._outputs[0], self._grad_loss.to(self._outputs[0].dtype))
+            with self._gradients.with_leaves():  # activation checkpointing computes with them again
+                torch.autograd.backward(self._outputs[0], self._grad_loss.to(self._outputs[0].dtype))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -413,5 +438,12 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _shown(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: a capture that is broken raises once more as it ends."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error

@@ -13,7 +13,10 @@ from lightning_moe.cuda_graph import WARMUP_STEPS, Recorder
 from lightning_moe.expert_load import ExpertLoadCounter
 from lightning_moe.patch_state import patch_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # torch 2.11, in a thread's first product
+]
 
 DEVICE = torch.device("cuda")
 
@@ -129,7 +132,7 @@ def test_random_numbers_are_new_at_each_replay():
 def test_memory_is_given_back():
     model = nn.Linear(2048, 2048).to(DEVICE)
     function = captured(model, lambda batch: model(batch["x"]).relu().square().sum())
-    batch = {"x": torch.ones(8192, 2048, device=DEVICE)}
+    batch = {"x": torch.ones(32768, 2048, device=DEVICE)}
 
     def reserved():
         gc.collect()
@@ -143,9 +146,10 @@ def test_memory_is_given_back():
         function(batch).backward()
     model.zero_grad()
     assert function._captured
-    assert reserved() - before > 2 * batch["x"].nbytes
+    held = reserved() - before
+    assert held > 2 * batch["x"].nbytes
     function.release()
-    assert reserved() <= before
+    assert reserved() - before < held / 4  # cuBLAS keeps the workspaces of the stream that was captured
 
 
 def test_shapes_share_their_memory():

@@ -1,7 +1,7 @@
 """PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
 
 Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
-of `checkpoint_wrapper`'s, `Module._parameters` and the four dictionaries of its hooks,
+of `checkpoint_wrapper`'s, `Module._parameters` and the dictionaries of a module's and a tensor's hooks,
 `torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
 """
 
@@ -54,6 +54,12 @@ def replaced_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Ite
         yield
     finally:
         module._parameters.update(kept)
+
+
+def gradient_hooks_of(tensor: Tensor) -> Iterator[Any]:
+    """The hooks that run when a parameter has its gradient."""
+    for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks):
+        yield from (hooks or {}).values()
 
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 A decorated experts module looks up its forward in a registry under `module.config._experts_implementation`, at every
 call. Private names read here, in Transformers 5.17 to 5.24: `_experts_implementation`, its setter's
 `_experts_implementation_internal`, `_is_expert_parallel`, and the name `experts_interface` in the decorator's closure;
-in accelerate 1.15: `_hf_hook`.
+`make_inputs_require_grads`; in accelerate 1.15: `_hf_hook`.
 """
 
 import copy
@@ -38,6 +38,11 @@ def with_gategrad(config: Any) -> Any:
     named = copy.copy(config)
     named._experts_implementation_internal = IMPLEMENTATION
     return named
+
+
+def only_requires_gradients(hook: Any) -> bool:
+    """Whether a hook is what `enable_input_require_grads`, which PEFT calls, puts on the embedding."""
+    return getattr(hook, "__name__", None) == "make_inputs_require_grads"
 
 
 def is_decoding(implementation: str | None) -> bool:

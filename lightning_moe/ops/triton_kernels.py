@@ -4,13 +4,14 @@ Imported only where a kernel runs. Each launcher takes and returns what its refe
 E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit throughout.
 """
 
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -238,13 +239,34 @@ def _num_stages(block_columns: int, shared_memory: int) -> int:
     return min(NUM_STAGES, shared_memory // stage + 1)
 
 
+class _Address(NamedTuple):
+    """What a descriptor asks of a tensor. It holds on to no memory."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(maxsize=4096)  # a model's weights stay where they are
+def _descriptor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any, block: Any) -> TensorDescriptor:
+    return TensorDescriptor(_Address(address, dtype), list(shape), list(strides), list(block))
+
+
+def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Of a tensor, in blocks of that shape."""
+    if knobs.runtime.interpret:  # which reads the tensor itself
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+    return _descriptor_at(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), block)
+
+
 def _weight_descriptor(weight: Tensor, inner: int, columns: int) -> tuple[TensorDescriptor, bool]:
     """Of an (E, in, out) view, in blocks of that many of either side; and whether `out` is the contiguous one."""
     in_first = weight.stride(2) == 1
-    block = [1, inner, columns]
-    if not in_first:
-        weight, block = weight.mT, [1, columns, inner]
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block), in_first
+    if in_first:
+        return _descriptor(weight, (1, inner, columns)), True
+    return _descriptor(weight.mT, (1, columns, inner)), False
 
 
 def grouped_linear(
@@ -268,11 +290,11 @@ def grouped_linear(
     rows_desc = small_desc = factor_desc = None
     factor_in_first, rank, block_rank = True, 0, 16
     if tokens is None:
-        rows_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [BLOCK_ROWS, BLOCK_INNER])
+        rows_desc = _descriptor(rows, (BLOCK_ROWS, BLOCK_INNER))
     if low_rank is not None:
         small, factor = low_rank
         rank, block_rank = small.shape[1], _block(small.shape[1], BLOCK_INNER)
-        small_desc = TensorDescriptor(small, list(small.shape), list(small.stride()), [BLOCK_ROWS, block_rank])
+        small_desc = _descriptor(small, (BLOCK_ROWS, block_rank))
         factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
     grid = (num_tiles * _cdiv(columns, block_columns),)
     _run(

@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from lora.chat import IGNORED
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 
 
 def next_token_loss(hidden_states: Tensor, head: nn.Module, labels: Tensor) -> Tensor:

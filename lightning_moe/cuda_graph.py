@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_moe.integrations.peft_experts import adapter_state
 from lightning_moe.integrations.torch_modules import gradient_hooks_of, hooks_of, replaced_parameters
-from lightning_moe.integrations.transformers_dispatch import only_requires_gradients
+from lightning_moe.integrations.transformers_dispatch import is_capturable_hook
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.patch_state import is_on, patch_of
 
@@ -153,7 +153,7 @@ class GraphedFunction:
         is_audited = False
         for name, module in self.module.named_modules():
             for hook in hooks_of(module):
-                if not (getattr(hook, "is_capturable", False) or only_requires_gradients(hook)):
+                if not (getattr(hook, "is_capturable", False) or is_capturable_hook(hook)):
                     return unsupported("graph_hook", hook=_shown(hook), module=name or "the model"), None, False
                 relied_on.append(id(hook))
             relied_on.append(module.training)

@@ -68,7 +68,7 @@ def test_the_same_bits_and_counts_as_by_itself(deterministic):
         function = captured(model)
         losses, values = train(function if uses_graph else function.function, model)
         counts = [patch_of(experts).health.drain(micro_batches=99) for experts in experts_modules(model)]
-        rows = [part.tolist() for part in load.drain(torch.device("cpu")).values()]
+        rows = [part.tolist() for part in load.drain(DEVICE).values()]
         found.append((losses, values, [(int(c.gates), int(c.active_layers)) for c in counts], rows))
         assert bool(function._captured) == uses_graph, function.report()
     for other in found[1:]:

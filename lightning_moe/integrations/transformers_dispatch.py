@@ -3,7 +3,7 @@
 A decorated experts module looks up its forward in a registry under `module.config._experts_implementation`, at every
 call. Private names read here, in Transformers 5.17 to 5.24: `_experts_implementation`, its setter's
 `_experts_implementation_internal`, `_is_expert_parallel`, and the name `experts_interface` in the decorator's closure;
-`make_inputs_require_grads`; in accelerate 1.15: `_hf_hook`.
+`make_inputs_require_grads`, `output_capturing_hook`; in accelerate 1.15: `_hf_hook`.
 """
 
 import copy
@@ -30,7 +30,7 @@ def register_implementation(experts_function: Callable[..., Tensor]) -> None:
 
 def implementation_of(config: Any) -> str | None:
     """The experts implementation that a config names; None for a class registered with `register_experts`."""
-    return None if config is None else config._experts_implementation
+    return None if config is None else vars(config).get("_experts_implementation_internal")
 
 
 def with_gategrad(config: Any) -> Any:
@@ -40,9 +40,12 @@ def with_gategrad(config: Any) -> Any:
     return named
 
 
-def only_requires_gradients(hook: Any) -> bool:
-    """Whether a hook is what `enable_input_require_grads`, which PEFT calls, puts on the embedding."""
-    return getattr(hook, "__name__", None) == "make_inputs_require_grads"
+def is_capturable_hook(hook: Any) -> bool:
+    """Whether a hook of Transformers' leaves nothing behind, but for tensors that the same call returns.
+
+    They are those of `enable_input_require_grads`, which PEFT calls, and of outputs such as the router's logits.
+    """
+    return getattr(hook, "__name__", None) in ("make_inputs_require_grads", "output_capturing_hook")
 
 
 def is_decoding(implementation: str | None) -> bool:

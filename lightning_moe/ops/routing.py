@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_moe.ops.grouped import NO_KERNEL, has_grouped_linear, launch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Routing:
     """Rows sorted by expert.
 

@@ -32,9 +32,10 @@ Variant = Literal[
     "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
     "lightning_moe+full+offload", "lightning_moe+graph",
 ]  # fmt: skip
+WARMUP = 4  # steps of each variant: three for a graph's sake, and its capture
 HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "losses"]
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
-STEPS = 2  # in a row, so that the host may run ahead
+LONG = 8192  # from here on the host runs ahead within one step
 # Transformers' own checkpointing is put on by the benchmark. Captured, `sdpa` would make a full mask.
 BASELINE = {
     "attention": "sdpa", "liger": True, "fused_lora": False, "checkpointing": "none", "offload": False,
@@ -109,8 +110,10 @@ def make_batch(tokens: int, vocabulary: int, seed: int, device: torch.device) ->
     }  # fmt: skip
 
 
-def timed(step: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], device: torch.device) -> tuple[float, ...]:
-    """Seconds of a step, GiB above what was held, and the loss."""
+def timed(
+    step: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], device: torch.device, steps: int
+) -> tuple[float, ...]:
+    """Seconds of a step, so many in a row, GiB above what was held, and the loss."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -118,10 +121,10 @@ def timed(step: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], devic
         held = torch.cuda.memory_allocated()
         replayed_bytes(device)
     start = perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         loss = step(batch)
     value = loss.item()
-    seconds = (perf_counter() - start) / STEPS
+    seconds = (perf_counter() - start) / steps
     above = max(torch.cuda.max_memory_allocated() - held, replayed_bytes(device)) / 2**30 if on_gpu else float("nan")
     return seconds, above, value
 
@@ -144,7 +147,7 @@ def main(
             checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
             `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
             memory, `+full` with nothing kept but layers' inputs.
-        rounds: of two steps of each variant, after three for warming up.
+        rounds: of two steps of each variant, of one from 8,192 tokens on, after four steps for warming up.
         experts: LoRA on the experts too.
         layers: of the model, where not all of them.
         out: a folder for alternating_steps.md.
@@ -162,27 +165,30 @@ def main(
     shared = MoELoRA(**options | {"checkpointing": "none", "offload": False}).to(device).build_base()
     rows = []
     with Progress(transient=True) as progress:
-        task = progress.add_task("steps", total=len(lengths) * len(variants) * (rounds + 3))
+        task = progress.add_task("lengths", total=len(lengths))
         for tokens in lengths:
+            steps = 1 if tokens >= LONG else 2
+            warmup = WARMUP // steps
             precision = settings["trainer"].get("precision", "32-true")
             made = {variant: make_step(variant, options, shared, precision) for variant in variants}
             found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
-            for number in range(rounds + 3):
+            for number in range(rounds + warmup):
                 batch = make_batch(tokens, shared.config.vocab_size, number, device)
                 for variant, (step, _) in made.items():
-                    found[variant].append(timed(step, batch, device))
-                    progress.advance(task)
+                    found[variant].append(timed(step, batch, device, steps))
+            progress.advance(task)
             first: Any = None
             for variant, results in found.items():
-                seconds = median(result[0] for result in results[3:])
-                above = max(result[1] for result in results[3:])
+                seconds = median(result[0] for result in results[warmup:])
+                above = max(result[1] for result in results[warmup:])
                 first = first or (seconds, above)
                 graphed = made[variant][1]
                 missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
                 rows.append([
                     f"{tokens:,}", variant + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
-                    f"{above:.2f} ({above / first[1]:.2f})", " ".join(f"{result[2]:.4f}" for result in results[3:]),
+                    f"{above:.2f} ({above / first[1]:.2f})", " ".join(f"{result[2]:.4f}" for result in results[warmup:]),
                 ])  # fmt: skip
+                progress.console.print(*rows[-1], sep=" | ", markup=False)
             del made, step, graphed
             gc.collect()
     table = (f"Training steps in turn, {recipe.stem}", provenance(__file__, "transformers", "peft"), HEADERS, rows)

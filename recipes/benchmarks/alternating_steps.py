@@ -184,9 +184,10 @@ def main(
                 first = first or (seconds, above)
                 graphed = made[variant][1]
                 missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
+                losses = " ".join(f"{result[2]:.4f}" for result in results[warmup:])
                 rows.append([
                     f"{tokens:,}", variant + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
-                    f"{above:.2f} ({above / first[1]:.2f})", " ".join(f"{result[2]:.4f}" for result in results[warmup:]),
+                    f"{above:.2f} ({above / first[1]:.2f})", losses,
                 ])  # fmt: skip
                 progress.console.print(*rows[-1], sep=" | ", markup=False)
             del made, step, graphed

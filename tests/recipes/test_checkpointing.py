@@ -206,6 +206,7 @@ def test_the_configuration_says_whether_there_are_random_numbers(field, draws):
 def test_offload_is_not_captured(monkeypatch):
     network = model()
     enable_checkpointing(network.model.layers, "full", offload=True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     with pytest.raises(RuntimeError, match="cannot wait for each other in a CUDA graph"):
         step(network)

@@ -179,8 +179,9 @@ class GraphedFunction:
             self._captured[key] = _Captured(self.function, batch, self._gradients, self._recorder)
         except RuntimeError as error:
             cause = _cause(error)
-            code = "graph_memory" if isinstance(cause, torch.OutOfMemoryError) else "graph_failed"
-            failure = unsupported(code, error=str(cause).partition("\n")[0])
+            what = str(cause).partition("\n")[0]
+            is_memory = isinstance(cause, torch.OutOfMemoryError)
+            failure = unsupported("graph_memory", error=what) if is_memory else unsupported("graph_failed", error=what)
             del cause
         if failure is not None:  # out of the handler, which holds on to what was allocated
             self._give_up(failure)

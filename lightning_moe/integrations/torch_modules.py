@@ -1,7 +1,8 @@
 """PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
 
 Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
-of `checkpoint_wrapper`'s, `Module._parameters` and the dictionaries of a module's and a tensor's hooks,
+of `checkpoint_wrapper`'s, `Module._parameters`, where a module and a tensor have their hooks (`_forward_hooks`,
+`_forward_pre_hooks`, `_backward_hooks`, `_backward_pre_hooks`, `_post_accumulate_grad_hooks`),
 `torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
 """
 

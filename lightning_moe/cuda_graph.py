@@ -73,7 +73,7 @@ class GraphedFunction:
         mode: `"auto"` keeps to replays where they are faster than the step by itself; True keeps to them in any case.
     """
 
-    def __init__(self, function: Callable[[Batch], Any], module: nn.Module, mode: Mode = "auto") -> None:
+    def __init__(self, function: Callable[[Any], Any], module: nn.Module, mode: Mode = "auto") -> None:
         self.function, self.module, self.mode = function, module, mode
         self.reason: Unsupported | None = None
         self._said: set[str] = set()

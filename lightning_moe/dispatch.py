@@ -150,9 +150,8 @@ def _run(
 
     reason = patch.reason or _unsupported_call(module, patch, is_patched=is_patched)
     if reason is None:
-        spec = patch.spec
-        if spec is None or not has_activation_of(module, spec):
-            spec = read_spec(module)
+        known = patch.spec
+        spec = known if known is not None and has_activation_of(module, known) else read_spec(module)
         weights = spec.weights(module)
         reason = unsupported_tensors(weights)
     if reason is not None:

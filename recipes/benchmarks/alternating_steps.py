@@ -160,8 +160,8 @@ def main(
     if device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None:
         print("without a GPU or liger-kernel the baseline has Transformers' own norms, and nothing is captured")
         options["liger"] = False
-        for found in OPTIONS.values():
-            found.pop("liger", None)
+        for fixed in OPTIONS.values():
+            fixed.pop("liger", None)
     shared = MoELoRA(**options | {"checkpointing": "none", "offload": False}).to(device).build_base()
     rows = []
     with Progress(transient=True) as progress:
@@ -178,15 +178,15 @@ def main(
                     found[variant].append(timed(step, batch, device, steps))
             progress.advance(task)
             first: Any = None
-            for variant, results in found.items():
+            for name, results in found.items():
                 seconds = median(result[0] for result in results[warmup:])
                 above = max(result[1] for result in results[warmup:])
                 first = first or (seconds, above)
-                graphed = made[variant][1]
+                graphed = made[name][1]
                 missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
                 losses = " ".join(f"{result[2]:.4f}" for result in results[warmup:])
                 rows.append([
-                    f"{tokens:,}", variant + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
+                    f"{tokens:,}", name + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
                     f"{above:.2f} ({above / first[1]:.2f})", losses,
                 ])  # fmt: skip
                 progress.console.print(*rows[-1], sep=" | ", markup=False)

@@ -356,7 +356,8 @@ class _Captured:
         self._step: object = None
         self._forward = recorder.record(self._run_forward)
         self._backward = recorder.record(self._run_backward)
-        self._outputs = tuple(output.detach() for output in self._outputs)
+        outputs: Outputs = self._outputs
+        self._outputs = tuple(output.detach() for output in outputs)
         self._bytes = recorder.pool_bytes()
 
     def __call__(self, batch: Batch) -> Any:

@@ -2,10 +2,10 @@
 
 import copy
 import pickle
-import types
 
 import pytest
 import torch
+from helpers.graphs import StandIn
 from helpers.models import experts_modules, qwen3, tokens, with_expert_lora
 from helpers.patching import equal
 from torch import nn
@@ -14,43 +14,6 @@ from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
 from lightning_moe.cuda_graph import MAX_SHAPES, WARMUP_STEPS
 from lightning_moe.expert_load import ExpertLoadCounter
 from lightning_moe.patch_state import patch_of
-
-
-class StandIn:
-    """Records nothing but what to run, and has a clock that the test sets."""
-
-    def __init__(self, *, fails=None, takes=True):
-        self.fails, self.takes_device = fails, takes
-        self.now, self.replays, self.resets, self.releases = 0.0, 0, 0, 0
-
-    def takes(self, device):
-        return self.takes_device
-
-    def record(self, run):
-        if self.fails is not None:
-            raise self.fails
-
-        def replay():
-            self.replays += 1
-            with torch.enable_grad():  # in a backward there is none, and a graph does not ask
-                run()
-
-        def reset():
-            self.resets += 1
-
-        return types.SimpleNamespace(replay=replay, reset=reset)
-
-    def release(self):
-        self.releases += 1
-
-    def pool_bytes(self):
-        return 3 * 2**20
-
-    def mark(self):
-        return self.now
-
-    def seconds(self, start, end):
-        return end - start
 
 
 class Model(nn.Module):

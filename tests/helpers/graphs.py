@@ -1,0 +1,42 @@
+"""A stand-in for the capture of CUDA graphs, for tests without a GPU."""
+
+import types
+
+import torch
+
+
+class StandIn:
+    """Records nothing but what to run, and has a clock that the test sets."""
+
+    def __init__(self, *, fails=None, takes=True):
+        self.fails, self.is_there = fails, takes
+        self.now, self.replays, self.resets, self.releases = 0.0, 0, 0, 0
+
+    def takes(self, device):
+        return self.is_there
+
+    def record(self, run):
+        if self.fails is not None:
+            raise self.fails
+
+        def replay():
+            self.replays += 1
+            with torch.enable_grad():  # in a backward there is none, and a graph does not ask
+                run()
+
+        def reset():
+            self.resets += 1
+
+        return types.SimpleNamespace(replay=replay, reset=reset)
+
+    def release(self):
+        self.releases += 1
+
+    def pool_bytes(self):
+        return 3 * 2**20
+
+    def mark(self):
+        return self.now
+
+    def seconds(self, start, end):
+        return end - start

@@ -239,9 +239,10 @@ class Recorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # Another thread, such as a loader's that pins memory, may go on meanwhile.
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:
-            # Where capture fails it leaves its own stream the current one.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.stream(torch.cuda.current_stream()), capture:  # a failure leaves another stream current
                 run()
         except BaseException:  # and random numbers to a graph that there is not
             generator = torch.cuda.default_generators[torch.cuda.current_device()]

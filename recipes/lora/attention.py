@@ -33,7 +33,7 @@ kernels_run: set[str] = set()
 class _NoteKernel(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ATTENTION:
-            kernels_run.add(str(func))
+            kernels_run.add(func.name().rpartition(":")[2].lstrip("_"))
         return func(*args, **(kwargs or {}))
 
 

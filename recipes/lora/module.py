@@ -127,8 +127,8 @@ class MoELoRA(LightningModule):
     @property
     def description(self) -> dict[str, str]:
         """What a report says of the model, by name."""
-        kernels = ", ".join(sorted(kernels_run))
-        return self._description | ({"attention's kernel": kernels} if kernels else {})
+        attention = ", ".join([self.hparams["attention"], *sorted(kernels_run)])
+        return self._description | {"attention": attention}
 
     def configure_callbacks(self) -> list[Callback]:
         """The one that captures `graphed_losses`, where that is asked for."""
@@ -179,7 +179,6 @@ class MoELoRA(LightningModule):
         base.losses = MethodType(losses, base)
         self._description = {
             "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}",
-            "attention": options["attention"],
             "norms and rotary embedding": norms,
             "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
             "router": self._describe_router(),

@@ -225,9 +225,7 @@ class MoELoRA(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean loss over all ranks' tokens that have a label, logged, and the router's on top if asked for."""
         inputs = {name: value for name, value in batch.items() if name not in COUNTS}
-        _, is_offloaded = self.checkpointing
-        # Copies to host memory cannot be captured.
-        total, loss, *balance = (self._losses if is_offloaded else self.graphed_losses)(inputs)
+        total, loss, *balance = self.graphed_losses(inputs)
         logged = self._mean(loss)
         self.log("train/loss", logged, prog_bar=True)
         if balance:

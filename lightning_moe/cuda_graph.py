@@ -440,11 +440,7 @@ class _Captured:
             graph.reset()
 
     def _run_forward(self) -> None:
-        device = self._anchor.device.type
-        dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        # A cast that an earlier step has cached would not be captured.
-        cast = torch.autocast(device, dtype, enabled=is_enabled, cache_enabled=False)
-        with cast, self._gradients.with_leaves():
+        with self._gradients.with_leaves(), _own_casts():
             outputs = self._function(self._batch)
         self._is_single = isinstance(outputs, Tensor)
         self._outputs = (outputs,) if self._is_single else outputs
@@ -465,7 +461,8 @@ class _Captured:
         hooks = [leaf.register_post_accumulate_grad_hook(self._used.add) for leaf in self._gradients.leaves]
         try:
             # Activation checkpointing computes with the leaves again. Autocast is for forward.
-            with self._gradients.with_leaves(), torch.autocast(self._anchor.device.type, enabled=False):
+            autocast = torch.autocast(self._anchor.device.type, enabled=False)
+            with self._gradients.with_leaves(), _own_casts(), autocast:
                 torch.autograd.backward(self._outputs[0], self._grad_loss.to(self._outputs[0].dtype))
         finally:
             for hook in hooks:
@@ -486,6 +483,16 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None]:  # type: ignore[override]
         ctx.captured.replay_backward(ctx.step, grad_loss)
         return None, None
+
+
+@contextmanager
+def _own_casts() -> Iterator[None]:
+    """Has autocast cast what is captured in it, and leave nothing of that: casts are cached as long as it is on."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _is_tensor(value: Any) -> bool:

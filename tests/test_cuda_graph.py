@@ -277,6 +277,26 @@ def test_backward_is_without_autocast():
     assert not any(seen)
 
 
+def test_what_is_compiled_is_not_compiled_anew():
+    """Its kernels would be tried out while they are captured."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = Model()
+    used = torch.compile(model.used, backend=backend)
+    function = graphed(model, lambda batch: used(batch["x"]).square().mean(), runs=True)
+    for seed in range(WARMUP_STEPS + 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(batch(seed))
+        loss.backward()
+    torch._dynamo.reset()
+    assert function._captured
+    assert len(compiled) == 1
+
+
 def test_gradients_are_laid_out_as_autograd_lays_them_out():
     """Fused optimizers want them so."""
     model = Model()

@@ -105,7 +105,7 @@ class GraphedFunction:
             return self.function(batch)
         seen = self._look(batch)
         if isinstance(seen, Unsupported):
-            self._say(seen)
+            (self._give_up if seen.code == "graph_ranks" else self._say)(seen)
         if isinstance(seen, Unsupported) or seen.is_audited:
             self._mark(None, "eager")
             return self.function(batch)

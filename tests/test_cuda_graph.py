@@ -311,6 +311,16 @@ def test_gradients_are_laid_out_as_autograd_lays_them_out():
     assert strides == {(1, 4)}
 
 
+def test_several_ranks_are_given_up_at_once(monkeypatch):
+    """Data need not be filled up for them, nor the model looked at."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    function = graphed()
+    with pytest.warns(UserWarning, match="2 ranks train.*graph_ranks"):
+        function(batch(1)).backward()
+    assert function.reason.code == "graph_ranks"
+
+
 def test_hooks_that_run_python_are_named_and_those_that_count_on_the_device_are_not():
     model = Model()
     function = warm(graphed(model))

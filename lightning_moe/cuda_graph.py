@@ -110,7 +110,7 @@ class GraphedFunction:
             self._mark(None, "eager")
             return self.function(batch)
         if seen.state != self._state:  # adapters were switched, say: what is captured is of another model
-            self._forget()
+            self.release()
             self._state, self._held = seen.state, seen.held
         key = tuple(
             (name, (tuple(value.shape), value.dtype, value.device) if _is_tensor(value) else value)
@@ -132,15 +132,12 @@ class GraphedFunction:
 
     def release(self) -> None:
         """Gives the memory back. What is called after that is captured anew."""
-        self._forget()
-        self._recorder.release()
-
-    def _forget(self) -> None:
         for captured in self._captured.values():
             captured.release()
         for left in (self._captured, self._warmups, self._undecided, self._marks):
             left.clear()
         self._gradients = None
+        self._recorder.release()  # PyTorch takes no pool again of which it still has a part
 
     def _look(self, batch: Batch) -> "Unsupported | _Seen":
         """Why this step cannot be captured, or what a graph of it relies on."""
@@ -207,8 +204,11 @@ class GraphedFunction:
             self._captured[key] = _Captured(self.function, batch, self._gradients, self._recorder)
         except RuntimeError as error:
             cause = _cause(error)
-            code = "graph_memory" if isinstance(cause, torch.OutOfMemoryError) else "graph_failed"
-            failure = unsupported(code, error=str(cause).partition("\n")[0])
+            first_line = str(cause).partition("\n")[0]
+            if isinstance(cause, torch.OutOfMemoryError):
+                failure = unsupported("graph_memory", error=first_line)
+            else:
+                failure = unsupported("graph_failed", error=first_line)
             del cause
         if failure is not None:  # out of the handler, which holds on to what was allocated
             self._give_up(failure)

@@ -1,8 +1,9 @@
 """PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
 
 Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
-of `checkpoint_wrapper`'s, `Module._modules`, `_parameters` and `_buffers`, the dictionaries of a module's and a
-tensor's hooks, `torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
+of `checkpoint_wrapper`'s; a module's `_modules`, `_parameters` and `_buffers`, its `_forward_hooks`,
+`_forward_pre_hooks`, `_backward_hooks` and `_backward_pre_hooks`; a tensor's `_backward_hooks` and
+`_post_accumulate_grad_hooks`; `torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
 """
 
 from collections.abc import Iterator, Mapping

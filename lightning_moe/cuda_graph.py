@@ -20,7 +20,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_moe.integrations.peft_experts import adapter_state
-from lightning_moe.integrations.torch_modules import gradient_hooks_of, hooks_of, replaced_parameters
+from lightning_moe.integrations.torch_modules import (
+    gradient_hooks_of,
+    hooks_of,
+    modules_of,
+    replaced_parameters,
+    tensors_of,
+    trained_parameters,
+)
 from lightning_moe.integrations.transformers_dispatch import is_capturable_hook
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.patch_state import is_on, patch_of
@@ -57,8 +64,9 @@ class GraphedFunction:
     layer is due for an audit, and where something cannot be captured: then it says why, once.
 
     The function must be the same each time but for the tensors in the batch and the module's parameters: no branch on a
-    tensor's values, no wait for the device (`.item()`), nothing that only Python does, such as logging. Random numbers
-    that it draws are new at each replay; activation checkpointing has to be told `preserve_rng_state=False`.
+    tensor's values, no wait for the device (`.item()`), nothing that only Python does, such as logging. A number that
+    changes from step to step is one of the batch's tensors. Random numbers that it draws are new at each replay;
+    activation checkpointing has to be told `preserve_rng_state=False`.
 
         loss = GraphedFunction(self.loss, self.model)     # loss(batch) -> (), or a tuple that begins with it
         loss({"input_ids": ..., "labels": ...}).backward()
@@ -67,9 +75,9 @@ class GraphedFunction:
         reason: why nothing is captured any more, or None.
 
     Args:
-        function: takes a mapping of tensors, and of constants that can be hashed, by name. Returns the loss, ()
-            floating, or a tuple that begins with it; what else is in it comes back without a graph.
-        module: whose parameters it trains.
+        function: takes a mapping of tensors, and of constants (None, booleans, numbers, strings), by name. Returns the
+            loss, () floating, or a tuple of tensors that begins with it, the others detached.
+        module: whose parameters it trains, all of them.
         mode: `"auto"` keeps to replays where they are faster than the step by itself; True keeps to them in any case.
     """
 
@@ -82,6 +90,7 @@ class GraphedFunction:
         self._warmups: Counter[Any] = Counter()
         self._gradients: _Gradients | None = None
         self._state: Any = None
+        self._held: list[Any] = []
         self._undecided: set[Any] = set()
         self._marks: deque[_Mark] = deque(maxlen=64)
         self._lines: list[str] = []
@@ -94,15 +103,15 @@ class GraphedFunction:
         """What the function returns."""
         if not torch.is_grad_enabled() or self.reason is not None:
             return self.function(batch)
-        reason, state, is_audited = self._look(batch)
-        if reason is not None:
-            self._say(reason)
-        if reason is not None or is_audited:
-            self._marks.clear()
+        seen = self._look(batch)
+        if isinstance(seen, Unsupported):
+            (self._give_up if seen.code == "graph_ranks" else self._say)(seen)
+        if isinstance(seen, Unsupported) or seen.is_audited:
+            self._mark(None, "eager")
             return self.function(batch)
-        if state != self._state:  # adapters were switched, say: what is captured is of another model
-            self._forget()
-            self._state = state
+        if seen.state != self._state:  # adapters were switched, say: what is captured is of another model
+            self.release()
+            self._state, self._held = seen.state, seen.held
         key = tuple(
             (name, (tuple(value.shape), value.dtype, value.device) if _is_tensor(value) else value)
             for name, value in sorted(batch.items())
@@ -123,54 +132,70 @@ class GraphedFunction:
 
     def release(self) -> None:
         """Gives the memory back. What is called after that is captured anew."""
-        self._forget()
-        self._recorder.release()
-
-    def _forget(self) -> None:
         for captured in self._captured.values():
             captured.release()
         for left in (self._captured, self._warmups, self._undecided, self._marks):
             left.clear()
         self._gradients = None
+        self._recorder.release()  # PyTorch takes no pool again of which it still has a part
 
-    def _look(self, batch: Batch) -> tuple[Unsupported | None, Any, bool]:
-        """Why this step cannot be captured; what a graph of it relies on; whether a layer is due for an audit."""
-        device = next((value.device for value in batch.values() if isinstance(value, Tensor)), torch.device("cpu"))
-        if not self._recorder.takes(device):
-            return unsupported("graph_device", device=device), None, False
+    def _look(self, batch: Batch) -> "Unsupported | _Seen":
+        """Why this step cannot be captured, or what a graph of it relies on."""
+        tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        for found in {device, *(tensor.device for tensor in tensors)}:  # the host's are for Python to read
+            if not self._recorder.takes(found):
+                return unsupported("graph_device", device=found)
+        for name, value in batch.items():
+            if not (isinstance(value, Tensor | bool | int | float | str) or value is None):
+                return unsupported("graph_batch", name=name, what=f"a {type(value).__name__}")
+            if isinstance(value, Tensor) and value.requires_grad:
+                return unsupported("graph_batch", name=name, what="a tensor that wants a gradient")
         if torch.compiler.is_compiling():
-            return unsupported("graph_compiled"), None, False
+            return unsupported("graph_compiled")
         if (
             torch.distributed.is_available()
             and torch.distributed.is_initialized()
             and (ranks := torch.distributed.get_world_size()) > 1
         ):
-            return unsupported("graph_ranks", world_size=ranks), None, False
+            return unsupported("graph_ranks", world_size=ranks)
         relied_on: list[Any] = [
             torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
             torch.are_deterministic_algorithms_enabled(),
         ]  # fmt: skip
+        held: list[Any] = []
         is_audited = False
-        for name, module in self.module.named_modules():
+        for module in modules_of(self.module):
             for hook in hooks_of(module):
                 if not (getattr(hook, "is_capturable", False) or is_capturable_hook(hook)):
-                    return unsupported("graph_hook", hook=_shown(hook), module=name or "the model"), None, False
-                relied_on.append(id(hook))
+                    return self._hooked(hook, module)
+                held.append(hook)
             relied_on.append(module.training)
             if (adapters := adapter_state(module)) is not None:
                 relied_on.append(adapters)
             if (patch := patch_of(module)) is not None:
-                relied_on.append((id(patch), is_on(module)))
+                held.append(patch)
+                relied_on.append(is_on(module))
                 is_audited |= patch.health.audit_due
-        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
-            for hook in gradient_hooks_of(tensor):
-                return unsupported("graph_hook", hook=_shown(hook), module=name), None, False
-            relied_on.append((tensor.data_ptr(), tensor.requires_grad))
-        return None, hash(tuple(relied_on)), is_audited
+            for tensor in tensors_of(module):
+                for hook in gradient_hooks_of(tensor):
+                    return self._hooked(hook, module)
+                relied_on += (id(tensor), tensor.data_ptr(), tensor.requires_grad)
+        return _Seen(hash((*relied_on, *map(id, held))), held, is_audited)
+
+    def _hooked(self, hook: Any, module: nn.Module) -> Unsupported:
+        name = next(name for name, found in self.module.named_modules() if found is module)
+        shown = getattr(hook, "__qualname__", type(hook).__name__)
+        return unsupported("graph_hook", hook=shown, module=name or "the model")
 
     def _capture(self, key: Any, batch: Batch) -> None:
         if len(self._captured) >= MAX_SHAPES:
             self._say(unsupported("graph_shapes", num_shapes=MAX_SHAPES))
+            return
+        devices = {tensor.device for module in modules_of(self.module) for tensor in tensors_of(module)}
+        own = next(value.device for value in batch.values() if isinstance(value, Tensor))
+        if others := devices - {own, torch.device("cpu")}:
+            self._give_up(unsupported("graph_device", device=others.pop()))
             return
         began, failure = time.perf_counter(), None
         try:
@@ -179,9 +204,11 @@ class GraphedFunction:
             self._captured[key] = _Captured(self.function, batch, self._gradients, self._recorder)
         except RuntimeError as error:
             cause = _cause(error)
-            what = str(cause).partition("\n")[0]
-            is_memory = isinstance(cause, torch.OutOfMemoryError)
-            failure = unsupported("graph_memory", error=what) if is_memory else unsupported("graph_failed", error=what)
+            first_line = str(cause).partition("\n")[0]
+            if isinstance(cause, torch.OutOfMemoryError):
+                failure = unsupported("graph_memory", error=first_line)
+            else:
+                failure = unsupported("graph_failed", error=first_line)
             del cause
         if failure is not None:  # out of the handler, which holds on to what was allocated
             self._give_up(failure)
@@ -231,8 +258,8 @@ class Recorder:
         self._pool: Any = None
 
     def takes(self, device: torch.device) -> bool:
-        """Whether the device has graphs."""
-        return device.type == "cuda"
+        """Whether the device has graphs, and is the current one, whose work is recorded."""
+        return device.type == "cuda" and device.index in (None, torch.cuda.current_device())
 
     def record(self, run: Callable[[], None]) -> Any:
         """A graph of what `run` launches, to be replayed. Nothing is computed yet."""
@@ -276,6 +303,14 @@ class Recorder:
         return start.elapsed_time(end) / 1e3
 
 
+class _Seen(NamedTuple):
+    """What a graph relies on: a digest, and what has to live for the addresses in it to be its own."""
+
+    state: int
+    held: list[Any]
+    is_audited: bool
+
+
 class _Mark(NamedTuple):
     """A step's beginning."""
 
@@ -289,9 +324,13 @@ class _Gradients:
 
     What is captured computes with leaves of its own in the parameters' memory: the parameters' own may belong to a loss
     of an earlier step that somebody still holds, and to its stream.
+
+    Attributes:
+        step: whose saved activations the graphs' memory holds; None after its backward.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.step: object = None
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._flat: dict[Any, Tensor] = {}
         self._buffers: list[Tensor] = []
@@ -301,11 +340,14 @@ class _Gradients:
         for (dtype, device), size in sizes.items():
             self._flat[dtype, device] = torch.zeros(size, dtype=dtype, device=device)
         left = dict(self._flat)
-        self.leaves: list[Tensor] = []
+        self.leaves: list[nn.Parameter] = []
         for parameter in self.parameters:
             kind = parameter.dtype, parameter.device
-            buffer, left[kind] = left[kind][: parameter.numel()].view_as(parameter), left[kind][parameter.numel() :]
-            leaf = parameter.detach().requires_grad_()
+            # As autograd lays a gradient out: like its parameter, where that has no gaps.
+            strides = torch.empty_like(parameter, device="meta").stride()
+            buffer, left[kind] = left[kind][: parameter.numel()], left[kind][parameter.numel() :]
+            buffer = buffer.as_strided(parameter.shape, strides)
+            leaf = nn.Parameter(parameter.detach())
             leaf.grad = buffer
             self._buffers.append(buffer)
             self.leaves.append(leaf)
@@ -354,7 +396,6 @@ class _Captured:
         self._outputs: Outputs = ()
         self._is_single = False
         self._used: set[Tensor] = set()
-        self._step: object = None
         self._forward = recorder.record(self._run_forward)
         self._backward = recorder.record(self._run_backward)
         outputs: Outputs = self._outputs
@@ -366,7 +407,7 @@ class _Captured:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 self._batch[name].copy_(value)
-        self._step = object()
+        self._gradients.step = object()
         outputs = _Replay.apply(self._anchor, self)
         return outputs[0] if self._is_single else outputs
 
@@ -375,18 +416,18 @@ class _Captured:
         self._forward.replay()
         device = self._anchor.device
         _replayed[device] = max(_replayed.get(device, 0), self._bytes)
-        return self._step, tuple(output.detach().clone() for output in self._outputs)
+        return self._gradients.step, tuple(output.detach().clone() for output in self._outputs)
 
     def replay_backward(self, step: object, grad_loss: Tensor) -> None:
         """Adds to the parameters' gradients."""
-        if step is not self._step:
+        gradients = self._gradients
+        if step is not gradients.step:
             raise RuntimeError(
                 "a captured step has one backward, before the next step begins: what it saved is overwritten. Train "
                 "without the CUDA graph to have more"
             )
-        self._step = None
+        gradients.step = None
         self._grad_loss.copy_(grad_loss)
-        gradients = self._gradients
         had_none = [parameter.grad is None for parameter in gradients.parameters]
         gradients.put_in_place()
         self._backward.replay()
@@ -401,20 +442,29 @@ class _Captured:
             graph.reset()
 
     def _run_forward(self) -> None:
-        device = self._anchor.device.type
-        dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        # A cast that an earlier step has cached would not be captured.
-        cast = torch.autocast(device, dtype, enabled=is_enabled, cache_enabled=False)
-        with cast, self._gradients.with_leaves():
+        with self._gradients.with_leaves(), _own_casts():
             outputs = self._function(self._batch)
         self._is_single = isinstance(outputs, Tensor)
-        self._outputs = (outputs,) if self._is_single else tuple(outputs)
+        self._outputs = (outputs,) if self._is_single else outputs
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        if type(self._outputs) is not tuple or not all(map(_is_tensor, self._outputs)):
+            raise RuntimeError("it returns neither the loss nor a tuple of tensors that begins with it")
+        loss, *others = self._outputs
+        if any(output.requires_grad for output in others):
+            raise RuntimeError("beside the loss it returns a tensor that wants a gradient: detach it, or add it")
+        leaves = set(map(id, self._gradients.leaves))
+        if any(id(parameter) not in leaves for parameter in trained_parameters(loss)):
+            raise RuntimeError("it trains a parameter that it does not read from the module")
 
     def _run_backward(self) -> None:
         self._used.clear()
         hooks = [leaf.register_post_accumulate_grad_hook(self._used.add) for leaf in self._gradients.leaves]
         try:
-            with self._gradients.with_leaves():  # activation checkpointing computes with them again
+            # Activation checkpointing computes with the leaves again. Autocast is for forward.
+            autocast = torch.autocast(self._anchor.device.type, enabled=False)
+            with self._gradients.with_leaves(), _own_casts(), autocast:
                 torch.autograd.backward(self._outputs[0], self._grad_loss.to(self._outputs[0].dtype))
         finally:
             for hook in hooks:
@@ -437,12 +487,18 @@ class _Replay(torch.autograd.Function):
         return None, None
 
 
+@contextmanager
+def _own_casts() -> Iterator[None]:
+    """Has autocast cast what is captured in it, and leave nothing of that: casts are cached as long as it is on."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
-
-
-def _shown(hook: Any) -> str:
-    return getattr(hook, "__qualname__", type(hook).__name__)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -116,7 +116,7 @@ class LayerHealth:
             self._operation.zero_()  # the same tensor, which a graph under way may hold
         if self.probe is not None and self.probe.grad is not None:
             drained.append(self.probe.grad.to(torch.int64))
-            self.probe.grad = None
+            self.probe.grad.zero_()
         if drained:
             found = dict(zip(COUNTERS, torch.stack(drained).sum(0), strict=True))
             counts.active_layers = found.pop("executions").clamp(max=micro_batches)

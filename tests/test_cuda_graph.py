@@ -11,7 +11,7 @@ from helpers.patching import equal
 from torch import nn
 
 from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
-from lightning_moe.cuda_graph import MAX_SHAPES, WARMUP_STEPS
+from lightning_moe.cuda_graph import MAX_SHAPES, WARMUP_STEPS, Recorder
 from lightning_moe.expert_load import ExpertLoadCounter
 from lightning_moe.patch_state import patch_of
 
@@ -37,6 +37,11 @@ def graphed(model=None, function=None, mode=True, **options):
 
 def batch(seed=0, rows=3):
     return {"x": torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))}
+
+
+def train_on(batches, function):
+    for found in batches:
+        function(found).backward()
 
 
 def warm(function, rows=3):
@@ -99,7 +104,7 @@ def test_the_incoming_gradient_counts():
 
 def test_outputs_beside_the_loss_have_no_graph_and_stay_as_they_are():
     model = Model()
-    function = graphed(model, lambda batch: (model.loss(batch), batch["x"].sum(), model.used.weight.sum()))
+    function = graphed(model, lambda batch: (model.loss(batch), batch["x"].sum(), model.used.weight.detach().sum()))
     for seed in range(WARMUP_STEPS + 1):
         found = function(batch(seed))
         found[0].backward()
@@ -117,6 +122,11 @@ def test_a_second_backward_and_one_that_comes_too_late_raise():
         loss.backward()
     first = function(batch(5))
     function(batch(6)).backward()
+    with pytest.raises(RuntimeError, match="one backward, before the next step begins"):
+        first.backward()
+    first = function(batch(5))
+    for _ in range(WARMUP_STEPS + 1):
+        function(batch(6, rows=4))  # another shape, in the same memory
     with pytest.raises(RuntimeError, match="one backward, before the next step begins"):
         first.backward()
 
@@ -174,6 +184,143 @@ def test_what_cannot_be_captured_runs_by_itself_and_is_named_once(options, code)
     assert any(code in line for line in function.report())
 
 
+OUTSIDE = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda model: lambda batch: model.loss({"x": OUTSIDE(batch["x"])}), "does not read from the module"),
+        (
+            lambda model: lambda batch, kept=model.used.weight: (batch["x"] @ kept).sum(),
+            "does not read from the module",
+        ),
+        (lambda model: lambda batch: {"loss": model.loss(batch)}, "neither the loss nor a tuple"),
+        (lambda model: lambda batch: (model.loss(batch), None), "neither the loss nor a tuple"),
+        (lambda model: lambda batch: (model.loss(batch), model.used.weight.sum()), "wants a gradient: detach it"),
+    ],
+    ids=["outside", "kept", "mapping", "none", "auxiliary"],
+)
+def test_a_function_whose_replay_would_lose_something_runs_by_itself(make, what):
+    """Gradients that would go nowhere, and what a training step reads from the results."""
+    model = Model()
+    function = graphed(model, make(model), runs=True)
+    with pytest.warns(UserWarning, match=f"{what}.*graph_failed"):
+        results = [function(batch(1)) for _ in range(WARMUP_STEPS + 2)]
+    assert {type(result) for result in results} == {type(results[0])}
+    assert not function._captured
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("x", batch(1)["x"].requires_grad_(), "a tensor that wants a gradient"),
+        ("y", [1], "a list"),
+        ("y", (torch.ones(2),), "a tuple"),
+    ],
+    ids=["gradient", "list", "tuple"],
+)
+def test_a_batch_that_a_replay_cannot_follow(name, value, what):
+    model = Model()
+    function = graphed(model)
+    for seed in range(WARMUP_STEPS + 1):
+        function(batch(seed)).backward()
+    replays = function._recorder.replays
+    with pytest.warns(UserWarning, match=f"{name} in the batch is {what}.*graph_batch"):
+        train_on([{**batch(1), name: value}] * (WARMUP_STEPS + 2), function)
+    assert function._recorder.replays == replays
+    assert len(function._warmups) == 1
+    if name == "x":
+        assert value.grad.count_nonzero()
+
+
+def test_a_tensor_on_another_device_is_python_s_to_read(monkeypatch):
+    """Such as the lengths that packed sequences want on the host."""
+    function = graphed()
+    function._recorder.takes = lambda device: device.type == "cpu"
+    with pytest.warns(UserWarning, match="this is on meta.*graph_device"):
+        train_on([{**batch(1), "z": torch.ones(3, device="meta")}] * (WARMUP_STEPS + 2), function)
+    assert not function._captured
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [Recorder().takes(torch.device("cuda", index)) for index in (0, 1)] == [False, True]
+
+
+def test_a_model_on_several_devices_runs_by_itself():
+    model = Model()
+    model.elsewhere = nn.Linear(2, 2, device="meta")
+    function = graphed(model)
+    with pytest.warns(UserWarning, match="this is on meta.*graph_device"):
+        train_on([batch(1)] * (WARMUP_STEPS + 2), function)
+    assert not function._captured
+
+
+def test_backward_is_without_autocast():
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    model = Model()
+    function = graphed(model, lambda batch: Watched.apply(model.loss(batch)), runs=True)
+    for seed in range(WARMUP_STEPS + 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(batch(seed))
+        loss.backward()
+    assert function._captured
+    assert not any(seen)
+
+
+def test_what_is_compiled_is_not_compiled_anew():
+    """Its kernels would be tried out while they are captured."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = Model()
+    used = torch.compile(model.used, backend=backend)
+    function = graphed(model, lambda batch: used(batch["x"]).square().mean(), runs=True)
+    for seed in range(WARMUP_STEPS + 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(batch(seed))
+        loss.backward()
+    torch._dynamo.reset()
+    assert function._captured
+    assert len(compiled) == 1
+
+
+def test_gradients_are_laid_out_as_autograd_lays_them_out():
+    """Fused optimizers want them so."""
+    model = Model()
+    model.used.weight = nn.Parameter(torch.randn(4, 4).t())
+    function = graphed(model)
+    strides = set()
+    for seed in range(WARMUP_STEPS + 2):
+        model.zero_grad()
+        function(batch(seed)).backward()
+        strides.add(model.used.weight.grad.stride())
+    assert function._captured
+    assert strides == {(1, 4)}
+
+
+def test_several_ranks_are_given_up_at_once(monkeypatch):
+    """Data need not be filled up for them, nor the model looked at."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    function = graphed()
+    with pytest.warns(UserWarning, match="2 ranks train.*graph_ranks"):
+        function(batch(1)).backward()
+    assert function.reason.code == "graph_ranks"
+
+
 def test_hooks_that_run_python_are_named_and_those_that_count_on_the_device_are_not():
     model = Model()
     function = warm(graphed(model))
@@ -198,6 +345,21 @@ def test_replays_that_are_not_faster_are_given_up():
         assert function._recorder.resets == (0 if keeps else 2)
 
 
+def test_an_audit_leaves_the_trial_its_times():
+    """What ran by itself meanwhile is not counted, what was timed before is."""
+    model = qwen3()
+    patch_moe(model)
+    function = GraphedFunction(lambda batch: model(**batch).loss, model)
+    function._recorder = StandIn()
+    sample = {"input_ids": tokens(1, 8), "labels": tokens(1, 8)}
+    health = patch_of(experts_modules(model)[0]).health
+    for step in range(WARMUP_STEPS + 5):
+        health.audit_due = step == WARMUP_STEPS + 1
+        function(sample).backward()
+        function._recorder.now += 1.0 if step < WARMUP_STEPS else 0.1 if health.audit_due else 0.5
+    assert function.report()[-1] == "a replay takes 0.500 s, the step by itself took 1.000 s"
+
+
 def test_what_is_captured_is_of_these_weights_and_adapters():
     """New memory, other adapters, frozen weights: captured anew."""
     model = Model()
@@ -205,6 +367,7 @@ def test_what_is_captured_is_of_these_weights_and_adapters():
     function(batch(1)).backward()
     changes = [
         lambda: setattr(model.used, "weight", nn.Parameter(torch.ones(4, 4))),
+        lambda: setattr(model.used, "weight", nn.Parameter(model.used.weight.data)),
         lambda: model.used.bias.requires_grad_(False),
         lambda: model.eval(),
     ]
@@ -275,7 +438,7 @@ def test_release_gives_back_and_what_follows_is_captured_anew():
     function = warm(graphed())
     function(batch(1)).backward()
     function.release()
-    assert (function._recorder.resets, function._recorder.releases) == (2, 1)
+    assert (function._recorder.resets, function._recorder.releases) == (2, 2)  # as the first step began, and now
     replays = function._recorder.replays
     warm(function)
     function(batch(1)).backward()

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe.health import HealthCounts, LayerHealth
-from lightning_moe.ops import moe_experts
+from lightning_moe.ops import moe_experts, operator
 
 GATES = torch.tensor([[0.5, -0.5], [0.0, 1.0], [-0.0, 1e-40]])
 INDEX = torch.tensor([[0, 2], [0, 5], [4, 0]])  # of four experts; 4 and 5 are non-local
@@ -220,3 +220,14 @@ def test_a_copy_counts_by_itself():
     run(twin, operation)
     counts, twice = health.drain(micro_batches=8), twin.drain(micro_batches=8)
     assert (counts.gates, twice.gates) == (4, 8)
+
+
+def test_counters_stay_where_a_cuda_graph_adds_to_them():
+    health = LayerHealth()
+    health.probe = operator.new_probe(torch.device("cpu"))
+    health.probe.grad = torch.zeros_like(health.probe)
+    counters = health.counters(GATES), health.probe.grad
+    for _ in range(2):
+        for counter in counters:
+            counter += 1
+        assert health.drain(micro_batches=9).gates == 2

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.cuda_graph import GraphedFunction, Mode
@@ -54,7 +55,7 @@ class CUDAGraphCallback(Callback):
         if stage != "fit":
             return
         function = getattr(pl_module, self.method, None)
-        if not callable(function):
+        if not callable(function) or isinstance(function, nn.Module):
             raise MisconfigurationException(
                 f"CUDAGraphCallback: {type(pl_module).__name__} has no method {self.method!r}: put what makes the loss "
                 "of a batch into one, or name it: CUDAGraphCallback(method=...)"

@@ -98,6 +98,7 @@ class MoEGateGradCallback(Callback):
         self._micro_batches = 0
         self._step_before_batch = 0
         self._audited_step = -1
+        self._audited: LayerPatch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Patches what is built by now."""
@@ -137,7 +138,8 @@ class MoEGateGradCallback(Callback):
         self._audited_step = step
         active = [patch for patch in _patches(pl_module) if patch.reason is None]
         if active:
-            active[step // every % len(active)].health.audit_due = True
+            self._audited = active[step // every % len(active)]
+            self._audited.health.audit_due = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -146,6 +148,9 @@ class MoEGateGradCallback(Callback):
         if self.report is None:
             return
         self._micro_batches += 1
+        if self._audited is not None:  # its routing weights may need no gradient: then there is nothing to audit
+            self._audited.health.audit_due = False
+            self._audited = None
         if should_log(trainer, pl_module, self._step_before_batch):
             self._log(trainer, pl_module)
 

@@ -1,9 +1,9 @@
 """PyTorch's modules and tensors: names that its wrappers put into paths, the parameters that a module computes with.
 
 Private names read here, in torch 2.11 to 2.15: `_orig_mod` of `torch.compile`'s wrapper, `_checkpoint_wrapped_module`
-of `checkpoint_wrapper`'s, `Module._parameters`, where a module and a tensor have their hooks (`_forward_hooks`,
-`_forward_pre_hooks`, `_backward_hooks`, `_backward_pre_hooks`, `_post_accumulate_grad_hooks`),
-`torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
+of `checkpoint_wrapper`'s; a module's `_modules`, `_parameters` and `_buffers`, its `_forward_hooks`,
+`_forward_pre_hooks`, `_backward_hooks` and `_backward_pre_hooks`; a tensor's `_backward_hooks` and
+`_post_accumulate_grad_hooks`; `torch.compiler._is_exporting_flag`, and where `FakeTensor` is, `torch._subclasses`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -57,15 +57,45 @@ def replaced_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Ite
         module._parameters.update(kept)
 
 
-def gradient_hooks_of(tensor: Tensor) -> Iterator[Any]:
+def modules_of(root: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, once each. PyTorch's own `modules` takes several times as long."""
+    seen: set[nn.Module] = set()
+    left = [root]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            if module._modules:
+                left += [child for child in module._modules.values() if child is not None]
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that a module itself has."""
+    own = (module._parameters, module._buffers)
+    return [tensor for tensors in own if tensors for tensor in tensors.values() if tensor is not None]
+
+
+def trained_parameters(output: Tensor) -> Iterator[nn.Parameter]:
+    """The parameters to which an output's backward adds gradients."""
+    seen: set[Any] = set()
+    left: list[Any] = [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            if isinstance(variable := getattr(node, "variable", None), nn.Parameter):
+                yield variable
+
+
+def gradient_hooks_of(tensor: Tensor) -> list[Any]:
     """The hooks that run when a parameter has its gradient."""
-    for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks):
-        yield from (hooks or {}).values()
+    return [hook for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks) if hooks
+            for hook in hooks.values()]  # fmt: skip
 
 
-def hooks_of(module: nn.Module) -> Iterator[Any]:
+def hooks_of(module: nn.Module) -> list[Any]:
     """The hooks that run when the module is called, and in its backward."""
-    for hooks in (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    ):  # fmt: skip
-        yield from hooks.values()
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return [hook for hooks in own if hooks for hook in hooks.values()]

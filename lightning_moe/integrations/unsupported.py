@@ -49,8 +49,9 @@ REASONS = {
         "the adapter would train next to nothing"
     ),
     # Why a training step is not captured in a CUDA graph.
+    "graph_batch": "{name} in the batch is {what}, which a replay cannot follow",
     "graph_compiled": "the step is being compiled",
-    "graph_device": "CUDA graphs need a GPU, and this is on {device}",
+    "graph_device": "CUDA graphs need the current GPU, and this is on {device}",
     "graph_failed": "it cannot be captured: {error}",
     "graph_hook": "{hook} on {module} runs Python at each call, which a replay would leave out",
     "graph_memory": "there is no memory for it beside what is held: {error}",

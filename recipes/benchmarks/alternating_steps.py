@@ -78,6 +78,7 @@ def make_step(
     """A whole training step of a batch, and what is captured of it."""
     module = OnSharedBase(**(options | OPTIONS[variant]))
     module.__dict__["shared"] = shared
+    torch.manual_seed(0)  # the same adapters in each
     module.configure_model()
     assert module.network is not None
     if OPTIONS[variant] | {"attention": None} == BASELINE | {"attention": None}:
@@ -111,7 +112,11 @@ def make_batch(tokens: int, vocabulary: int, seed: int, device: torch.device) ->
 
 
 def timed(
-    step: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], device: torch.device, steps: int
+    step: Callable[[dict[str, Any]], Tensor],
+    graphed: GraphedFunction | None,
+    batch: dict[str, Any],
+    device: torch.device,
+    steps: int,
 ) -> tuple[float, ...]:
     """Seconds of a step, so many in a row, GiB above what was held, and the loss."""
     on_gpu = device.type == "cuda"
@@ -125,8 +130,12 @@ def timed(
         loss = step(batch)
     value = loss.item()
     seconds = (perf_counter() - start) / steps
-    above = max(torch.cuda.max_memory_allocated() - held, replayed_bytes(device)) / 2**30 if on_gpu else float("nan")
-    return seconds, above, value
+    if not on_gpu:
+        return seconds, float("nan"), value
+    above = torch.cuda.max_memory_allocated() - held
+    if graphed is not None and (replayed := replayed_bytes(device)):  # a graph holds its gradients between steps too
+        above = max(above, replayed + sum(p.nbytes for p in graphed.module.parameters() if p.requires_grad))
+    return seconds, above / 2**30, value
 
 
 def main(
@@ -174,8 +183,8 @@ def main(
             found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
             for number in range(rounds + warmup):
                 batch = make_batch(tokens, shared.config.vocab_size, number, device)
-                for variant, (step, _) in made.items():
-                    found[variant].append(timed(step, batch, device, steps))
+                for variant, (step, graphed) in made.items():
+                    found[variant].append(timed(step, graphed, batch, device, steps))
             progress.advance(task)
             first: Any = None
             for name, results in found.items():

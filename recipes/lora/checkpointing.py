@@ -128,10 +128,6 @@ def _checkpointed(
     if offloading is None:
         contexts = partial(keep_and_reuse, attention=keeps_attention)
         return checkpointing(forward, *args, context_fn=contexts, **kwargs)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "copies to host memory cannot wait for each other in a CUDA graph: set --model.offload false"
-        )
     layer = offloading.next_layer()
     contexts = partial(
         keep_and_reuse, attention=keeps_attention, pack=layer.pack, unpack=layer.unpack,

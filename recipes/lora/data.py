@@ -83,6 +83,7 @@ class InstructionData(LightningDataModule):
         self._collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
         self._training: list[Pack] = []
         self._validation: list[Pack] = []
+        self._most_documents = 0
         self._report: list[str] = []
         self.held_out: list[Document] = []
 
@@ -107,6 +108,7 @@ class InstructionData(LightningDataModule):
         self.held_out = documents[::every]
         self._training = self._pack([d for number, d in enumerate(documents) if number % every], "training")
         self._validation = self._pack(self.held_out, "validation")
+        self._most_documents = self.batch_size * max(map(len, self._training), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a position in the data depends on, for checkpoints."""
@@ -205,8 +207,7 @@ class InstructionData(LightningDataModule):
         graphs = [c.graphed for c in trainer.callbacks if isinstance(c, CUDAGraphCallback) and c.graphed is not None]
         if not trainer.training or self.packing != "bfd" or all(graphed.reason is not None for graphed in graphs):
             return batch
-        most_documents = self.batch_size * max(map(len, self._training))
-        return fill_up(batch, self.batch_size * self.max_length, most_documents, self.max_length)
+        return fill_up(batch, self.batch_size * self.max_length, self._most_documents, self.max_length)
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled anew in each epoch, with a position that checkpoints keep.
@@ -250,10 +251,9 @@ def num_tokens(batch: dict[str, Any]) -> int:
 
 
 def fill_up(batch: dict[str, Any], length: int, documents: int, longest: int) -> dict[str, Any]:
-    """A batch of one shape, whatever is in it: one document more, without a loss, and empty ones after it.
+    """A batch of one shape, whatever is in it: documents without a loss after its own, and then empty ones.
 
-    The document is the batch's own beginning, so that the router sees text. With as many documents as there are at most
-    and nothing to fill up, the batch is as it was but for `max_length`.
+    Their text is the batch's own beginning, so that the router sees text.
 
     Args:
         batch: from `InstructionData.collate`.
@@ -264,8 +264,9 @@ def fill_up(batch: dict[str, Any], length: int, documents: int, longest: int) ->
     ids, ends = batch["input_ids"], batch["cu_seq_lens_q"]
     missing = length - ids.shape[1]
     more = ids.repeat(1, -(-missing // ids.shape[1]))[:, :missing]
-    positions = torch.arange(missing)[None]
-    after = ends.new_full((documents + 2 - ends.numel(),), length)
+    positions = torch.arange(missing)[None] % longest
+    number = documents + -(-length // longest) + 1 - ends.numel()  # attention takes none beyond the longest
+    after = (ids.shape[1] + longest * torch.arange(1, number + 1, dtype=ends.dtype)).clamp(max=length)
     filled = {
         "input_ids": torch.cat([ids, more], 1),
         "labels": torch.cat([batch["labels"], torch.full_like(more, IGNORED)], 1),

@@ -72,7 +72,8 @@ class MoELoRA(LightningModule):
         liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had.
         cuda_graph: capture a training step's forward and backward and replay them, which for up to some 8,192 tokens
             saves most of the time: `auto` where a short trial on the GPU says that it is faster. Packs (`packing: bfd`)
-            are filled up to one length then. Not with `offload`, nor on several GPUs.
+            are filled up to one length then, with text of their own that counts in the experts' load and the router's
+            loss. Not with `offload`, nor on several GPUs.
     """
 
     flops_per_batch = None  # Lightning's ThroughputMonitor asks for it

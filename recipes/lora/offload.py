@@ -57,6 +57,8 @@ class OffloadedLayer:
         """Starts a tensor's copy to the host; one that is small, or not on a GPU, stays as it is."""
         if not tensor.is_cuda or tensor.nbytes < SMALLEST_OFFLOADED_BYTES:
             return tensor
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("model.offload's copies to host memory are no part of a graph")
         self._tensors.append(_Offloaded(tensor, self._offload.stream(tensor.device)))
         return self._tensors[-1]
 

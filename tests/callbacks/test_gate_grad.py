@@ -8,6 +8,7 @@ import torch
 from helpers.models import Tiny, experts_modules, gpt_oss, qwen3, tokens, with_attention_lora
 from helpers.patching import enable_checkpointing
 from helpers.training import LIGHTNING_WARNINGS, Fails, FailsTwice, fit, is_restored, logged, trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import lightning_moe
 from lightning_moe import MemoryMonitor, MoEGateGradCallback
 from lightning_moe.integrations.peft_experts import _tried_layout
+from lightning_moe.patch_state import patch_of
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -262,6 +264,20 @@ def test_the_environment_switches_it(tmp_path, monkeypatch, value, on):
     module = fit(tmp_path, Tiny(), MoEGateGradCallback())
     assert set(module.was_patched) == {on}
     assert MoEGateGradCallback(enabled=not on).enabled == (not on)
+
+
+def test_an_audit_that_a_layer_cannot_have_is_not_waited_for(tmp_path):
+    """Each step until then would be run for it, and not as a CUDA graph."""
+    due = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            due.append(sum(patch_of(experts).health.audit_due for experts in experts_modules(pl_module)))
+
+    module = Tiny()
+    module.network.model.requires_grad_(False)  # its routing weights need no gradient
+    fit(tmp_path, module, MoEGateGradCallback(audit_every_n_steps=3), Watch())
+    assert due == [1, 0, 0, 1]
 
 
 def test_the_audit_passes_a_right_model(tmp_path):

@@ -1,4 +1,4 @@
-"""A stand-in for the capture of CUDA graphs, for tests without a GPU."""
+"""What stands in for CUDA graphs where there is no GPU."""
 
 import types
 
@@ -8,16 +8,18 @@ import torch
 class StandIn:
     """Records nothing but what to run, and has a clock that the test sets."""
 
-    def __init__(self, *, fails=None, takes=True):
-        self.fails, self.is_there = fails, takes
+    def __init__(self, *, fails=None, takes=True, runs=False):
+        self.fails, self.takes_device, self.runs = fails, takes, runs
         self.now, self.replays, self.resets, self.releases = 0.0, 0, 0, 0
 
     def takes(self, device):
-        return self.is_there
+        return self.takes_device
 
     def record(self, run):
         if self.fails is not None:
             raise self.fails
+        if self.runs:
+            run()
 
         def replay():
             self.replays += 1

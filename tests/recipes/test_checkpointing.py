@@ -201,12 +201,3 @@ def test_the_configuration_says_whether_there_are_random_numbers(field, draws):
     assert not draws_random_numbers(network)
     setattr(network.config, field, 0.5)
     assert draws_random_numbers(network) == draws
-
-
-def test_offload_is_not_captured(monkeypatch):
-    network = model()
-    enable_checkpointing(network.model.layers, "full", offload=True)
-    for name in ("is_available", "is_current_stream_capturing"):
-        monkeypatch.setattr(torch.cuda, name, lambda: True)
-    with pytest.raises(RuntimeError, match="cannot wait for each other in a CUDA graph"):
-        step(network)

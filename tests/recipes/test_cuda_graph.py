@@ -3,6 +3,7 @@
 import csv
 from collections import defaultdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lora.data import IGNORED, fill_up, num_documents, num_tokens
+from lora.offload import SMALLEST_OFFLOADED_BYTES, ActivationOffload
 from qwen3_lora import UNHELPFUL_WARNINGS
 
 from lightning_moe import AdapterUpdateCheck, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback, cuda_graph
@@ -69,7 +71,7 @@ def test_packs_have_one_shape_and_the_same_loss(tmp_path):
         assert (num_documents(other), num_tokens(other)) == (num_documents(batch), num_tokens(batch))
 
 
-def test_fill_up_adds_a_document_without_a_loss_and_empty_ones():
+def test_fill_up_adds_documents_without_a_loss_and_empty_ones():
     ids = torch.arange(1, 6)[None]
     ends = torch.tensor([0, 2, 5], dtype=torch.int32)
     batch = {
@@ -80,11 +82,23 @@ def test_fill_up_adds_a_document_without_a_loss_and_empty_ones():
     assert filled["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]]
     assert filled["labels"].tolist() == [[1, 2, 3, 4, 5, *[IGNORED] * 7]]
     assert filled["position_ids"].tolist() == [[0, 1, 0, 1, 2, *range(7)]]
-    assert filled["cu_seq_lens_q"].tolist() == filled["cu_seq_lens_k"].tolist() == [0, 2, 5, 12, 12, 12]
+    assert filled["cu_seq_lens_q"].tolist() == filled["cu_seq_lens_k"].tolist() == [0, 2, 5, 12, 12, 12, 12]
     assert (filled["max_length_q"], filled["max_length_k"], filled["weight"]) == (8, 8, 1.0)
     full = fill_up(batch, 5, 2, 8)
     assert full["input_ids"].tolist() == ids.tolist()
     assert full["cu_seq_lens_q"].tolist() == [0, 2, 5, 5]
+    much = fill_up(batch, 24, 4, 8)  # attention's kernel leaves out what a document has beyond the longest
+    assert much["cu_seq_lens_q"].tolist() == [0, 2, 5, 13, 21, 24, 24, 24]
+    assert much["position_ids"].tolist() == [[0, 1, 0, 1, 2, *range(8), *range(8), *range(3)]]
+    assert much["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_offload_is_not_captured_and_says_so(tmp_path, monkeypatch):
+    fit_on_cpu(tmp_path, cuda_graph=True, checkpointing="full", offload=True)  # comes to the graph's reason
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    layer = ActivationOffload().next_layer()
+    with pytest.raises(RuntimeError, match="model.offload's copies"):
+        layer.pack(SimpleNamespace(is_cuda=True, nbytes=SMALLEST_OFFLOADED_BYTES))
 
 
 class Interrupt(Callback):

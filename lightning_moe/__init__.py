@@ -16,7 +16,8 @@ try:
     from lightning_moe.callbacks.expert_load import ExpertLoadMonitor
     from lightning_moe.callbacks.gate_grad import MoEGateGradCallback
     from lightning_moe.callbacks.memory import MemoryMonitor
-    from lightning_moe.cuda_graph import GraphedFunction, replayed_bytes
+    from lightning_moe.captured_step import replayed_bytes
+    from lightning_moe.cuda_graph import GraphedFunction
     from lightning_moe.expert_load import plot_expert_load
     from lightning_moe.integrations.transformers_experts import register_experts
     from lightning_moe.integrations.unsupported import Unsupported

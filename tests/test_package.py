@@ -42,8 +42,9 @@ FLOORS = [
     {"ops"},
     {"integrations"},
     {
-        "activation_estimate", "adapter_updates", "adapters", "cuda_graph", "discovery", "dispatch", "expert_load",
-        "health", "patch_state", "metrics", "patch_report", "patching", "saved_activations", "unmerged_lora",
+        "activation_estimate", "adapter_updates", "adapters", "captured_step", "cuda_graph", "discovery", "dispatch",
+        "expert_load", "health", "patch_state", "metrics", "patch_report", "patching", "saved_activations",
+        "unmerged_lora",
     },
     {"callbacks", "cli", "__main__"},
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
 from lightning_moe.callbacks.restoring import stand_in_front
-from lightning_moe.cuda_graph import replayed_bytes
+from lightning_moe.captured_step import replayed_bytes
 from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
 
 MIB, GIB = 2**20, 2**30

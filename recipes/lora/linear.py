@@ -35,8 +35,7 @@ def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tens
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     bias = None if base.bias is None else base.bias.to(dtype)
     tensors = (tensor.to(dtype) for tensor in (x, base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight))
-    with torch.autocast(device, enabled=False):
-        return _LoRALinear.apply(*tensors, bias, layer.scaling[name])
+    return _LoRALinear.apply(*tensors, bias, layer.scaling[name])  # in autocast's dtype, which leaves them as they are
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -1,0 +1,60 @@
+"""Tests of the benchmark of steps in turn: variants that compute the same, on one base, in one small run."""
+
+import copy
+
+import alternating_steps
+import pytest
+import torch
+import yaml
+from alternating_steps import make_batch, make_step
+from lora.module import MoELoRA
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated"),  # Transformers' older names, which 5.17 has alone
+    pytest.mark.filterwarnings("ignore:CUDA graph. the step runs without one"),
+]
+ARCHITECTURE = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "head_dim": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def without_liger(monkeypatch):
+    options = {name: {**given, "liger": False} for name, given in alternating_steps.OPTIONS.items()}
+    monkeypatch.setattr(alternating_steps, "OPTIONS", options)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    settings = yaml.safe_load(alternating_steps.TINY.read_text())
+    settings["model"]["architecture"] |= ARCHITECTURE
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_every_variant_has_the_same_losses_and_weights(recipe):
+    options = yaml.safe_load(recipe.read_text())["model"] | {"modules_to_save": ()}
+    shared = MoELoRA(**copy.deepcopy(options)).build_base()
+    losses = {}
+    for variant in alternating_steps.OPTIONS:
+        step, _ = make_step(variant, copy.deepcopy(options), shared, "32-true")
+        losses[variant] = [step(make_batch(40, 384, seed, torch.device("cpu"))).item() for seed in range(3)]
+    first = losses.pop("baseline+liger")
+    assert len(set(first)) == 3
+    for found in losses.values():
+        assert found == pytest.approx(first, abs=1e-5)
+
+
+def test_the_table(recipe, tmp_path, capsys):
+    variants = ("baseline+liger", "lightning_moe")
+    alternating_steps.main(recipe, lengths=(32,), variants=variants, rounds=1, experts=True, layers=2, out=tmp_path)
+    table = (tmp_path / "alternating_steps.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("| 32 ")]
+    assert [row[1] for row in rows] == list(variants)
+    assert rows[0][2].endswith("(1.00)")
+    assert all(row[2] in capsys.readouterr().out for row in rows[:1])

@@ -49,10 +49,10 @@ def test_losses_equal_those_without_and_repeat(tmp_path):
         fit(tmp_path / str(n), Tiny(num_batches=20), MoEGateGradCallback(enabled=on), max_steps=20).losses
         for n, on in enumerate((False, True, True))
     ]
-    stock, ours, again = runs
+    baseline, ours, again = runs
     assert ours == again
-    assert max(abs(a - b) for a, b in zip(stock, ours, strict=True)) < 1e-4
-    assert ours != stock  # another code did run
+    assert max(abs(a - b) for a, b in zip(baseline, ours, strict=True)) < 1e-4
+    assert ours != baseline  # another code did run
     assert ours[-1] < ours[0]
 
 
@@ -180,7 +180,7 @@ def test_figures_are_those_of_the_tensors(tmp_path, checkpoint, accumulate, ever
         "active_layers": 2,
         "fallback_layers": 0,
         "bias_fallback_layers": 0,
-        # Per row of both layers, float32: stock code keeps Y (32), silu(gate) (16), and, as the weights train, the
+        # Per row of both layers, float32: the baseline keeps Y (32), silu(gate) (16), and, as the weights train, the
         # gathered x (32) and a (16) beside what the operation keeps.
         "activations_mib_saved": NUM_GATES * (32 + 16 + 32 + 16) * 4 / 2**20,
     }
@@ -370,7 +370,7 @@ def end_by_hand(*_):
 
 @pytest.mark.parametrize("end", [end_well, end_badly, end_by_hand])
 @pytest.mark.parametrize("where", ["init", "setup", "configure_model"])
-def test_afterwards_the_model_computes_bit_for_bit_what_a_stock_one_does(tmp_path, end, where):
+def test_afterwards_the_model_computes_bit_for_bit_what_an_unpatched_one_does(tmp_path, end, where):
     module = Tiny(where=where)
     module.on_train_batch_end = lambda *args: args[-1] == 2 and end()
     try:
@@ -389,7 +389,9 @@ def test_afterwards_the_model_computes_bit_for_bit_what_a_stock_one_does(tmp_pat
         loss.backward()
         return [loss, *(parameter.grad for parameter in network.parameters())]
 
-    assert all(torch.equal(ours, stock) for ours, stock in zip(outcome(module.network), outcome(fresh), strict=True))
+    assert all(
+        torch.equal(ours, baseline) for ours, baseline in zip(outcome(module.network), outcome(fresh), strict=True)
+    )
 
 
 class Sized(Tiny):
@@ -493,9 +495,9 @@ def test_routing_flips_are_logged(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_reduced_precision(tmp_path, precision):
-    stock = fit(tmp_path / "stock", Tiny(), precision=precision).losses
+    baseline = fit(tmp_path / "baseline", Tiny(), precision=precision).losses
     ours = fit(tmp_path / "ours", Tiny(), MoEGateGradCallback(), precision=precision).losses
-    assert ours == pytest.approx(stock, rel=1e-3)
+    assert ours == pytest.approx(baseline, rel=1e-3)
     assert logged(tmp_path / "ours", "gategrad/active_layers") == [2.0] * 4
 
 
@@ -512,10 +514,10 @@ def test_a_run_goes_on_from_a_checkpoint_as_it_does_without(tmp_path):
         assert is_restored(module)
         return module.losses, list(torch.load(path, weights_only=True)["state_dict"])
 
-    (ours, our_keys), (stock, stock_keys) = resumed(True), resumed(False)
+    (ours, our_keys), (baseline, baseline_keys) = resumed(True), resumed(False)
     assert len(ours) == 2
-    assert ours == pytest.approx(stock, abs=1e-4)
-    assert our_keys == stock_keys
+    assert ours == pytest.approx(baseline, abs=1e-4)
+    assert our_keys == baseline_keys
 
 
 def test_the_trainers_callbacks_are_in_the_users_order_after_the_fit(tmp_path):

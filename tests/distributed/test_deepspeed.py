@@ -119,7 +119,7 @@ def measured(folder, kind):
 
 
 def test_saved_activations_and_the_audit(tmp_path):
-    """What is gathered for a layer is a parameter, which the tape leaves out."""
+    """What is gathered for a layer is a parameter, which is not counted as saved."""
     whole, partitioned = (together(measured, tmp_path / str(kind), kind)[0] for kind in ("ddp", 3))
     assert partitioned == whole
     assert max(logged(tmp_path / "3", "gategrad/audit_rel_error")) < LIMIT
@@ -148,10 +148,10 @@ def held_between_forward_and_backward(folder, enabled):
 
 
 def test_weights_are_gathered_again_for_backward(tmp_path):
-    ours, stock = (together(held_between_forward_and_backward, tmp_path, enabled)[0] for enabled in (True, False))
-    assert len(ours) == len(stock) == 4 * STEPS
+    ours, baseline = (together(held_between_forward_and_backward, tmp_path, enabled)[0] for enabled in (True, False))
+    assert len(ours) == len(baseline) == 4 * STEPS
     assert not any(ours)
-    assert all(stock)
+    assert all(baseline)
 
 
 def exported(folder, stage):

@@ -37,10 +37,10 @@ PER_EXPERT = (*WEIGHTS, *FACTORS)
 @pytest.fixture(autouse=True)
 def unwritten_rows_are_nan(monkeypatch):
     """grouped_mm leaves the rows past the last offset as it found them; here it finds NaN."""
-    stock = F.grouped_mm
+    baseline = F.grouped_mm
 
     def spoiled(left, right, *, offs, **options):
-        result = stock(left, right, offs=offs, **options)
+        result = baseline(left, right, offs=offs, **options)
         if right.dim() == 3:
             result[offs[-1] :] = float("nan")
         return result
@@ -57,7 +57,7 @@ def shard(problem, first, count):
     return replace(problem, tensors=tensors, top_k_index=local.masked_fill(foreign, count))
 
 
-def run_stock_shard(problem):
+def run_baseline_shard(problem):
     leaves = problem.leaves()
     plain = merged(problem.layout, leaves)
     module = StockExperts(problem.layout, plain)
@@ -85,9 +85,9 @@ def test_the_shards_add_up_to_the_whole(layout, ranks, recompute_gate_up):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_shard_equals_stock_code(layout, dtype):
+def test_a_shard_equals_the_baseline(layout, dtype):
     problem = shard(make_problem(layout, num_experts=6, num_tokens=40, dtype=dtype), 2, 2)
-    actual, expected = run(problem, is_expert_parallel=True), run_stock_shard(problem)
+    actual, expected = run(problem, is_expert_parallel=True), run_baseline_shard(problem)
     for name, want in expected.items():
         assert relative_error(actual[name], want) <= 8 * torch.finfo(dtype).eps, name
     foreign = problem.top_k_index == 2
@@ -109,7 +109,7 @@ def test_a_nan_bias_of_the_last_expert_stays_with_its_own_rows(name):
     bias = problem.tensors[name].clone()
     bias[-1, 0] = float("nan")
     problem = problem.with_tensors(**{name: bias})
-    actual, expected = run(problem, is_expert_parallel=True), run_stock_shard(problem)
+    actual, expected = run(problem, is_expert_parallel=True), run_baseline_shard(problem)
     assert any(not want.isfinite().all() for want in expected.values())
     for result, want in expected.items():
         assert torch.equal(actual[result].isfinite(), want.isfinite()), result
@@ -126,7 +126,7 @@ def test_a_process_without_a_row_adds_nothing():
 def test_foreign_ids_fit_the_sort_keys(num_experts):
     index = torch.tensor([[0, num_experts], [num_experts - 1, num_experts + 40], [1, 2]])
     problem = replace(make_problem(num_experts=num_experts, num_tokens=3, top_k=2), top_k_index=index)
-    assert_agrees(run(problem, is_expert_parallel=True), run_stock_shard(problem))
+    assert_agrees(run(problem, is_expert_parallel=True), run_baseline_shard(problem))
 
 
 def test_without_the_option_a_foreign_id_is_an_error():
@@ -161,12 +161,12 @@ def one_of_two_processes(how):
         local = {name: getattr(p.grad, "_local_tensor", p.grad) for name, p in model.named_parameters()}
         return {"loss": loss.detach()} | {name: grad.clone() for name, grad in local.items()}
 
-    stock = run()
+    baseline = run()
     with gategrad(model) as report:
         assert [layer.status for layer in report] == ["active", "active"]
         ours = run()
-    assert_agrees(ours, stock)
-    assert any(not torch.equal(ours[name], stock[name]) for name in stock)  # another code did run
+    assert_agrees(ours, baseline)
+    assert any(not torch.equal(ours[name], baseline[name]) for name in baseline)  # another code did run
     assert_agrees({"loss": ours["loss"]}, {"loss": alone})
 
 

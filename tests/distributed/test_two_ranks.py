@@ -148,11 +148,11 @@ def collectives(folder, kind, every, check):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_nothing_is_communicated_between_log_steps(tmp_path, kind):
-    ours, watching, stock, logging = (
+    ours, watching, baseline, logging = (
         together(collectives, tmp_path / f"{every}-{check}", kind, every, check)[0]
         for every, check in ((STEPS + 1, 0), (STEPS + 1, 2), (STEPS + 1, None), (1, 0))
     )
-    *steps, end = stock
+    *steps, end = baseline
     assert all(steps)
     assert ours[:-1] == steps
     assert ours[-1] > end  # the experts' rows when training ends, and where their heat map goes
@@ -187,12 +187,12 @@ def kept_shapes(folder, kind, enabled):
 def test_gathered_weights_are_not_kept_for_backward(tmp_path):
     """Beside FSDP2 as beside one process: what is kept has the sizes of tokens, not of experts' weights."""
     weights = {(8, 32, 32), (8, 32, 16)}
-    ours, stock = (together(kept_shapes, tmp_path, "fsdp", enabled)[0] for enabled in (True, False))
+    ours, baseline = (together(kept_shapes, tmp_path, "fsdp", enabled)[0] for enabled in (True, False))
     assert len(ours) == STEPS
     for step in ours:
         assert step
         assert not weights & set(step)
-    assert weights & set(stock[0])  # PEFT's merged weights
+    assert weights & set(baseline[0])  # PEFT's merged weights
 
 
 def cast(folder, build, enabled, shards):
@@ -205,15 +205,15 @@ def cast(folder, build, enabled, shards):
 
 @pytest.mark.parametrize("shards", [("layers", "model"), ("experts", "layers", "model")])
 def test_weights_cast_for_the_call(tmp_path, shards):
-    """The audit's limit and the tape are those of bfloat16, though the weights at rest are float32."""
+    """The audit's limit and the saved activations are those of bfloat16, though the weights at rest are float32."""
     make = partial(build, "attention", False)
     exact = outcome(tmp_path / "one", "auto", make)["gradients"]
-    ours, stock = (together(cast, tmp_path / str(on), make, on, shards)[0] for on in (True, False))
-    assert relative_error(ours[0], stock[0]) < 1e-3
+    ours, baseline = (together(cast, tmp_path / str(on), make, on, shards)[0] for on in (True, False))
+    assert relative_error(ours[0], baseline[0]) < 1e-3
     for name, gradient in exact.items():
-        error, stock_error = (relative_error(side[1][name], gradient) for side in (ours, stock))
-        # 64 to 128 numbers, few enough for stock code to be lucky: then bfloat16's digit counts.
-        assert error < with_scatter(LOW_PRECISION_SLACK, gradient.numel()) * stock_error + 2**-8
+        error, baseline_error = (relative_error(side[1][name], gradient) for side in (ours, baseline))
+        # 64 to 128 numbers, few enough for the baseline to be lucky: then bfloat16's digit counts.
+        assert error < with_scatter(LOW_PRECISION_SLACK, gradient.numel()) * baseline_error + 2**-8
     assert max(logged(tmp_path / "True", "gategrad/audit_rel_error")) > 1e-3
     assert not [message for message in ours[2] if "audit" in message]
     rows = BATCH // 2 * 12 * 2

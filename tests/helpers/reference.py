@@ -1,4 +1,4 @@
-"""The truth that the tests compare with: a float64 loop over tokens and slots, and stock Transformers beside it.
+"""The truth that the tests compare with: a float64 loop over tokens and slots; and the baseline, Transformers' own.
 
 Every tensor is of scale 1 (weights are divided by the root of their fan-in), so that no error hides in small numbers.
 """
@@ -92,7 +92,7 @@ class Problem:
         return replace(self, tensors=self.tensors | tensors)
 
     def leaves(self):
-        """Fresh leaves, so that runs share neither gradients nor tape."""
+        """Fresh leaves, so that runs share neither gradients nor graphs."""
         return {
             name: tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in self.requires_grad)
             for name, tensor in self.tensors.items()
@@ -288,7 +288,7 @@ EAGER = {
 }
 
 
-def call_stock(problem, leaves, implementation="grouped_mm"):
+def call_baseline(problem, leaves, implementation="grouped_mm"):
     leaves = merged(problem.layout, leaves)
     inputs = leaves["hidden_states"], problem.top_k_index, leaves["top_k_weights"]
     if implementation == "eager":
@@ -298,10 +298,10 @@ def call_stock(problem, leaves, implementation="grouped_mm"):
     return functions[implementation](StockExperts(problem.layout, leaves), *inputs)
 
 
-def run_stock(problem, implementation="grouped_mm"):
+def run_baseline(problem, implementation="grouped_mm"):
     """Transformers' own function and its autograd, on the same problem."""
     leaves = problem.leaves()
-    return gradients(problem, leaves, call_stock(problem, leaves, implementation))
+    return gradients(problem, leaves, call_baseline(problem, leaves, implementation))
 
 
 def relative_error(actual, expected):
@@ -341,13 +341,15 @@ def with_scatter(slack, num_numbers):
     return slack + 6 / num_numbers**0.5
 
 
-def assert_no_worse(actual, stock, truths, slack=LOW_PRECISION_SLACK):
-    """Over several problems, every result is as close to the truth as stock code's is, up to `slack` and scatter."""
+def assert_no_worse(actual, baseline, truths, slack=LOW_PRECISION_SLACK):
+    """Over several problems, every result is as close to the truth as the baseline's is, up to `slack` and scatter."""
     for name in truths[0]:
-        assert actual[0][name].dtype == stock[0][name].dtype, name
-        allowed = with_scatter(slack, sum(truth[name].numel() for truth in truths)) * pooled_error(stock, truths, name)
+        assert actual[0][name].dtype == baseline[0][name].dtype, name
+        allowed = with_scatter(slack, sum(truth[name].numel() for truth in truths)) * pooled_error(
+            baseline, truths, name
+        )
         error = pooled_error(actual, truths, name)
-        assert error <= allowed, f"{name} is off by {error:.4g}, stock code with slack by {allowed:.4g}"
+        assert error <= allowed, f"{name} is off by {error:.4g}, the baseline with slack by {allowed:.4g}"
 
 
 def low_precision_problems(layout="default", **options):

@@ -1,4 +1,4 @@
-"""Tests of the operation: against a float64 loop, against stock Transformers, and of what it leaves on the tape."""
+"""Tests of the operation: against a float64 loop, against Transformers' own, and of what it saves for backward."""
 
 from dataclasses import replace
 from functools import cache
@@ -21,7 +21,7 @@ from helpers.reference import (
     assert_no_worse,
     buffer_mib,
     call,
-    call_stock,
+    call_baseline,
     corrupt,
     gradients,
     largest_allocation,
@@ -31,8 +31,8 @@ from helpers.reference import (
     pooled_error,
     relative_error,
     run,
+    run_baseline,
     run_loop,
-    run_stock,
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -51,15 +51,15 @@ def tolerance_for(gates):
     return SUBNORMAL_TOLERANCE if gates == "subnormal" else FLOAT32_TOLERANCE
 
 
-# Against stock code and the loop
+# Against the baseline and the loop
 
 
 @pytest.mark.parametrize("gates", GATE_KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_float32_results_equal_stock_code_and_the_loop(layout, gates):
+def test_float32_results_equal_the_baseline_and_the_loop(layout, gates):
     problem = make_problem(layout, gates=gates)
     results = run(problem)
-    assert_agrees(results, run_stock(problem), tolerance_for(gates))
+    assert_agrees(results, run_baseline(problem), tolerance_for(gates))
     assert_agrees(results, run_loop(problem), tolerance_for(gates))
 
 
@@ -76,11 +76,11 @@ RANKS = {
 @pytest.mark.parametrize("recompute_gate_up", [False, True])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_low_rank_updates_equal_stock_code_with_merged_weights_and_the_loop(layout, ranks, recompute_gate_up):
+def test_low_rank_updates_equal_the_baseline_with_merged_weights_and_the_loop(layout, ranks, recompute_gate_up):
     problem = make_problem(layout, gates="mixed", **RANKS[ranks])
     results = run(problem, recompute_gate_up=recompute_gate_up)
     assert set(results) == {"output", *problem.everything}
-    assert_agrees(results, run_stock(problem))
+    assert_agrees(results, run_baseline(problem))
     assert_agrees(results, run_loop(problem))
 
 
@@ -94,29 +94,29 @@ def test_16_bit_updates_are_no_further_from_the_loop_than_merged_weights(wants, 
     )
     if wants == "factors":
         problems = [problem.wanting(*FROZEN_WEIGHTS, *FACTORS) for problem in problems]
-    assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)])
+    assert_no_worse([*map(run, problems)], [*map(run_baseline, problems)], [*map(run_loop, problems)])
 
 
 @pytest.mark.parametrize("gates", ["positive", "mixed"])
 @pytest.mark.parametrize("layout", EAGER)
-def test_float32_results_equal_stock_eager(layout, gates):
+def test_float32_results_equal_the_eager_baseline(layout, gates):
     problem = make_problem(layout, gates=gates)
-    assert_agrees(run(problem), run_stock(problem, "eager"))
+    assert_agrees(run(problem), run_baseline(problem, "eager"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_float32_results_equal_stock_batched_mm(layout):
+def test_float32_results_equal_the_batched_mm_baseline(layout):
     problem = make_problem(layout)
-    assert_agrees(run(problem), run_stock(problem, "batched_mm"))
+    assert_agrees(run(problem), run_baseline(problem, "batched_mm"))
 
 
 @pytest.mark.parametrize("gates", ["mixed", "negative"])
 @pytest.mark.parametrize("gate_dtype", [None, torch.float32], ids=["own_gates", "float32_gates"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("layout", ["default", "no_gate_projection", "biased", "gpt_oss"])
-def test_16_bit_results_are_no_further_from_the_loop_than_stock_code(layout, dtype, gate_dtype, gates):
+def test_16_bit_results_are_no_further_from_the_loop_than_the_baseline(layout, dtype, gate_dtype, gates):
     problems = low_precision_problems(layout, dtype=dtype, gate_dtype=gate_dtype, gates=gates)
-    assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)])
+    assert_no_worse([*map(run, problems)], [*map(run_baseline, problems)], [*map(run_loop, problems)])
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,12 @@ def test_16_bit_results_are_no_further_from_the_loop_than_stock_code(layout, dty
         (1e30, torch.bfloat16, torch.float32),
     ],
 )
-def test_extreme_gates_lose_nothing_that_stock_code_keeps(size, dtype, gate_dtype):
+def test_extreme_gates_lose_nothing_that_the_baseline_keeps(size, dtype, gate_dtype):
     problems = [
         scaled(problem, size, gate_dtype) for problem in low_precision_problems(dtype=dtype, gate_dtype=gate_dtype)
     ]
     results, truths = [*map(run, problems)], [*map(run_loop, problems)]
-    assert_no_worse(results, [*map(run_stock, problems)], truths)
+    assert_no_worse(results, [*map(run_baseline, problems)], truths)
     for result, truth in zip(results, truths, strict=True):
         assert all(tensor.isfinite().all() for tensor in result.values())
         # Whatever becomes of the gate, its gradient does not contain it.
@@ -149,7 +149,7 @@ def scaled(problem, size, gate_dtype):
 
 @pytest.mark.parametrize("ranks", [{}, {"down_ranks": (8,), "update_size": 0.1}], ids=["plain", "low rank"])
 @pytest.mark.parametrize("size", [0.1, 1.0])
-def test_a_large_incoming_gradient_leaves_float16_no_sooner_than_in_stock_code(size, ranks):
+def test_a_large_incoming_gradient_leaves_float16_no_sooner_than_in_the_baseline(size, ranks):
     """G W2 without the gate is up to 300,000, and (g·G) W2 3,000."""
     problems = [
         replace(scaled(problem, 1e-2, torch.float32), grad_output=problem.grad_output * 5000 * size).with_tensors(
@@ -157,10 +157,10 @@ def test_a_large_incoming_gradient_leaves_float16_no_sooner_than_in_stock_code(s
         )
         for problem in low_precision_problems(dtype=torch.float16, gate_dtype=torch.float32, **ranks)
     ]
-    results, stock, truths = [*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)]
-    assert all(tensor.isfinite().all() for result in stock for tensor in result.values())
+    results, baseline, truths = [*map(run, problems)], [*map(run_baseline, problems)], [*map(run_loop, problems)]
+    assert all(tensor.isfinite().all() for result in baseline for tensor in result.values())
     assert all(tensor.isfinite().all() for result in results for tensor in result.values())
-    assert_no_worse(results, stock, truths)
+    assert_no_worse(results, baseline, truths)
 
 
 @pytest.mark.parametrize(("largest", "others"), [(2e4, 0.2), (2e4, 0.02), (2e3, 0.01)])
@@ -178,17 +178,17 @@ def test_one_massive_feature_of_the_incoming_gradient_costs_the_others_no_float1
         names = [name for name in ("down_proj", "down_proj_bias", "down_b0") if name in result]
         return {name: result[name][:, 1:] for name in names}
 
-    results, stock, truths = ([small_features(side(p)) for p in problems] for side in (run, run_stock, run_loop))
-    assert_no_worse(results, stock, truths)
+    results, baseline, truths = ([small_features(side(p)) for p in problems] for side in (run, run_baseline, run_loop))
+    assert_no_worse(results, baseline, truths)
 
 
-def test_small_gates_and_a_small_incoming_gradient_underflow_no_more_than_in_stock_code():
+def test_small_gates_and_a_small_incoming_gradient_underflow_no_more_than_in_the_baseline():
     problems = [
         replace(scaled(problem, 1e-6, torch.float16), grad_output=problem.grad_output / 16)
         for problem in low_precision_problems(dtype=torch.float16)
     ]
     results, truths = [*map(run, problems)], [*map(run_loop, problems)]
-    assert_no_worse(results, [*map(run_stock, problems)], truths)
+    assert_no_worse(results, [*map(run_baseline, problems)], truths)
     assert pooled_error(results, truths, "top_k_weights") <= 4 * torch.finfo(torch.float16).eps
 
 
@@ -198,33 +198,33 @@ def test_small_gates_and_a_small_incoming_gradient_underflow_no_more_than_in_sto
 @cache
 def float32_results():
     problem = make_problem("gpt_oss", **RANKS["two_each"])
-    return problem, run(problem), run_stock(problem)
+    return problem, run(problem), run_baseline(problem)
 
 
 @cache
 def low_precision_results(dtype):
     problems = low_precision_problems("gpt_oss", dtype=dtype, gate_up_ranks=(8, 8), down_ranks=(8, 8), update_size=0.1)
-    return problems, [*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)]
+    return problems, [*map(run, problems)], [*map(run_baseline, problems)], [*map(run_loop, problems)]
 
 
 @pytest.mark.parametrize("how", CORRUPTIONS)
 @pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE, *FACTORS])
 def test_the_float32_comparison_fails_on_a_corrupted_result(name, how):
-    problem, results, stock = float32_results()
-    assert_agrees(results, stock)
+    problem, results, baseline = float32_results()
+    assert_agrees(results, baseline)
     with pytest.raises(AssertionError, match=f"{name} is off"):
-        assert_agrees(corrupt(problem, results, name, how), stock)
+        assert_agrees(corrupt(problem, results, name, how), baseline)
 
 
 @pytest.mark.parametrize("how", CORRUPTIONS)
 @pytest.mark.parametrize("name", ["output", *DIFFERENTIABLE, *FACTORS])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_the_16_bit_comparison_fails_on_a_corrupted_result(dtype, name, how):
-    problems, results, stock, truths = low_precision_results(dtype)
-    assert_no_worse(results, stock, truths)
+    problems, results, baseline, truths = low_precision_results(dtype)
+    assert_no_worse(results, baseline, truths)
     corrupted = [corrupt(problem, result, name, how) for problem, result in zip(problems, results, strict=True)]
     with pytest.raises(AssertionError, match=f"{name} is off"):
-        assert_no_worse(corrupted, stock, truths)
+        assert_no_worse(corrupted, baseline, truths)
 
 
 # Routing
@@ -384,17 +384,17 @@ def test_gates_computed_from_the_hidden_states_add_to_their_gradient():
 @pytest.mark.parametrize("layout", ["default", "gpt_oss", "no_gate_projection"])
 def test_float32_hidden_states_into_bfloat16_weights(layout, gate_dtype):
     problems = low_precision_problems(layout, dtype=torch.bfloat16, hidden_dtype=torch.float32, gate_dtype=gate_dtype)
-    # The incoming float32 gradient meets the gates in float32 in stock code, and is rounded once before that here.
+    # The incoming float32 gradient meets the gates in float32 in the baseline, and is rounded once before that here.
     slack = 1.1 if gate_dtype == torch.float32 else LOW_PRECISION_SLACK
-    assert_no_worse([*map(run, problems)], [*map(run_stock, problems)], [*map(run_loop, problems)], slack)
+    assert_no_worse([*map(run, problems)], [*map(run_baseline, problems)], [*map(run_loop, problems)], slack)
 
 
 @pytest.mark.parametrize("layout", ["default", "gpt_oss"])
 def test_bfloat16_hidden_states_into_float32_weights(layout):
     problem = make_problem(layout, hidden_dtype=torch.bfloat16)
-    results, stock, truth = run(problem), run_stock(problem), run_loop(problem)
+    results, baseline, truth = run(problem), run_baseline(problem), run_loop(problem)
     for name in truth:
-        assert results[name].dtype == stock[name].dtype
+        assert results[name].dtype == baseline[name].dtype
         kept_in_16_bits = name in ("output", "hidden_states")
         assert relative_error(results[name], truth[name]) <= (2**-8 if kept_in_16_bits else FLOAT32_TOLERANCE)
 
@@ -429,12 +429,12 @@ def test_autocast_does_not_reach_into_the_activation():
 
 
 @pytest.mark.parametrize("layout", ["default", "gpt_oss"])
-def test_under_autocast_results_equal_stock_code_under_autocast(layout):
+def test_under_autocast_results_equal_the_baseline_under_autocast(layout):
     problem = make_problem(layout)
-    ours, stock = problem.leaves(), problem.leaves()
+    ours, baseline = problem.leaves(), problem.leaves()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, stock_output = call(problem, ours), call_stock(problem, stock)
-    assert_agrees(gradients(problem, ours, output), gradients(problem, stock, stock_output))
+        output, baseline_output = call(problem, ours), call_baseline(problem, baseline)
+    assert_agrees(gradients(problem, ours, output), gradients(problem, baseline, baseline_output))
 
 
 # Chunks
@@ -646,7 +646,7 @@ def test_the_second_forward_of_checkpointing_does_not_project_down_again(ranks, 
     assert len(projections) == 2  # of the activations, and of dh
 
 
-# The tape
+# What is saved for backward
 
 
 class recording(saved_tensors_hooks):  # noqa: N801 (a context manager)
@@ -683,7 +683,7 @@ def kept_for(function, problem):
 
 
 def row_sizes(problem):
-    """Sizes of what stock code keeps per row: gathered x or y (both (S, H)), and a."""
+    """Sizes of what the baseline keeps per row: gathered x or y (both (S, H)), and a."""
     rows = problem.top_k_index.numel()
     intermediate = TAPE_SIZES["intermediate_size"]
     return {"x or y": rows * TAPE_SIZES["hidden_size"], "a": rows * intermediate}
@@ -759,9 +759,9 @@ def test_nothing_as_large_as_a_merged_weight_is_allocated(layout, recompute_gate
         gradients(problem, leaves, call(problem, leaves, recompute_gate_up=recompute_gate_up))
     assert ours.elements <= smallest_weight / 4
     leaves = problem.leaves()
-    with largest_allocation() as stock:
-        gradients(problem, leaves, call_stock(problem, leaves))
-    assert stock.elements >= smallest_weight
+    with largest_allocation() as baseline:
+        gradients(problem, leaves, call_baseline(problem, leaves))
+    assert baseline.elements >= smallest_weight
 
 
 def test_chunks_keep_no_more():
@@ -772,11 +772,11 @@ def test_chunks_keep_no_more():
 
 
 @pytest.mark.parametrize("layout", ["default", "gpt_oss", "biased"])
-def test_the_tape_detector_fires_for_stock_code(layout):
+def test_what_detects_saved_activations_fires_for_the_baseline(layout):
     problem = make_problem(layout, **TAPE_SIZES, requires_grad=FROZEN_WEIGHTS)
-    _, made = kept_for(call_stock, problem)
+    _, made = kept_for(call_baseline, problem)
     assert row_sizes(problem)["x or y"] in made
-    _, made = kept_for(call_stock, problem.wanting(*DIFFERENTIABLE))
+    _, made = kept_for(call_baseline, problem.wanting(*DIFFERENTIABLE))
     assert set(row_sizes(problem).values()) <= set(made)
 
 

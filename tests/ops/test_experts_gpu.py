@@ -14,8 +14,8 @@ from helpers.reference import (
     pooled_error,
     relative_error,
     run,
+    run_baseline,
     run_loop,
-    run_stock,
     with_scatter,
 )
 from torch.utils.checkpoint import checkpoint
@@ -177,9 +177,9 @@ def on_experts(wants=("hidden_states", "top_k_weights", *FACTORS), **options):
 def test_low_rank_updates_are_nearer_to_the_truth_than_merged_weights(dtype, ranks, factor_dtype):
     problems = on_experts(dtype=dtype, factor_dtype=factor_dtype, gate_up_ranks=ranks, down_ranks=ranks)
     truths = [run_loop(problem) for problem in problems]
-    ours, stock = ([back(function(on_gpu(problem))) for problem in problems] for function in (run, run_stock))
+    ours, baseline = ([back(function(on_gpu(problem))) for problem in problems] for function in (run, run_baseline))
     for name in truths[0]:
-        assert pooled_error(ours, truths, name) <= pooled_error(stock, truths, name), name
+        assert pooled_error(ours, truths, name) <= pooled_error(baseline, truths, name), name
         zeros = [{name: torch.zeros_like(truth[name])} for truth in truths]
         permuted = [{name: result[name].roll(1, 0)} for result in ours]
         assert min(pooled_error(zeros, truths, name), pooled_error(permuted, truths, name)) > 0.1
@@ -188,8 +188,8 @@ def test_low_rank_updates_are_nearer_to_the_truth_than_merged_weights(dtype, ran
 @pytest.mark.parametrize("layout", ["gpt_oss", "no_gate_projection"])
 def test_low_rank_updates_on_other_layouts(layout):
     problems = on_experts(layout=layout, dtype=torch.bfloat16, gate_up_ranks=(16,), down_ranks=(16,), update_size=0.1)
-    ours, stock = ([back(function(on_gpu(problem))) for problem in problems] for function in (run, run_stock))
-    assert_no_worse(ours, stock, [run_loop(problem) for problem in problems])
+    ours, baseline = ([back(function(on_gpu(problem))) for problem in problems] for function in (run, run_baseline))
+    assert_no_worse(ours, baseline, [run_loop(problem) for problem in problems])
 
 
 @pytest.mark.parametrize("sizes", [{"num_tokens": 0}, {"num_tokens": 1}, {"num_experts": 1, "top_k": 1}])
@@ -222,5 +222,5 @@ def test_low_rank_updates_wait_for_nothing_and_repeat(recompute_gate_up):
 def test_generic_paths_on_the_gpu(layout):
     problems = [make_problem(layout, dtype=torch.bfloat16, seed=seed, num_tokens=80) for seed in range(4)]
     ours = [back(run(on_gpu(problem))) for problem in problems]
-    stock = [back(run_stock(on_gpu(problem))) for problem in problems]
-    assert_no_worse(ours, stock, [run_loop(problem) for problem in problems])
+    baseline = [back(run_baseline(on_gpu(problem))) for problem in problems]
+    assert_no_worse(ours, baseline, [run_loop(problem) for problem in problems])

@@ -1,14 +1,14 @@
-"""NaN and infinity go where stock code would have them, and nowhere else.
+"""NaN and infinity go where the baseline would have them, and nowhere else.
 
-A gate's gradient is the same number by another sum, so where stock code has an infinity there may be a NaN: infinities
-of both signs meet in one sum and not in the other.
+A gate's gradient is the same number by another sum, so where the baseline has an infinity there may be a NaN:
+infinities of both signs meet in one sum and not in the other.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.reference import DIFFERENTIABLE, LAYOUTS, make_problem, run, run_stock
+from helpers.reference import DIFFERENTIABLE, LAYOUTS, make_problem, run, run_baseline
 
 VALUES = [float("nan"), float("inf"), float("-inf")]
 CASES = [
@@ -38,15 +38,15 @@ def assert_finite_in_the_same_places(actual, expected):
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
         finite = want.isfinite()
-        assert torch.equal(actual[name].isfinite(), finite), f"{name} is finite in other places than stock code's"
+        assert torch.equal(actual[name].isfinite(), finite), f"{name} is finite in other places than the baseline's"
         torch.testing.assert_close(actual[name][finite], want[finite], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute_gate_up", [False, True])
 @pytest.mark.parametrize(("layout", "name", "value"), CASES)
-def test_stock_code_has_them_in_the_same_places(layout, name, value, recompute_gate_up):
+def test_the_baseline_has_them_in_the_same_places(layout, name, value, recompute_gate_up):
     problem = poison(make_problem(layout), name, value)
-    expected = run_stock(problem)
+    expected = run_baseline(problem)
     assert any(not result.isfinite().all() for result in expected.values())
     assert any(result.isfinite().any() for result in expected.values())
     assert_finite_in_the_same_places(run(problem, recompute_gate_up=recompute_gate_up), expected)
@@ -54,7 +54,7 @@ def test_stock_code_has_them_in_the_same_places(layout, name, value, recompute_g
 
 @pytest.mark.parametrize("how", ["one too many", "one too few"])
 def test_the_comparison_fails_on_other_places(how):
-    expected = run_stock(poison(make_problem(), "hidden_states", float("nan")))
+    expected = run_baseline(poison(make_problem(), "hidden_states", float("nan")))
     actual = {name: result.clone() for name, result in expected.items()}
     if how == "one too many":
         actual["output"][0, 0] = float("nan")

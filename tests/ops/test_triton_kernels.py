@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.reference import make_problem, relative_error, run, run_loop, run_stock
+from helpers.reference import make_problem, relative_error, run, run_baseline, run_loop
 
 from lightning_moe.ops import counting
 from lightning_moe.ops import grouped as kernels
@@ -382,12 +382,12 @@ def test_rows_of_other_processes_experts_add_nothing(layout, ranks, whole_operat
 
 
 @pytest.mark.parametrize("name", ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "down_proj_bias"])
-def test_a_nan_goes_where_stock_code_has_it(name, whole_operation):
+def test_a_nan_goes_where_the_baseline_has_it(name, whole_operation):
     problem = make_problem("biased", **SIZES)
     tensor = problem.tensors[name].clone()
     tensor[2, 1] = float("nan")
     problem = problem.with_tensors(**{name: tensor})
-    actual, expected = run_fused(problem), run_stock(problem)
+    actual, expected = run_fused(problem), run_baseline(problem)
     assert any(not want.isfinite().all() for want in expected.values())
     for result, want in expected.items():
         assert torch.equal(actual[result].isfinite(), want.isfinite()), result

@@ -199,10 +199,12 @@ class _WatchAttention(TorchDispatchMode):
         self._layers = layers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        run = partial(func, *args, **(kwargs or {}))
-        if func in ATTENTION:
-            for layer in self._layers:
-                run = partial(layer.attend, run, func)
+        kwargs = kwargs or {}
+        if func not in ATTENTION:
+            return func(*args, **kwargs)
+        run = partial(func, *args, **kwargs)
+        for layer in self._layers:
+            run = partial(layer.attend, run, func)
         return run()
 
 

@@ -43,7 +43,8 @@ def _run(
         num_warps: of Triton's options,
         num_stages: and of these, too.
     """
-    key = (kernel, constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
+    # By its id, since Triton hashes a kernel's source: those of this file live on.
+    key = (id(kernel), constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
@@ -54,12 +55,12 @@ def _run(
 
 
 def _specialization(arg: Any) -> Any:
-    """What Triton compiles an argument of a kernel for."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
+    """What Triton compiles an argument of a kernel for. What is told apart soonest comes first."""
+    if arg is None:
+        return None
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, arg < 2**31
-    return None if arg is None else arg.base.dtype
+    return (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg.base.dtype
 
 
 @triton.jit

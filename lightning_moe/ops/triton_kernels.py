@@ -264,10 +264,22 @@ def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
 
 def _weight_descriptor(weight: Tensor, inner: int, columns: int) -> tuple[TensorDescriptor, bool]:
     """Of an (E, in, out) view, in blocks of that many of either side; and whether `out` is the contiguous one."""
-    in_first = weight.stride(2) == 1
-    if in_first:
+    if not knobs.runtime.interpret:
+        return _weight_descriptor_at(weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), inner, columns)
+    if weight.stride(2) == 1:
         return _descriptor(weight, (1, inner, columns)), True
     return _descriptor(weight.mT, (1, columns, inner)), False
+
+
+@lru_cache(maxsize=4096)
+def _weight_descriptor_at(
+    address: int, dtype: torch.dtype, shape: Any, strides: Any, inner: int, columns: int
+) -> tuple[TensorDescriptor, bool]:
+    layout = shape, strides, (1, inner, columns)
+    in_first = strides[2] == 1
+    if not in_first:  # as that of the transposed view, which this saves the host from making
+        layout = tuple((first, third, second) for first, second, third in layout)
+    return _descriptor_at(address, dtype, *layout), in_first
 
 
 def grouped_linear(

@@ -301,12 +301,13 @@ def backward(
         if needs.up_b:
             grad_up_b = grouped_outer(grad_h, up_in_rank, offsets, out_dtype=torch.float32)
         if needs.hidden_states or needs.up_a:
-            up_grad_in_rank: Any = up.mT.to_rank(grad_h, routing)
+            up = up.mT
+            up_grad_in_rank: Any = up.to_rank(grad_h, routing)
         if needs.up_a:
             grad_up_a = grouped_outer(up_grad_in_rank, x, offsets, right_tokens=routing.tokens, out_dtype=torch.float32)
         if needs.hidden_states:
             grad_x = project_and_combine(
-                grad_h, up.mT, up_grad_in_rank, routing, None, plan.buffer_columns, grad_output.dtype
+                grad_h, up, up_grad_in_rank, routing, None, plan.buffer_columns, grad_output.dtype
             )
         if down_bias is not None and grad_routing_weights is not None:
             grad_routing_weights += _bias_products(grad_output, top_k_index, down_bias, plan)

@@ -43,7 +43,8 @@ def _run(
         num_warps: of Triton's options,
         num_stages: and of these, too.
     """
-    key = (kernel, constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
+    # By its id, since Triton hashes a kernel's source: those of this file live on.
+    key = (id(kernel), constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
@@ -54,12 +55,12 @@ def _run(
 
 
 def _specialization(arg: Any) -> Any:
-    """What Triton compiles an argument of a kernel for."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
+    """What Triton compiles an argument of a kernel for. What is told apart soonest comes first."""
+    if arg is None:
+        return None
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, arg < 2**31
-    return None if arg is None else arg.base.dtype
+    return (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg.base.dtype
 
 
 @triton.jit
@@ -263,10 +264,22 @@ def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
 
 def _weight_descriptor(weight: Tensor, inner: int, columns: int) -> tuple[TensorDescriptor, bool]:
     """Of an (E, in, out) view, in blocks of that many of either side; and whether `out` is the contiguous one."""
-    in_first = weight.stride(2) == 1
-    if in_first:
+    if not knobs.runtime.interpret:
+        return _weight_descriptor_at(weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), inner, columns)
+    if weight.stride(2) == 1:
         return _descriptor(weight, (1, inner, columns)), True
     return _descriptor(weight.mT, (1, columns, inner)), False
+
+
+@lru_cache(maxsize=4096)
+def _weight_descriptor_at(
+    address: int, dtype: torch.dtype, shape: Any, strides: Any, inner: int, columns: int
+) -> tuple[TensorDescriptor, bool]:
+    layout = shape, strides, (1, inner, columns)
+    in_first = strides[2] == 1
+    if not in_first:  # as that of the transposed view, which this saves the host from making
+        layout = tuple((first, third, second) for first, second, third in layout)
+    return _descriptor_at(address, dtype, *layout), in_first
 
 
 def grouped_linear(

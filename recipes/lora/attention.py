@@ -6,6 +6,7 @@ runs a few heads at a time, because what backward needs beside its results grows
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -81,9 +82,7 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    notes = torch.is_grad_enabled() and not kernels_run
-    with keeping(), _NoteKernel() if notes else nullcontext():
-        output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
+    output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)
     return output, None
 
@@ -100,22 +99,22 @@ def _attend(
 ) -> Tensor:
     num_documents = 1 if cu_seq_lens_q is None else cu_seq_lens_q.numel() - 1
     if attention_mask is not None or num_documents == 1:
-        if attention_mask is None and _is_long(query, key):
+        if attention_mask is None and (_is_long(query, key) or _is_plain(module, query, key, value, options)):
             return heads_in_turn(query, key, value, options.get("scaling"))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        return _kept(sdpa_attention_forward, module, query, key, value, attention_mask, **options)[0]
     assert cu_seq_lens_q is not None
     assert max_length_q is not None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        packed = varlen_attn(
-            queries, keys, values, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+        packed = _kept(
+            varlen_attn, queries, keys, values, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
             scale=options.get("scaling"), window_size=(-1, 0), **GROUPED_QUERIES,
         )  # fmt: skip
         assert isinstance(packed, Tensor)
         return packed[None]
     lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]  # `fill_up` adds empty documents
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in documents]
+    attended = [_kept(sdpa_attention_forward, module, q, k, v, None, **options)[0] for q, k, v in documents]
     return torch.cat(attended, dim=1)
 
 
@@ -136,6 +135,20 @@ def _is_long(query: Tensor, key: Tensor) -> bool:
     return has_kernel and key.shape[2] == tokens and tokens * key.shape[1] > TOKEN_HEADS_IN_FLIGHT
 
 
+def _is_plain(module: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Whether Transformers' function would do no more than call the kernel for grouped heads, of a whole row."""
+    fits = key.shape == value.shape and key.shape[2] == query.shape[2] and key.shape[3] <= 256
+    changed = (options.get(name) is not None for name in ("softcap", "position_bias", "is_causal"))
+    return fits and not options.get("dropout") and getattr(module, "is_causal", True) and not any(changed)
+
+
+def _kept(attend: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Attention whose results a checkpointed layer may keep."""
+    notes = torch.is_grad_enabled() and not kernels_run
+    with keeping(), _NoteKernel() if notes else nullcontext():
+        return attend(*args, **options)
+
+
 def heads_in_turn(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Causal attention a few key-value heads at a time, so that one turn's float32 sums exist in backward at a time.
 
@@ -151,8 +164,10 @@ def heads_in_turn(query: Tensor, key: Tensor, value: Tensor, scale: float | None
     Returns:
         (1, tokens, heads, head_dim).
     """
-    step = max(1, TOKEN_HEADS_IN_FLIGHT // query.shape[2])
-    shared_by = query.shape[1] // key.shape[1]
+    step, shared_by = max(1, TOKEN_HEADS_IN_FLIGHT // query.shape[2]), query.shape[1] // key.shape[1]
+    kernel = {"is_causal": True, "scale": scale, "enable_gqa": shared_by > 1}
+    if step >= key.shape[1]:
+        return _kept(scaled_dot_product_attention, query, key, value, **kernel).transpose(1, 2)
     turns = zip(query.split(step * shared_by, 1), key.split(step, 1), value.split(step, 1), strict=True)
-    parts = [scaled_dot_product_attention(*turn, is_causal=True, scale=scale, enable_gqa=True) for turn in turns]
+    parts = [_kept(scaled_dot_product_attention, *turn, **kernel) for turn in turns]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=2)

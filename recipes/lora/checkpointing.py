@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora.kept_results import keep_and_reuse, keeping
+from lora.kept_results import keep_and_reuse, keeping_choice
 from lora.offload import ActivationOffload
 
 Recomputing = Literal["selective", "full"]
@@ -138,16 +138,16 @@ def _checkpointed(
 
 
 def _keep_choice(layer: Any, router: str) -> None:
-    """Has the choice of experts run within `keeping()`; some families choose in a method of their block."""
+    """Has the choice of experts run within `keeping_choice()`; some families choose in a method of their block."""
     modules = dict(layer.named_modules())
     if router in modules:
-        modules[router].forward = partial(_within_keeping, modules[router].forward)
+        modules[router].forward = partial(_keeping_choice, modules[router].forward)
     if hasattr(layer.mlp, "route_tokens_to_experts"):
-        layer.mlp.route_tokens_to_experts = partial(_within_keeping, layer.mlp.route_tokens_to_experts)
+        layer.mlp.route_tokens_to_experts = partial(_keeping_choice, layer.mlp.route_tokens_to_experts)
 
 
-def _within_keeping(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with keeping():
+def _keeping_choice(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with keeping_choice():
         return choose(*args, **kwargs)
 
 

@@ -1,22 +1,26 @@
 """What a checkpointed layer keeps of its forward's results, so that its recomputation need not compute them again.
 
 The experts that the router chose, which computed again could be others; and attention's output and log-sum-exp, which
-take long to compute. Code whose results may be kept runs within `keeping()`: in a checkpointed layer's forward they are
-kept there, in its recomputation they are used. Elsewhere `keeping()` does nothing.
+take long to compute. A router runs within `keeping_choice()` and attention within `keeping()`: in a checkpointed
+layer's forward their results are kept there, in its recomputation they are used. Elsewhere both do nothing.
 
 torch.utils.checkpoint's own policies watch each operation of a layer, which costs the host as much as the operations,
-have no way to bring results to host memory, and cannot keep the router's, which models change in place.
+have no way to bring results to host memory, and cannot keep the router's, which models change in place. Here too a
+watched operation costs the host several times its own call: attention's kernel is watched below autograd, which it has
+to be, and alone; a router's many small operations above it, where that costs half.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import local
 from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # whose operation is among these
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ATTENTION = frozenset((
@@ -26,9 +30,11 @@ ATTENTION = frozenset((
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.torch_attn._varlen_attn.default,
 ))  # fmt: skip
-TOPK = torch.ops.aten.topk.default
+TOPK = frozenset((torch.topk, Tensor.topk))
 
 Kept = dict[Any, list[Any]]
+Run = Callable[[], Any]
+_NOTHING = nullcontext()
 
 
 def keep_and_reuse(
@@ -49,26 +55,30 @@ def keep_and_reuse(
         after_attention: and when it is done.
     """
     kept: Kept = defaultdict(list)
-    return _Layer(_Keep(kept, attention, pack, before_attention, after_attention)), _Layer(_Reuse(kept, unpack))
+    forward = _Forward(kept, attention, pack, before_attention, after_attention)
+    return _Within(forward), _Within(_Recomputation(kept, attention, unpack))
 
 
-def keeping() -> ExitStack:
-    """A context around operations whose results a checkpointed layer may keep."""
-    stack = ExitStack()
-    for mode in _modes():
-        stack.enter_context(mode)
-    return stack
+def keeping() -> AbstractContextManager[Any]:
+    """A context around attention's operation, whose results a checkpointed layer may keep."""
+    layers = [layer for layer in _thread.layers if layer.attention]
+    return _WatchAttention(layers) if layers else _NOTHING
+
+
+def keeping_choice() -> AbstractContextManager[Any]:
+    """A context around a router, whose choice a checkpointed layer keeps."""
+    return _WatchChoice(list(_thread.layers)) if _thread.layers else _NOTHING
 
 
 def watch_attention(query: Tensor, output: Tensor) -> None:
     """Has a checkpointed layer know when backward comes to attention and when it leaves it."""
-    for mode in _modes():
-        if isinstance(mode, _Keep) and query.requires_grad:
-            mode.watch_attention(query, output)
+    for layer in _thread.layers:
+        if isinstance(layer, _Forward) and query.requires_grad:
+            layer.watch_attention(query, output)
 
 
-class _Keep(TorchDispatchMode):
-    """Keeps results as they come."""
+class _Forward:
+    """A layer's forward: keeps results as they come."""
 
     def __init__(
         self,
@@ -78,8 +88,8 @@ class _Keep(TorchDispatchMode):
         before_attention: Callable[[], None] | None,
         after_attention: Callable[[], None] | None,
     ) -> None:
-        super().__init__()
-        self._kept, self._attention, self._pack = kept, attention, pack
+        self.attention = attention
+        self._kept, self._pack = kept, pack
         self._before_attention, self._after_attention = before_attention, after_attention
 
     def start(self) -> None:
@@ -93,21 +103,25 @@ class _Keep(TorchDispatchMode):
         if after is not None:
             query.register_hook(lambda _: after())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        if func is TOPK:  # the values are a gather away, and routers normalize them in place
-            self._kept[func].append(self._pack(results[1].to(torch.int32)))
-        elif self._attention and func in ATTENTION:
-            # Autograd will write into these tensors that they have a graph, which would then hold itself.
-            self._kept[func].append([self._pack(r.detach()) if isinstance(r, Tensor) else r for r in results])
+    def choose(self, run: Run, scores: Tensor, dim: int) -> Any:
+        """Runs `topk`, and keeps the choice: the values are a gather away, and routers normalize them in place."""
+        results = run()
+        self._kept[torch.topk].append(self._pack(results[1].to(torch.int32)))
+        return results
+
+    def attend(self, run: Run, operation: Any) -> Any:
+        """Runs attention, and keeps the results."""
+        results = run()
+        # Autograd will write into these tensors that they have a graph, which would then hold itself.
+        self._kept[operation].append([self._pack(r.detach()) if isinstance(r, Tensor) else r for r in results])
         return results
 
 
-class _Reuse(TorchDispatchMode):
-    """Gives back what was kept, in its order."""
+class _Recomputation:
+    """A layer's recomputation: gives back what was kept, in its order."""
 
-    def __init__(self, kept: Kept, unpack: Callable[[Any], Any]) -> None:
-        super().__init__()
+    def __init__(self, kept: Kept, attention: bool, unpack: Callable[[Any], Any]) -> None:
+        self.attention = attention
         self._kept, self._unpack = kept, unpack
         self._calls: Counter[Any] = Counter()
 
@@ -115,41 +129,108 @@ class _Reuse(TorchDispatchMode):
         """A recomputation begins: the first, or another one where the graph is retained."""
         self._calls.clear()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self._kept:
-            return func(*args, **(kwargs or {}))
-        kept, call = self._kept[func], self._calls[func]
-        self._calls[func] += 1
-        if call >= len(kept):
-            raise RuntimeError(f"a layer's recomputation calls {func} {call + 1} times, its forward did {len(kept)}")
-        if func is TOPK:
-            dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
-            indices = self._unpack(kept[call]).long()
-            return args[0].gather(dim, indices), indices
-        results = map(self._unpack, kept[call])
+    def choose(self, run: Run, scores: Tensor, dim: int) -> Any:
+        """What `topk` of these scores gives for the choice that was kept."""
+        if torch.topk not in self._kept:
+            return run()
+        indices = self._unpack(self._next(torch.topk)).long()
+        return torch.return_types.topk((_Chosen.apply(scores, indices, dim), indices))
+
+    def attend(self, run: Run, operation: Any) -> Any:
+        """The results that were kept."""
+        if operation not in self._kept:
+            return run()
+        results = map(self._unpack, self._next(operation))
         return tuple(r.detach() if isinstance(r, Tensor) else r for r in results)
 
+    def _next(self, operation: Any) -> Any:
+        kept, call = self._kept[operation], self._calls[operation]
+        self._calls[operation] += 1
+        if call >= len(kept):
+            raise RuntimeError(
+                f"a layer's recomputation calls {operation} {call + 1} times, its forward did {len(kept)}"
+            )
+        return kept[call]
 
-class _Layer(AbstractContextManager[None]):
-    """Within it, `keeping` enters a mode; may be entered again."""
 
-    def __init__(self, mode: _Keep | _Reuse) -> None:
-        self._mode = mode
+class _Chosen(torch.autograd.Function):
+    """Scores at the indices of a choice. Saves what `topk` does, which checkpointing compares."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, indices: Tensor, dim: int) -> Tensor:  # type: ignore[override]
+        ctx.shape, ctx.dim = scores.shape, dim
+        ctx.save_for_backward(indices)
+        return scores.gather(dim, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (indices,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter(ctx.dim, indices, grad), None, None
+
+
+class _WatchChoice(TorchFunctionMode):
+    """Has layers, the outermost first, see to a router's `topk`."""
+
+    def __init__(self, layers: list[_Forward | _Recomputation]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in TOPK:
+            return func(*args, **kwargs)
+        run = partial(func, *args, **kwargs)
+        scores, dim = _scores_and_dim(*args, **kwargs)
+        for layer in self._layers:
+            run = partial(layer.choose, run, scores, dim)
+        return run()
+
+
+def _scores_and_dim(input: Tensor, k: int, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, int]:  # noqa: A002
+    """Of the arguments of `topk`."""
+    return input, dim
+
+
+class _WatchAttention(TorchDispatchMode):
+    """Has layers, the outermost first, see to attention's operation."""
+
+    def __init__(self, layers: list[_Forward | _Recomputation]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in ATTENTION:
+            return func(*args, **kwargs)
+        run = partial(func, *args, **kwargs)
+        for layer in self._layers:
+            run = partial(layer.attend, run, func)
+        return run()
+
+
+class _Within(AbstractContextManager[None]):
+    """A layer's forward or recomputation; may be entered again."""
+
+    def __init__(self, layer: _Forward | _Recomputation) -> None:
+        self._layer = layer
 
     def __enter__(self) -> None:
-        self._mode.start()
-        _modes().append(self._mode)
+        self._layer.start()
+        _thread.layers.append(self._layer)
 
     def __exit__(self, *exception: object) -> None:
-        _modes().pop()
+        _thread.layers.pop()
 
 
-_thread = local()  # backward, with its recomputations, runs in threads of its own
+class _Thread(local):
+    """Backward, with its recomputations, runs in threads of its own.
+
+    Attributes:
+        layers: the checkpointed layers that this thread is in, the outermost first.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[_Forward | _Recomputation] = []
 
 
-def _modes() -> list[_Keep | _Reuse]:
-    """Of the checkpointed layers that this thread is in, the outermost first."""
-    if not hasattr(_thread, "modes"):
-        _thread.modes = []
-    modes: list[_Keep | _Reuse] = _thread.modes
-    return modes
+_thread = _Thread()

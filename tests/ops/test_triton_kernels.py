@@ -432,3 +432,22 @@ def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operat
         assert relative_error(first[name], want) <= 4 * TOLERANCE[torch.float16], name
         assert relative_error(first[name].roll(1, 0), want) > 0.1, name
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("layout", ["in first", "out first", "slice"])
+def test_a_weights_descriptor_is_that_of_the_view_whose_last_side_is_contiguous(layout):
+    """The interpreter, which reads the tensor itself, does not come here."""
+    weight = {
+        "in first": normal(3, 64, 128, dtype=torch.bfloat16),
+        "out first": normal(3, 128, 64, dtype=torch.bfloat16).mT,
+        "slice": normal(3, 64, 256, dtype=torch.bfloat16)[..., :128],
+    }[layout]
+    in_first = layout != "out first"
+    view, block = (weight, (1, 64, 32)) if in_first else (weight.mT, (1, 32, 64))
+    mine, found = triton_kernels._weight_descriptor_at(
+        weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), 64, 32
+    )
+    assert found == in_first
+    assert mine.base.data_ptr() == view.data_ptr()
+    got = mine.base.dtype, mine.shape, mine.strides, mine.block_shape
+    assert got == (view.dtype, list(view.shape), list(view.stride()), list(block))

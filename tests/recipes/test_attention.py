@@ -159,3 +159,23 @@ def test_packed_documents_on_a_gpu_equal_each_alone():
     after = hidden_states(network, docs).split(LENGTHS)
     torch.testing.assert_close(together[2].float(), after[2].float(), atol=0.1, rtol=0.1)
     assert not torch.allclose(together[1].float(), after[1].float(), atol=0.1, rtol=0.1)
+
+
+def attend_by_transformers(monkeypatch, tokens=5, cached=0, head_dim=16, **options):
+    """Whether one document's attention goes through Transformers' function."""
+    query, key = torch.randn(1, 4, tokens, head_dim), torch.randn(1, 2, tokens + cached, head_dim)
+    calls, function = [], attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **rest: calls.append(1) or function(*a, **rest))
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    attention.varlen_attention(module, query, key, key, None, scaling=0.1, **options)
+    return bool(calls)
+
+
+def test_transformers_function_sees_to_what_it_alone_knows(monkeypatch):
+    assert not attend_by_transformers(monkeypatch)
+    assert attend_by_transformers(monkeypatch, dropout=0.5)
+    assert attend_by_transformers(monkeypatch, is_causal=False)
+    assert attend_by_transformers(monkeypatch, tokens=1, cached=4)
+    assert attend_by_transformers(monkeypatch, head_dim=320)
+    with pytest.raises(ValueError, match="softcap"):
+        attend_by_transformers(monkeypatch, softcap=30.0)

@@ -9,7 +9,7 @@ from helpers.models import qwen3
 from lora.attention import NAME as VARLEN
 from lora.attention import register
 from lora.checkpointing import enable_checkpointing
-from lora.kept_results import keep_and_reuse, keeping, watch_attention
+from lora.kept_results import keep_and_reuse, keeping, keeping_choice, watch_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -153,3 +153,30 @@ def test_a_recomputation_that_does_more_than_its_forward_is_an_error():
     output = checkpoint(another_time, query, use_reentrant=False, context_fn=contexts)
     with pytest.raises(RuntimeError, match="2 times, its forward did 1"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "topk",
+    [
+        lambda scores: torch.topk(scores, 2),
+        lambda scores: torch.topk(input=scores, k=2, dim=-1),
+        lambda scores: scores.topk(2, -1, sorted=False),
+        lambda scores: scores.t().topk(k=2, dim=0).values.t(),
+    ],
+    ids=["function", "keywords", "method", "other dimension"],
+)
+def test_a_choice_is_kept_however_topk_is_called(topk):
+    def choose(scores):
+        with keeping_choice():
+            chosen = topk(scores)
+        values = chosen if isinstance(chosen, torch.Tensor) else chosen.values
+        values /= values.sum(-1, keepdim=True)  # as routers do, in place
+        return values.square()
+
+    scores = torch.rand(TOKENS, 8, requires_grad=True)
+    (want,) = torch.autograd.grad(choose(scores).sum(), scores)
+    output = checkpoint(choose, scores, use_reentrant=False, context_fn=partial(keep_and_reuse, attention=False))
+    scores.data[want == 0] += 1  # computed again, the others would be chosen
+    (got,) = torch.autograd.grad(output.sum(), scores)
+    assert torch.equal(got != 0, want != 0)
+    torch.testing.assert_close(got, want)

@@ -32,13 +32,13 @@ Variant = Literal[
     "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
     "lightning_moe+full+offload", "lightning_moe+graph",
 ]  # fmt: skip
-WARMUP = 4  # steps of each variant: three for a graph's sake, and its capture
-HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "losses"]
+WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
+HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "on the host GiB", "losses"]
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 LONG = 8192  # from here on the host runs ahead within one step
 # Transformers' own checkpointing is put on by the benchmark. Captured, `sdpa` would make a full mask.
 BASELINE = {
-    "attention": "sdpa", "liger": True, "fused_lora": False, "checkpointing": "none", "offload": False,
+    "attention": "sdpa", "fused_lora": False, "checkpointing": "none", "offload": False,
     "tile_tokens": 0,
 }  # fmt: skip
 OPTIONS: dict[Variant, dict[str, Any]] = {
@@ -118,11 +118,12 @@ def timed(
     device: torch.device,
     steps: int,
 ) -> tuple[float, ...]:
-    """Seconds of a step, so many in a row, GiB above what was held, and the loss."""
+    """Seconds of a step, so many in a row; GiB above what was held, and in pinned host memory; and the loss."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_host_memory_stats()
         held = torch.cuda.memory_allocated()
         replayed_bytes(device)
     start = perf_counter()
@@ -131,11 +132,11 @@ def timed(
     value = loss.item()
     seconds = (perf_counter() - start) / steps
     if not on_gpu:
-        return seconds, float("nan"), value
+        return seconds, float("nan"), float("nan"), value
     above = torch.cuda.max_memory_allocated() - held
     if graphed is not None and (replayed := replayed_bytes(device)):  # a graph holds its gradients between steps too
         above = max(above, replayed + sum(p.nbytes for p in graphed.module.parameters() if p.requires_grad))
-    return seconds, above / 2**30, value
+    return seconds, above / 2**30, torch.cuda.host_memory_stats()["active_bytes.peak"] / 2**30, value
 
 
 def main(
@@ -156,7 +157,8 @@ def main(
             checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
             `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
             memory, `+full` with nothing kept but layers' inputs.
-        rounds: of two steps of each variant, of one from 8,192 tokens on, after four steps for warming up.
+        rounds: of two steps of each variant, of one from 8,192 tokens on, after those for warming up: four where a
+            graph is among them, else one round.
         experts: LoRA on the experts too.
         layers: of the model, where not all of them.
         out: a folder for alternating_steps.md.
@@ -167,17 +169,14 @@ def main(
         options["architecture"]["num_hidden_layers"] = layers
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None:
-        print("without a GPU or liger-kernel the baseline has Transformers' own norms, and nothing is captured")
-        options["liger"] = False
-        for fixed in OPTIONS.values():
-            fixed.pop("liger", None)
+        print("Without a GPU or liger-kernel all variants have Transformers' own norms.")
     shared = MoELoRA(**options | {"checkpointing": "none", "offload": False}).to(device).build_base()
     rows = []
     with Progress(transient=True) as progress:
         task = progress.add_task("lengths", total=len(lengths))
         for tokens in lengths:
             steps = 1 if tokens >= LONG else 2
-            warmup = WARMUP // steps
+            warmup = WARMUP_OF_GRAPHS // steps if any(variant.endswith("graph") for variant in variants) else 1
             precision = settings["trainer"].get("precision", "32-true")
             made = {variant: make_step(variant, options, shared, precision) for variant in variants}
             found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
@@ -193,10 +192,10 @@ def main(
                 first = first or (seconds, above)
                 graphed = made[name][1]
                 missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
-                losses = " ".join(f"{result[2]:.4f}" for result in results[warmup:])
+                losses = " ".join(f"{result[-1]:.4f}" for result in results[warmup:])
                 rows.append([
                     f"{tokens:,}", name + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
-                    f"{above:.2f} ({above / first[1]:.2f})", losses,
+                    f"{above:.2f} ({above / first[1]:.2f})", f"{max(r[2] for r in results[warmup:]):.2f}", losses,
                 ])  # fmt: skip
                 progress.console.print(*rows[-1], sep=" | ", markup=False)
             del made, step, graphed

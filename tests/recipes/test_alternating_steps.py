@@ -22,12 +22,6 @@ ARCHITECTURE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def without_liger(monkeypatch):
-    options = {name: {**given, "liger": False} for name, given in alternating_steps.OPTIONS.items()}
-    monkeypatch.setattr(alternating_steps, "OPTIONS", options)
-
-
 @pytest.fixture
 def recipe(tmp_path):
     settings = yaml.safe_load(alternating_steps.TINY.read_text())

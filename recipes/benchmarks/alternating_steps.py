@@ -33,7 +33,7 @@ Variant = Literal[
     "lightning_moe+full+offload", "lightning_moe+graph",
 ]  # fmt: skip
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
-HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "on the host GiB", "losses"]
+HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "losses"]
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 LONG = 8192  # from here on the host runs ahead within one step
 # Transformers' own checkpointing is put on by the benchmark. Captured, `sdpa` would make a full mask.
@@ -118,12 +118,11 @@ def timed(
     device: torch.device,
     steps: int,
 ) -> tuple[float, ...]:
-    """Seconds of a step, so many in a row; GiB above what was held, and in pinned host memory; and the loss."""
+    """Seconds of a step, so many in a row, GiB above what was held, and the loss."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.reset_peak_host_memory_stats()
         held = torch.cuda.memory_allocated()
         replayed_bytes(device)
     start = perf_counter()
@@ -132,11 +131,11 @@ def timed(
     value = loss.item()
     seconds = (perf_counter() - start) / steps
     if not on_gpu:
-        return seconds, float("nan"), float("nan"), value
+        return seconds, float("nan"), value
     above = torch.cuda.max_memory_allocated() - held
     if graphed is not None and (replayed := replayed_bytes(device)):  # a graph holds its gradients between steps too
         above = max(above, replayed + sum(p.nbytes for p in graphed.module.parameters() if p.requires_grad))
-    return seconds, above / 2**30, torch.cuda.host_memory_stats()["active_bytes.peak"] / 2**30, value
+    return seconds, above / 2**30, value
 
 
 def main(
@@ -195,7 +194,7 @@ def main(
                 losses = " ".join(f"{result[-1]:.4f}" for result in results[warmup:])
                 rows.append([
                     f"{tokens:,}", name + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
-                    f"{above:.2f} ({above / first[1]:.2f})", f"{max(r[2] for r in results[warmup:]):.2f}", losses,
+                    f"{above:.2f} ({above / first[1]:.2f})", losses,
                 ])  # fmt: skip
                 progress.console.print(*rows[-1], sep=" | ", markup=False)
             del made, step, graphed

@@ -131,7 +131,7 @@ def long_fit(folder, *callbacks, steps, on_gpu, ckpt_path=None):
         folder, steps, MoEGateGradCallback(audit_every_n_steps=steps // 5), ExpertLoadMonitor(), MemoryMonitor(),
         AdapterUpdateCheck(), ModelCheckpoint(every_n_train_steps=steps // 6, save_last=True, save_top_k=0), *callbacks,
         accelerator="gpu" if on_gpu else "cpu", devices=1, precision="bf16-mixed" if on_gpu else "32-true",
-        logger=CSVLogger(folder, "log"), limit_val_batches=1, val_check_interval=4 * (steps // 3 - 1),
+        logger=CSVLogger(folder, "log"), limit_val_batches=1, val_check_interval=6 * steps // 5,
         check_val_every_n_epoch=None, accumulate_grad_batches=4, log_every_n_steps=steps // 30,
         gradient_clip_val=1.0, enable_checkpointing=True, deterministic=True,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from lightning_moe.integrations.transformers_experts import (
     read_spec,
 )
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
+from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.ops.validation import unsupported_weights
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -142,7 +143,7 @@ def unsupported_parametrization(module: Any, spec: ExpertsSpec) -> Unsupported |
 def unsupported_tensors(weights: ExpertWeights) -> Unsupported | None:
     """Why the operation cannot compute with these tensors, which are full."""
     for name, weight in zip(weights._fields[:2], weights[:2], strict=True):
-        if not is_plain(weight):
+        if not (is_plain(weight) or isinstance(weight, QuantizedWeight)):
             return unsupported("tensor_class", name=name, tensor_class=type(weight).__name__)
     problem = unsupported_weights(weights.gate_up_proj, weights.down_proj)
     return unsupported("weights", problem=problem) if problem else None

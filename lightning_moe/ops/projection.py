@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_moe.ops.grouped import combine, grouped_linear
 from lightning_moe.ops.low_rank import LowRank, join
+from lightning_moe.ops.quantized import QuantizedView, QuantizedWeight
 from lightning_moe.ops.routing import Routing
 
 
@@ -14,12 +15,12 @@ class Projection(NamedTuple):
     """Rows times their expert's W + BA, the sum never formed; `mT` takes a gradient back.
 
     Attributes:
-        weight: (E, in, out), a view of W.
+        weight: (E, in, out), a view of W; quantized, it is made dense for each product.
         a: (E, in, R), A1 or A2, from the input to the rank; None where there are none.
         b: (E, R, out), B, from the rank to the output.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedView
     a: Tensor | None
     b: Tensor | None
 
@@ -27,7 +28,11 @@ class Projection(NamedTuple):
     def of(cls, weight: Tensor, updates: list[LowRank], is_transposed: bool) -> "Projection":
         """The projection in the layout that the products take."""
         a, b = join(updates, weight.dtype) if updates else (None, None)
-        view = weight if is_transposed else weight.mT
+        view: Tensor | QuantizedView
+        if isinstance(weight, QuantizedWeight):
+            view = QuantizedView(weight, is_transposed=not is_transposed)
+        else:
+            view = weight if is_transposed else weight.mT
         return cls(view, None if a is None else a.mT, None if b is None else b.mT)
 
     @property
@@ -55,14 +60,39 @@ class Projection(NamedTuple):
         bias: Tensor | None = None,
     ) -> Tensor:
         """(S, out), or some columns of it; `in_rank` is what `to_rank` made of the rows, `bias` (E, out) is added."""
-        weight, b = self.weight, self.b
-        if columns is not None:
-            weight, b = weight[..., columns], None if b is None else b[..., columns]
-        low_rank = None if b is None or in_rank is None else (in_rank, b)
+        weight, width = self.weight, self.weight.shape[2]
+        if isinstance(weight, Tensor):
+            dense = weight if columns is None else weight[..., columns]
+            return self._product(rows, dense, in_rank, routing, gather, columns, bias, None)
+        first, last = (0, width) if columns is None else (columns.start, min(columns.stop, width))
+        step = weight.features_at_a_time()
+        if last - first <= step:
+            part = slice(first, last)
+            return self._product(rows, weight.dense(part), in_rank, routing, gather, part, bias, None)
+        out = rows.new_empty(routing.num_rows, last - first)
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
+            target = out[:, part.start - first : part.stop - first]
+            self._product(rows, weight.dense(part), in_rank, routing, gather, part, bias, target)
+        return out
+
+    def _product(
+        self,
+        rows: Tensor,
+        dense: Tensor,
+        in_rank: Tensor | None,
+        routing: Routing,
+        gather: bool,
+        columns: slice | None,
+        bias: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        b = self.b if self.b is None or columns is None else self.b[..., columns]
+        bias = bias if bias is None or columns is None else bias[:, columns]
         return grouped_linear(
-            rows, weight, routing.offsets, tokens=routing.permutation if gather else None, top_k=routing.top_k,
-            tiles=routing.tiles, low_rank=low_rank,
-            bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(),
+            rows, dense, routing.offsets, tokens=routing.permutation if gather else None, top_k=routing.top_k,
+            tiles=routing.tiles, low_rank=None if b is None or in_rank is None else (in_rank, b),
+            bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(), out=out,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Imported only where a kernel runs. Each launcher takes and returns what its refe
 E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit throughout.
 """
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -28,7 +29,13 @@ TOO_LARGE = (OutOfResources, PTXASError)
 
 
 def _run(
-    kernel: Any, grid: tuple[int, ...], *args: Any, constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    constants: tuple[Any, ...],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **options: Any,
 ) -> None:
     """Launches a kernel.
 
@@ -42,6 +49,7 @@ def _run(
         constants: the arguments after these. Where there is a descriptor, they say what its blocks are.
         num_warps: of Triton's options,
         num_stages: and of these, too.
+        options: other ones of Triton's, the same at each launch of the kernel.
     """
     # By its id, since Triton hashes a kernel's source: those of this file live on.
     key = (id(kernel), constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
@@ -49,7 +57,7 @@ def _run(
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
         return
-    compiled = kernel[grid](*args, *constants, num_warps=num_warps, num_stages=num_stages)
+    compiled = kernel[grid](*args, *constants, num_warps=num_warps, num_stages=num_stages, **options)
     if compiled is not None:  # as the interpreter has it
         _compiled[key] = compiled
 
@@ -291,10 +299,11 @@ def grouped_linear(
     tokens: Tensor | None = None,
     top_k: int = 1,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
     (_, inner, columns), num_tiles = weight.shape, tiles.shape[1]
-    out = rows.new_empty(num_rows, columns)
+    out = rows.new_empty(num_rows, columns) if out is None else out
     if num_rows == 0:
         return out
     block_columns = _block(columns, BLOCK_COLUMNS)
@@ -550,3 +559,50 @@ def count(
         chosen_before, bytes_saved, num_pairs, offsets.shape[0],
         constants=(gates.shape[1], grads is not None, choices is not None, 1024),
     )  # fmt: skip
+
+
+@triton.jit
+def _dequantize_nf4_kernel(
+    packed, absmax, scales, nested_offsets, levels, codes, out, first_row, first_column, num_rows, num_columns, width,
+    num_blocks, num_scales, pairs_per_expert, NESTED: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    BR: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]
+    pair = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]
+    value = (first_row + row) * width + first_column + 2 * pair  # the first of the two, counted from the expert's first
+    mask = (row < num_rows) & (2 * pair < num_columns)
+    byte = tl.load(packed + expert * pairs_per_expert + value // 2, mask=mask, other=0).to(tl.int32)
+    block = value // BLOCK
+    scale = tl.load(absmax + expert * num_blocks + block, mask=mask, other=0)
+    if NESTED:
+        nested = expert * num_scales + block // NESTED_BLOCK
+        unit = tl.load(scales + nested, mask=mask, other=0.0)
+        scale = tl.load(codes + scale.to(tl.int32)) * unit + tl.load(nested_offsets + nested, mask=mask, other=0.0)
+    both = tl.join(tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale)
+    column = tl.program_id(1) * 2 * BP + tl.arange(0, 2 * BP)[None, :]
+    target = out + (expert * num_rows + row) * num_columns + column
+    dense = both.reshape(BR, 2 * BP).to(out.dtype.element_ty)
+    tl.store(target, dense, mask=(row < num_rows) & (column < num_columns))
+
+
+def dequantize_nf4(
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    levels: Tensor,
+    codes: Tensor,
+    out: Tensor,
+    first_row: int,
+    first_column: int,
+) -> Tensor:
+    (num_experts, num_rows, num_columns), is_nested = out.shape, "absmax_scale" in parts
+    packed, absmax = parts["packed"], parts["absmax"]
+    scales, offsets = (parts["absmax_scale"], parts["absmax_offset"]) if is_nested else (None, None)
+    block = min(512, _power_of_2(_cdiv(num_columns, 2)))
+    _run(
+        _dequantize_nf4_kernel, (_cdiv(num_rows, 4), _cdiv(num_columns, 2 * block), num_experts), packed, absmax,
+        scales, offsets, levels, codes, out, first_row, first_column, num_rows, num_columns, shape[2],
+        absmax.shape[1], scales.shape[1] if is_nested else 0, packed.shape[1],
+        constants=(is_nested, 64, 256, 4, block), enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
+    )  # fmt: skip
+    return out

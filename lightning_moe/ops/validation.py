@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.ops.low_rank import LowRank
+from lightning_moe.ops.quantized import QuantizedWeight
 
 _Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # dtype, shape and strides
 
@@ -47,6 +48,9 @@ def shape_problem(
         return f"hidden_states and top_k_weights must be floating, got {hidden_states.dtype}, {top_k_weights.dtype}"
     if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
         return f"top_k_index must be integer, got {top_k_index.dtype}"
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if isinstance(weight, QuantizedWeight) and weight.requires_grad:
+            return f"{name} is quantized and cannot train: freeze it with requires_grad_(False)"
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3 or gate_up_proj.shape[0] != down_proj.shape[0]:
         return (
             "gate_up_proj and down_proj must be three-dimensional with the experts first, got "

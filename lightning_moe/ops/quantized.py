@@ -1,0 +1,243 @@
+"""Frozen weights in fewer bits: the bytes they consist of, and how they become dense.
+
+A `QuantizedWeight` stands where a weight stood, with its shape and dtype. The operation makes it dense for a product at
+a time, some features at a time where that takes much memory, and nothing dense is kept. Whatever else computes with it
+gets a dense copy. A format is one small object: what a weight consists of, and what its values are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from lightning_moe.ops.grouped import NO_KERNEL, launch
+
+# What a weight that is made dense for a product may take at a time.
+WORKSPACE_BYTES = 256 * 2**20
+# The fewest features at a time: the width of a product's tile, so that results are the same bits.
+MIN_FEATURES = 256
+
+
+class Format(Protocol):
+    """How (E, out, in) weights are stored."""
+
+    name: str
+
+    def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
+        """Why these parts are no weight of that shape, in words; None if they are."""
+
+    def dequantize(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: slice, columns: slice
+    ) -> Tensor:
+        """The values of some rows and columns of each expert, (E, rows, columns)."""
+
+
+# The quantiles of a normal distribution that the four bits stand for (Dettmers et al., QLoRA, 2023, appendix E).
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NF4:
+    """bitsandbytes' nf4, each expert by itself: four bits a value, and the largest magnitude of each 64 of them.
+
+    The parts, with B blocks in an expert: `packed` (E, out · in / 2) uint8, the first of two values in the high bits;
+    `absmax` (E, B) float32 or, nested, uint8: codes, in units of `absmax_scale` (E, ⌈B / 256⌉), of the differences from
+    `absmax_offset`, of the same shape; both float32.
+    """
+
+    name = "nf4"
+    block = 64
+    nested_block = 256
+
+    def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
+        """Why these parts are no weight of that shape, in words; None if they are."""
+        experts, out, width = shape
+        blocks, left = divmod(out * width, self.block)
+        if left or width % 2:
+            return f"an expert of {out} x {width} values is no whole number of blocks of {self.block}"
+        wanted = {"packed": (experts, out * width // 2), "absmax": (experts, blocks)}
+        if "absmax" in parts and parts["absmax"].dtype == torch.uint8:
+            wanted |= dict.fromkeys(("absmax_scale", "absmax_offset"), (experts, -(-blocks // self.nested_block)))
+        if missing := wanted.keys() - parts.keys():
+            return f"nf4 lacks {', '.join(sorted(missing))}"
+        for name, size in wanted.items():
+            if tuple(parts[name].shape) != size:
+                return f"nf4's {name} is {tuple(parts[name].shape)}, and {size} for {shape} in blocks of {self.block}"
+        return None
+
+    def dequantize(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: slice, columns: slice
+    ) -> Tensor:
+        """The values of some rows and columns of each expert, (E, rows, columns); columns begin at even ones.
+
+        Bit for bit what bitsandbytes makes of an expert: level times absmax in float32, then rounded.
+        """
+        out = parts["packed"].new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
+        levels, codes = _tables(out.device)
+        dense = launch("dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start)
+        if dense is not NO_KERNEL:
+            return out
+        every = torch.arange(rows.start, rows.stop, device=out.device)[:, None] * shape[2]
+        block = (every + torch.arange(columns.start, columns.stop, device=out.device)) // self.block
+        for expert, target in enumerate(out):
+            pairs = parts["packed"][expert].view(shape[1], -1)[rows, columns.start // 2 : (columns.stop + 1) // 2]
+            values = levels[torch.stack([pairs >> 4, pairs & 15], -1).flatten(-2).int()][:, : target.shape[1]]
+            torch.mul(values, self._absmax(parts, expert, codes)[block], out=target)
+        return out
+
+    def _absmax(self, parts: Mapping[str, Tensor], expert: int, codes: Tensor) -> Tensor:
+        """(B,) float32."""
+        absmax = parts["absmax"][expert]
+        if absmax.dtype != torch.uint8:
+            return absmax
+        scale, offset = (
+            parts[name][expert].repeat_interleave(self.nested_block)[: absmax.shape[0]]
+            for name in ("absmax_scale", "absmax_offset")
+        )
+        return codes[absmax.int()] * scale + offset
+
+
+FORMATS: dict[str, Format] = {NF4.name: NF4()}
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What nf4's four bits stand for, (16,), and what the eight of a nested absmax do, (256,): float32."""
+    with torch.inference_mode(False):
+        codes = [0.0, 1.0]
+        for i in range(7):  # bitsandbytes' dynamic map (Dettmers et al., 8-bit Optimizers, 2022): an exponent, a fraction
+            ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+            means = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2)
+            codes += [*means.tolist(), *(-means).tolist()]
+        return torch.tensor(NF4_LEVELS, device=device), torch.tensor(sorted(codes), device=device)
+
+
+class QuantizedWeight(Tensor):
+    """Frozen (E, out, in) weights of experts in a format of fewer bits, with the shape and dtype of the dense ones.
+
+    Copies and moves stay quantized. Any other operation computes with a dense copy; one that would change it raises.
+
+    Attributes:
+        format: how it is stored.
+        parts: what it consists of, by name.
+
+    Args:
+        format: how it is stored.
+        parts: what it consists of, by name; experts first.
+        shape: (E, out, in).
+        dtype: of what `dequantize` gives.
+
+    Raises:
+        ValueError: if the parts are no weight of that shape in that format.
+    """
+
+    format: Format
+    parts: dict[str, Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, format: Format, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype  # noqa: A002
+    ) -> "QuantizedWeight":
+        if problem := format.problem(parts, tuple(shape)):
+            raise ValueError(f"{format.name}: {problem}")
+        device = next(iter(parts.values())).device
+        weight: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight.format, weight.parts = format, dict(parts)
+        return weight
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are held."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def dequantize(self, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """The values of some rows and columns of each expert, (E, rows, columns); of all by default."""
+        _, out, width = self.shape
+        every = rows or slice(0, out), columns or slice(0, width)
+        return self.format.dequantize(self.parts, tuple(self.shape), self.dtype, *every)
+
+    def __repr__(self, *_: Any, **__: Any) -> str:
+        return f"QuantizedWeight({self.format.name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        for name, part in self.parts.items():
+            self.__dict__[name] = part
+        return list(self.parts), (self.format, tuple(self.shape), self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, *_: Any) -> Self:
+        format, shape, dtype = context  # noqa: A001
+        return cls(format, parts, shape, dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0]._with({name: part.detach() for name, part in args[0].parts.items()})
+        if func is aten.clone.default:
+            return args[0]._with({name: part.clone() for name, part in args[0].parts.items()})
+        if func is aten._to_copy.default:
+            to = {name: kwargs[name] for name in ("device", "non_blocking") if name in kwargs}
+            parts = {name: part.to(copy=True, **to) for name, part in args[0].parts.items()}
+            return args[0]._with(parts, kwargs.get("dtype"))
+        if func is aten.copy_.default and all(isinstance(arg, cls) for arg in args[:2]):
+            target, source = args[:2]
+            if target.format == source.format and target.shape == source.shape:
+                for name, part in target.parts.items():
+                    part.copy_(source.parts[name])
+                return target
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise TypeError(f"{func.__name__} would change a weight in {args[0].format.name}, which is frozen")
+
+        def dense(argument: Any) -> Any:
+            return argument.dequantize() if isinstance(argument, cls) else argument
+
+        return func(*torch.utils._pytree.tree_map(dense, args), **torch.utils._pytree.tree_map(dense, kwargs))
+
+    def _with(self, parts: dict[str, Tensor], dtype: torch.dtype | None = None) -> "QuantizedWeight":
+        return QuantizedWeight(self.format, parts, tuple(self.shape), dtype or self.dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedView:
+    """A quantized weight as a product takes it.
+
+    Attributes:
+        weight: as it is stored.
+        is_transposed: whether the view is (E, in, out) of (E, out, in).
+    """
+
+    weight: QuantizedWeight
+    is_transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the view, (E, in, out)."""
+        experts, *sides = self.weight.shape
+        return (experts, *(reversed(sides) if self.is_transposed else sides))
+
+    @property
+    def mT(self) -> "QuantizedView":  # noqa: N802
+        """What takes a gradient back."""
+        return QuantizedView(self.weight, not self.is_transposed)
+
+    def features_at_a_time(self) -> int:
+        """How many of `out` a workspace of `WORKSPACE_BYTES` holds: whole tiles, at least one."""
+        experts, width, _ = self.shape
+        fitting = WORKSPACE_BYTES // (experts * width * self.weight.dtype.itemsize)
+        return max(fitting // MIN_FEATURES * MIN_FEATURES, MIN_FEATURES)
+
+    def dense(self, features: slice) -> Tensor:
+        """(E, in, features)."""
+        return self.weight.dequantize(rows=features).mT if self.is_transposed else self.weight.dequantize(None, features)

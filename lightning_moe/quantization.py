@@ -10,7 +10,7 @@ from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.ops.quantized import FORMATS, QuantizedWeight
 
 
-def quantize(weight: Tensor, format: str) -> QuantizedWeight:  # noqa: A002
+def quantize(weight: Tensor, format: str) -> QuantizedWeight:
     """A frozen (E, out, in) weight in fewer bits, on its device.
 
     Args:
@@ -27,11 +27,12 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:  # noqa: A002
     return QuantizedWeight(FORMATS[format], bitsandbytes_nf4.encode(weight), tuple(weight.shape), weight.dtype)
 
 
-def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:  # noqa: A002
-    """Replaces the weights of a model's experts by frozen ones in fewer bits, layer by layer, before adapters are put on.
+def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:
+    """Replaces the weights of a model's experts by frozen ones in fewer bits, layer by layer.
 
-    The model's other weights stay as they are. Patched (`patch_moe`, `MoEGateGradCallback`), a layer makes a projection
-    dense when it is used and keeps nothing dense; unpatched it computes with dense copies, which backward saves.
+    Adapters are put on afterwards. The model's other weights stay as they are. Patched (`patch_moe`,
+    `MoEGateGradCallback`), a layer makes a projection dense when it is used and keeps nothing dense; unpatched it
+    computes with dense copies, which backward saves.
 
     Args:
         model: in memory, on the device where it will train or on the host; its experts in Transformers' layout.

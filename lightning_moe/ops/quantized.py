@@ -112,7 +112,9 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """What nf4's four bits stand for, (16,), and what the eight of a nested absmax do, (256,): float32."""
     with torch.inference_mode(False):
         codes = [0.0, 1.0]
-        for i in range(7):  # bitsandbytes' dynamic map (Dettmers et al., 8-bit Optimizers, 2022): an exponent, a fraction
+        for i in range(
+            7
+        ):  # bitsandbytes' dynamic map (Dettmers et al., 8-bit Optimizers, 2022): an exponent, a fraction
             ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
             means = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2)
             codes += [*means.tolist(), *(-means).tolist()]
@@ -142,21 +144,18 @@ class QuantizedWeight(Tensor):
     parts: dict[str, Tensor]
 
     @staticmethod
-    def __new__(
-        cls, format: Format, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype  # noqa: A002
-    ) -> "QuantizedWeight":
+    def __new__(cls: type[Self], *args: Any) -> "QuantizedWeight":  # noqa: D102
+        format, parts, shape, dtype = args
         if problem := format.problem(parts, tuple(shape)):
-            raise ValueError(f"{format.name}: {problem}")
+            raise ValueError(problem)
         device = next(iter(parts.values())).device
-        weight: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        weight.format, weight.parts = format, dict(parts)
-        return weight
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, format: Format, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.format, self.parts = format, dict(parts)
 
-    @property
-    def nbytes(self) -> int:
+    @property  # type: ignore[override]
+    def nbytes(self) -> int:  # type: ignore[override]
         """The bytes that are held."""
         return sum(part.nbytes for part in self.parts.values())
 
@@ -166,7 +165,25 @@ class QuantizedWeight(Tensor):
         every = rows or slice(0, out), columns or slice(0, width)
         return self.format.dequantize(self.parts, tuple(self.shape), self.dtype, *every)
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        """The weight without autograd; another one in the same format may take its place."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        if not isinstance(other, QuantizedWeight) or (other.format, other.shape) != (self.format, self.shape):
+            raise self._frozen("setting its data to a dense tensor")
+        self.parts = other.parts
+
+    def _frozen(self, what: str) -> RuntimeError:
+        # No TypeError: Python would then add to a dense copy where it was asked to add in place.
+        return RuntimeError(
+            f"{what} would change a frozen weight in {self.format.name}: its bytes hold no other values. To merge "
+            "adapters into it, merge them into the 16-bit model"
+        )
+
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.format.name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -176,11 +193,11 @@ class QuantizedWeight(Tensor):
 
     @classmethod
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, *_: Any) -> Self:
-        format, shape, dtype = context  # noqa: A001
+        format, shape, dtype = context
         return cls(format, parts, shape, dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.alias.default):
@@ -198,7 +215,7 @@ class QuantizedWeight(Tensor):
                     part.copy_(source.parts[name])
                 return target
         if func._schema.is_mutable and isinstance(args[0], cls):
-            raise TypeError(f"{func.__name__} would change a weight in {args[0].format.name}, which is frozen")
+            raise args[0]._frozen(func.__name__)
 
         def dense(argument: Any) -> Any:
             return argument.dequantize() if isinstance(argument, cls) else argument
@@ -240,4 +257,6 @@ class QuantizedView:
 
     def dense(self, features: slice) -> Tensor:
         """(E, in, features)."""
-        return self.weight.dequantize(rows=features).mT if self.is_transposed else self.weight.dequantize(None, features)
+        return (
+            self.weight.dequantize(rows=features).mT if self.is_transposed else self.weight.dequantize(None, features)
+        )

@@ -1,0 +1,248 @@
+"""Tests of quantized weights: their values, what may be done with them, and the operation over them."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.quantized import quantized
+from helpers.reference import (
+    CORRUPTIONS,
+    FACTORS,
+    FLOAT32_TOLERANCE,
+    assert_agrees,
+    call,
+    corrupt,
+    gradients,
+    largest_allocation,
+    make_problem,
+    relative_error,
+    run,
+    run_loop,
+)
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_moe.ops import quantized as module
+from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight
+
+SHAPE = (3, 48, 160)  # 120 blocks: nested they are one scale's
+LONG = (2, 128, 192)  # 384 blocks, of two scales
+
+
+def by_definition(weight):
+    """Each value as its level times its block's absmax, one at a time, in float32."""
+    experts, out, width = weight.shape
+    values = torch.empty(experts, out * width)
+    for e in range(experts):
+        pairs = weight.parts["packed"][e].tolist()
+        for i in range(out * width):
+            level = pairs[i // 2] >> 4 if i % 2 == 0 else pairs[i // 2] & 15
+            absmax, block = weight.parts["absmax"][e], i // 64
+            size = absmax[block]
+            if absmax.dtype == torch.uint8:
+                units = module._tables(torch.device("cpu"))[1][absmax[block].item()]
+                scale, offset = (weight.parts[name][e, block // 256] for name in ("absmax_scale", "absmax_offset"))
+                size = units * scale + offset
+            values[e, i] = torch.tensor(NF4_LEVELS[level]) * size
+    return values.view(weight.shape).to(weight.dtype)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LONG])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_levels_times_absmax(dtype, nested, shape):
+    weight = quantized(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), nested=nested)
+    dense = weight.dequantize()
+    assert dense.dtype == dtype
+    assert torch.equal(dense, by_definition(weight))
+
+
+def test_values_are_near_those_that_were_quantized():
+    """nf4 with blocks of 64 is 9.2 % off a normal distribution, in root mean square."""
+    weight = torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(0))
+    dense = quantized(weight, nested=True).dequantize()
+    assert relative_error(dense, weight) == pytest.approx(0.092, abs=0.005)
+    for wrong in (torch.zeros_like(dense), dense.roll(1, 0), dense.roll(1, 2), -dense):
+        assert relative_error(wrong, weight) > 0.5
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_some_rows_and_columns_have_the_values_of_all(nested):
+    weight = quantized(torch.randn(SHAPE), nested=nested)
+    dense = weight.dequantize()
+    for rows, columns in [(slice(8, 24), slice(0, 160)), (slice(0, 48), slice(62, 130)), (slice(5, 6), slice(2, 7))]:
+        assert torch.equal(weight.dequantize(rows, columns), dense[:, rows, columns])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda parts: parts.pop("absmax_scale"), "lacks absmax_scale"),
+        (lambda parts: parts.update(packed=parts["packed"][:, 1:]), r"packed is \(3, 3839\)"),
+        (lambda parts: parts.update(absmax=parts["absmax"][:, ::2]), r"absmax is \(3, 60\), and \(3, 120\) .* of 64"),
+        (lambda parts: parts.update(absmax_offset=parts["absmax_offset"][0]), "absmax_offset is"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(change, words):
+    parts = dict(quantized(torch.randn(SHAPE)).parts)
+    change(parts)
+    with pytest.raises(ValueError, match=words):
+        QuantizedWeight(NF4(), parts, SHAPE, torch.float32)
+
+
+def test_blocks_that_straddle_experts_are_refused():
+    with pytest.raises(ValueError, match="an expert of 3 x 32 values is no whole number of blocks of 64"):
+        QuantizedWeight(NF4(), {}, (2, 3, 32), torch.float32)
+
+
+# As a parameter
+
+
+@pytest.fixture
+def parameter():
+    return nn.Parameter(quantized(torch.randn(SHAPE, dtype=torch.bfloat16)), requires_grad=False)
+
+
+def test_it_looks_like_the_dense_weight_and_holds_fewer_bytes(parameter):
+    assert isinstance(parameter, nn.Parameter)
+    assert (tuple(parameter.shape), parameter.dtype, parameter.ndim) == (SHAPE, torch.bfloat16, 3)
+    assert parameter.nbytes == sum(part.nbytes for part in parameter.parts.values())
+    assert parameter.nbytes < 0.3 * parameter.numel() * 2
+    assert "nf4" in repr(parameter)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "clone", "detach", "to"])
+def test_copies_stay_quantized(parameter, how):
+    copies = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda weight: pickle.loads(pickle.dumps(weight)),
+        "clone": torch.clone,
+        "detach": torch.detach,
+        "to": lambda weight: weight.to("cpu", copy=True),
+    }
+    copied = copies[how](parameter)
+    assert isinstance(copied, QuantizedWeight)
+    assert torch.equal(copied.dequantize(), parameter.dequantize())
+    assert isinstance(copied, nn.Parameter) == (how in ("deepcopy", "pickle"))
+    shares = copied.parts["packed"].data_ptr() == parameter.parts["packed"].data_ptr()
+    assert shares == (how == "detach")
+
+
+def test_a_module_moves_casts_saves_and_loads_it(parameter):
+    holder, other = nn.Module(), nn.Module()
+    holder.weight = parameter
+    other.weight = nn.Parameter(quantized(torch.randn(SHAPE, dtype=torch.bfloat16)), requires_grad=False)
+    other.load_state_dict(holder.state_dict())
+    assert torch.equal(other.weight.dequantize(), parameter.dequantize())
+    holder.to("cpu").float()
+    assert isinstance(holder.weight, QuantizedWeight)
+    assert holder.weight.dequantize().dtype == torch.float32
+
+
+def test_what_would_change_it_raises_and_what_computes_gets_a_dense_copy(parameter):
+    dense = parameter.dequantize()
+    for change in (
+        lambda: parameter.mul_(2),
+        lambda: parameter.copy_(dense),
+        lambda: parameter.data.add_(1),
+        lambda: setattr(parameter, "data", dense),
+        lambda: parameter.__iadd__(dense),
+    ):
+        with pytest.raises(RuntimeError, match="frozen weight in nf4"):
+            change()
+    assert torch.equal(parameter.dequantize(), dense)
+    assert torch.equal(parameter * 2, dense * 2)
+    assert torch.equal(torch.baddbmm(parameter, dense, dense.mT @ dense), torch.baddbmm(dense, dense, dense.mT @ dense))
+
+
+# The operation
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64}
+TRAINED = ("hidden_states", "top_k_weights", "gate_up_proj_bias", "down_proj_bias", *FACTORS)
+
+
+def problems(layout, ranks, dtype=torch.float32):
+    """A problem with quantized weights, and the same with dense ones of the same values."""
+    problem = make_problem(layout, **SIZES, **ranks, dtype=dtype, requires_grad=TRAINED)
+    weights = {name: quantized(problem.tensors[name]) for name in ("gate_up_proj", "down_proj")}
+    dense = {name: weight.dequantize() for name, weight in weights.items()}
+    return problem.with_tensors(**weights), problem.with_tensors(**dense)
+
+
+RANKS = {"frozen": {}, "both": {"gate_up_ranks": (4,), "down_ranks": (8,)}}
+
+
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", ["default", "transposed_biased", "gpt_oss", "no_gate_projection"])
+def test_results_are_the_bits_of_the_dense_weights(layout, ranks, dtype, recompute_gate_up):
+    mine, dense = (
+        run(problem, recompute_gate_up=recompute_gate_up) for problem in problems(layout, RANKS[ranks], dtype)
+    )
+    assert mine.keys() == dense.keys()
+    for name, result in dense.items():
+        assert torch.equal(mine[name], result), name
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+def test_a_small_workspace_takes_some_features_at_a_time(layout, ranks, monkeypatch):
+    """Products of some features round as the CPU's library likes: on a GPU they are the same bits."""
+    monkeypatch.setattr(module, "MIN_FEATURES", 16)
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", 5 * 32 * 16 * 4)  # 16 features of the narrower side
+    problem, dense = problems(layout, RANKS[ranks])
+    leaves = problem.leaves()
+    with largest_allocation() as largest:
+        results = gradients(problem, leaves, call(problem, leaves))
+    assert largest.elements <= 5 * 128 * 16  # 16 features of the wider side; the whole projection has 32
+    truth = run_loop(dense)
+    assert_agrees(results, truth)
+    for how in CORRUPTIONS:
+        wrong = corrupt(dense, results, "output", how)
+        assert relative_error(wrong["output"], truth["output"]) > 100 * FLOAT32_TOLERANCE, how
+
+
+def test_nothing_dense_is_saved():
+    problem, _ = problems("default", RANKS["both"])
+    saved = []
+
+    def note(tensor):
+        saved.append(tensor)
+        return tensor
+
+    leaves = problem.leaves()
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = call(problem, leaves)
+    sizes = {problem.tensors[name].numel() for name in ("gate_up_proj", "down_proj")}
+    of_a_size = [tensor for tensor in saved if tensor.numel() in sizes]
+    assert len(of_a_size) == 2
+    assert all(isinstance(tensor, QuantizedWeight) for tensor in of_a_size)
+    gradients(problem, leaves, output)
+
+
+def test_backward_leaves_the_up_projection_alone_where_the_input_needs_no_gradient(monkeypatch):
+    problem, _ = problems("default", {})
+    problem = replace(problem, requires_grad=frozenset({"top_k_weights"}))
+    leaves = problem.leaves()
+    output = call(problem, leaves)
+    made = []
+    dequantize = QuantizedWeight.dequantize
+
+    def noted(self, *args, **options):
+        made.append(self.shape)
+        return dequantize(self, *args, **options)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    gradients(problem, leaves, output)
+    assert made == [problem.tensors["down_proj"].shape]
+
+
+def test_a_quantized_weight_that_is_to_train_is_refused():
+    problem, _ = problems("default", {})
+    leaves = problem.leaves()
+    leaves["down_proj"].requires_grad_(True)
+    with pytest.raises(ValueError, match="down_proj is quantized and cannot train: freeze it"):
+        call(problem, leaves)

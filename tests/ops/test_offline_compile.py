@@ -77,7 +77,18 @@ def launches(kernels, torch, capability):
         grads, choices = (None, None) if choice is None else (gates, (choice, choice))
         return partial(kernels.count, counters, gates, grads, tokens, offsets, choices=choices, bytes_saved=2**33)
 
+    def dequantize_nf4(nested, dtype):
+        parts = {"packed": empty(num_experts, 1536 * 1024, dtype=torch.uint8)}
+        if nested:
+            parts["absmax"] = empty(num_experts, 49152, dtype=torch.uint8)
+            parts |= dict.fromkeys(("absmax_scale", "absmax_offset"), empty(num_experts, 192))
+        else:
+            parts["absmax"] = empty(num_experts, 49152)
+        tables, out = (empty(16), empty(256)), empty(num_experts, 512, 2048, dtype=dtype)
+        return partial(kernels.dequantize_nf4, parts, (num_experts, 1536, 2048), *tables, out, 512, 0)
+
     has_descriptors = capability >= 90
+    yield dequantize_nf4(True, bf16)
     if has_descriptors:
         for gather, in_first in product([True, False], repeat=2):
             yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
@@ -108,6 +119,7 @@ def launches(kernels, torch, capability):
         yield combine(True, 2048, bf16, bf16)
         yield combine(True, 64, fp16, fp16)
         yield route(int32)
+        yield dequantize_nf4(False, fp16)
         yield count(torch.uint8, bf16)
         yield count(None, bf16)
 
@@ -177,7 +189,7 @@ def test_every_kernel_fits(capability, compiled):
 
 def test_a_tile_that_is_too_large_is_seen(compiled):
     """The grouped product's tile on Hopper does not fit capability 12."""
-    assert too_large(compiled(120, LIMITS[90], num_launches=1), 120)
+    assert too_large(compiled(120, LIMITS[90], num_launches=2), 120)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.quantized import quantized
 from helpers.reference import make_problem, relative_error, run, run_baseline, run_loop
 
 from lightning_moe.ops import counting
@@ -451,3 +452,25 @@ def test_a_weights_descriptor_is_that_of_the_view_whose_last_side_is_contiguous(
     assert mine.base.data_ptr() == view.data_ptr()
     got = mine.base.dtype, mine.shape, mine.strides, mine.block_shape
     assert got == (view.dtype, list(view.shape), list(view.stride()), list(block))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("dtype", "shape"), [(DTYPES[0], (3, 6, 160)), (DTYPES[1], (2, 130, 256))])
+def test_nf4_becomes_dense_with_the_bits_of_the_reference(dtype, shape, nested, monkeypatch):
+    """All of it, some rows, and columns whose first is in the middle of a block."""
+    weight = quantized(normal(*shape).cpu().to(dtype), nested=nested).to(DEVICE)
+    parts = [slice(0, shape[1]), slice(1, 5)], [slice(0, shape[2]), slice(30, 131)]
+    expected = {(rows, columns): plain_dense(weight, slice(*rows), slice(*columns)) for rows, columns in ends_of(parts)}
+    monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels)
+    for (rows, columns), dense in expected.items():
+        assert torch.equal(weight.dequantize(slice(*rows), slice(*columns)), dense)
+
+
+def ends_of(parts):
+    return [((r.start, r.stop), (c.start, c.stop)) for r, c in product(*parts)]
+
+
+def plain_dense(weight, rows, columns):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_kernels", lambda tensor: None)
+        return weight.dequantize(rows, columns)

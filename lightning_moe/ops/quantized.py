@@ -25,6 +25,7 @@ class Format(Protocol):
     """How (E, out, in) weights are stored."""
 
     name: str
+    bytes_per_value: float
 
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
@@ -55,6 +56,7 @@ class NF4:
     name = "nf4"
     block = 64
     nested_block = 256
+    bytes_per_value = 1 / 2 + 1 / 64 + 8 / (64 * 256)  # nested
 
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
@@ -208,12 +210,19 @@ class QuantizedWeight(Tensor):
             to = {name: kwargs[name] for name in ("device", "non_blocking") if name in kwargs}
             parts = {name: part.to(copy=True, **to) for name, part in args[0].parts.items()}
             return args[0]._with(parts, kwargs.get("dtype"))
-        if func is aten.copy_.default and all(isinstance(arg, cls) for arg in args[:2]):
+        if func is aten.copy_.default and isinstance(args[0], cls):
             target, source = args[:2]
-            if target.format == source.format and target.shape == source.shape:
+            if isinstance(source, cls) and (source.format, source.shape) == (target.format, target.shape):
                 for name, part in target.parts.items():
                     part.copy_(source.parts[name])
                 return target
+            if torch.equal(target.dequantize(), source.to(target.dtype)):  # as DDP has the first rank's copied to all
+                return target
+        if func is aten.split.Tensor:
+            raise NotImplementedError(
+                f"a weight in {args[0].format.name} is not sharded, as fully_shard would: its parts would be dense. "
+                "Train on one GPU or with DDP"
+            )
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise args[0]._frozen(func.__name__)
 

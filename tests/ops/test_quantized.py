@@ -143,9 +143,10 @@ def test_a_module_moves_casts_saves_and_loads_it(parameter):
 
 def test_what_would_change_it_raises_and_what_computes_gets_a_dense_copy(parameter):
     dense = parameter.dequantize()
+    assert parameter.copy_(dense) is parameter  # as DDP has one rank's weights copied to all
     for change in (
         lambda: parameter.mul_(2),
-        lambda: parameter.copy_(dense),
+        lambda: parameter.copy_(dense + 1),
         lambda: parameter.data.add_(1),
         lambda: setattr(parameter, "data", dense),
         lambda: parameter.__iadd__(dense),
@@ -155,6 +156,11 @@ def test_what_would_change_it_raises_and_what_computes_gets_a_dense_copy(paramet
     assert torch.equal(parameter.dequantize(), dense)
     assert torch.equal(parameter * 2, dense * 2)
     assert torch.equal(torch.baddbmm(parameter, dense, dense.mT @ dense), torch.baddbmm(dense, dense, dense.mT @ dense))
+
+
+def test_it_is_not_sharded(parameter):
+    with pytest.raises(NotImplementedError, match="a weight in nf4 is not sharded, as fully_shard would"):
+        torch.chunk(parameter, 2)
 
 
 # The operation

@@ -230,7 +230,7 @@ def _bytes_saved(patch: LayerPatch, spec: ExpertsSpec, weights: ExpertWeights, u
     """Bytes that the default implementation would have saved for backward in this call, and the operation does not."""
     merged = {spec.up_name: weights.gate_up_proj, "down_proj": weights.down_proj}
     per_row = patch.estimate.baseline_per_row - patch.estimate.saved_per_row
-    return per_row * num_rows + sum(merged[name].nbytes for name in updates)
+    return per_row * num_rows + sum(merged[name].numel() * merged[name].element_size() for name in updates)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_moe.ops.experts import moe_experts
 from lightning_moe.ops.low_rank import LowRank
+from lightning_moe.ops.quantized import QuantizedWeight
 
 try:
     from lightning_moe.adapters.export import export_adapter
@@ -24,6 +25,7 @@ try:
     from lightning_moe.metrics import ExpertLoad, GateGradHealth
     from lightning_moe.patch_report import LayerReport, PatchReport
     from lightning_moe.patching import gategrad, patch_moe, unpatch_moe
+    from lightning_moe.quantization import QuantizedExpertsConfig, quantize_experts
     from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
 except ModuleNotFoundError as error:  # the operation, in `lightning_moe.ops`, needs torch alone
     if error.name is None or error.name.partition(".")[0] == "lightning_moe":
@@ -50,6 +52,8 @@ __all__ = [
     "MemoryMonitor",
     "MoEGateGradCallback",
     "PatchReport",
+    "QuantizedExpertsConfig",
+    "QuantizedWeight",
     "SavedActivations",
     "Unsupported",
     "export_adapter",
@@ -58,6 +62,7 @@ __all__ = [
     "moe_experts",
     "patch_moe",
     "plot_expert_load",
+    "quantize_experts",
     "register_experts",
     "replayed_bytes",
     "unpatch_moe",

@@ -1,12 +1,14 @@
-"""Experts' weights in fewer bits, for a model that is in memory; `ops.quantized` has what they become."""
+"""Experts' weights in fewer bits, in memory or while a checkpoint is loaded; `ops.quantized` has what they become."""
 
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config
 
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations import bitsandbytes_nf4
 from lightning_moe.integrations.transformers_experts import read_spec
+from lightning_moe.integrations.transformers_quantizer import METHOD, LoadedQuantizedConfig
 from lightning_moe.ops.quantized import FORMATS, QuantizedWeight
 
 
@@ -21,8 +23,7 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:
         ValueError: on another format, or a shape that it does not take.
         ModuleNotFoundError: where bitsandbytes, which makes it, is not installed.
     """
-    if format not in FORMATS:
-        raise ValueError(f"experts can be quantized to {', '.join(FORMATS)}, not to {format!r}")
+    check_format(format)
     bitsandbytes_nf4.check_installed()
     return QuantizedWeight(FORMATS[format], bitsandbytes_nf4.encode(weight), tuple(weight.shape), weight.dtype)
 
@@ -46,18 +47,70 @@ def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:
             names; then nothing is changed.
         ModuleNotFoundError: where bitsandbytes, which makes nf4, is not installed.
     """
+    names = find_quantizable(model, format)
+    for name in names:
+        path, _, stem = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = getattr(module, stem)
+        if not isinstance(weight, QuantizedWeight):
+            setattr(module, stem, nn.Parameter(quantize(weight, format), requires_grad=False))
+    return names
+
+
+def find_quantizable(model: nn.Module, format: str) -> list[str]:
+    """The names of the parameters that `quantize_experts` quantizes, and its ValueErrors; the model may be on meta."""
+    check_format(format)
     layers = find_moe_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no experts to quantize")
     dense = [f"{x.shown_name} ({x.reason})" for x in layers if x.reason is not None or not x.is_dispatched]
     if dense:
         raise ValueError(f"experts that would stay dense: {'; '.join(dense)}")
-    done = []
-    for layer in layers:
-        module: Any = layer.module
-        for name in read_spec(module).stems:
-            weight = getattr(module, name)
-            if not isinstance(weight, QuantizedWeight):
-                setattr(module, name, nn.Parameter(quantize(weight, format), requires_grad=False))
-            done.append(f"{layer.name}.{name}")
-    return done
+    names = [f"{layer.name}.{stem}" for layer in layers for stem in read_spec(layer.module).stems]
+    for name in names:
+        if problem := FORMATS[format].shape_problem(tuple(model.get_parameter(name).shape)):
+            raise ValueError(f"{name} cannot be quantized to {format}: {problem}")
+    return names
+
+
+def check_format(format: str) -> None:
+    """Raises ValueError on a format that there is not."""
+    if format not in FORMATS:
+        raise ValueError(f"experts can be quantized to {', '.join(FORMATS)}, not to {format!r}")
+
+
+@register_quantization_config(METHOD)
+class QuantizedExpertsConfig(LoadedQuantizedConfig):
+    """Has a checkpoint's experts quantized while it is loaded, each parameter as soon as its tensors are read.
+
+    Neither the device nor the host ever holds the dense model. For a checkpoint in 16 or 32 bits, one weight for each
+    expert or fused. What is not quantized is loaded as without. `save_pretrained` raises: save the adapters.
+
+        AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16, device_map={"": "cuda"}, quantization_config=QuantizedExpertsConfig("nf4")
+        )
+
+    Args:
+        format: of the experts, see `quantize_experts`.
+        linear: has the other linear layers become bitsandbytes' own, in nf4 with nested absmax and computing in
+            bfloat16, all but the output's and those of the routers.
+        quant_method: as Transformers writes it into a model's config.
+
+    Raises:
+        ValueError: on another format. `from_pretrained` raises it, before anything is read, where `quantize_experts`
+            would.
+    """
+
+    quant_method: Any
+
+    def __init__(self, format: str = "nf4", linear: bool = False, quant_method: str = METHOD) -> None:
+        check_format(format)
+        self.format, self.linear, self.quant_method = format, linear, quant_method
+
+    def find_parameters(self, model: nn.Module) -> list[str]:
+        """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
+        return find_quantizable(model, self.format)
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """What takes the weight's place."""
+        return quantize(weight, self.format)

@@ -27,6 +27,9 @@ class Format(Protocol):
     name: str
     bytes_per_value: float
 
+    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        """Why no weight of that shape can be stored, in words; None if one can."""
+
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
 
@@ -58,12 +61,19 @@ class NF4:
     nested_block = 256
     bytes_per_value = 1 / 2 + 1 / 64 + 8 / (64 * 256)  # nested
 
+    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        """Why no weight of that shape can be stored, in words; None if one can."""
+        _, out, width = shape
+        if out * width % self.block or width % 2:
+            return f"an expert of {out} x {width} values is no whole number of blocks of {self.block}"
+        return None
+
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
+        if problem := self.shape_problem(shape):
+            return problem
         experts, out, width = shape
-        blocks, left = divmod(out * width, self.block)
-        if left or width % 2:
-            return f"an expert of {out} x {width} values is no whole number of blocks of {self.block}"
+        blocks = out * width // self.block
         wanted = {"packed": (experts, out * width // 2), "absmax": (experts, blocks)}
         if "absmax" in parts and parts["absmax"].dtype == torch.uint8:
             wanted |= dict.fromkeys(("absmax_scale", "absmax_offset"), (experts, -(-blocks // self.nested_block)))

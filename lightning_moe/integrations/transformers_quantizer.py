@@ -1,0 +1,189 @@
+"""Parameters that are quantized while Transformers loads a checkpoint, each as soon as it is complete.
+
+`from_pretrained(quantization_config=...)` makes a quantizer of a config and asks it which parameters to quantize, and
+how. It reads a checkpoint's tensors when their parameter's turn comes, fuses the experts' into one, and hands it over.
+
+Read in Transformers 5.17 to 5.24: `HfQuantizer` with its hooks `_process_model_before_weight_loading` and
+`_process_model_after_weight_loading`, and `Bnb4BitHfQuantizer`, whose hooks of the same names are called here.
+"""
+
+import re
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lightning_moe.integrations.bitsandbytes_nf4 import check_installed
+from lightning_moe.ops.quantized import QuantizedWeight
+
+logger = logging.get_logger(__name__)
+
+METHOD = "lightning_moe_experts"  # what Transformers knows it by
+
+# A weight in nf4 with nested absmax takes 0.5 + 1 / 64 + 8 / (64 * 256) bytes a value.
+BYTES_PER_VALUE = 0.517
+# What device_map="auto" may fill: the rest is for the tensors that a parameter is made of.
+SHARE_OF_MEMORY = 0.9
+
+
+class LoadedQuantizedConfig(QuantizationConfigMixin):
+    """What becomes of a model's parameters while it is loaded.
+
+    Attributes:
+        linear: whether linear layers become bitsandbytes' own, in nf4.
+    """
+
+    linear: bool
+
+    def find_parameters(self, model: nn.Module) -> list[str]:
+        """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """What takes the weight's place."""
+        raise NotImplementedError
+
+
+@register_quantizer(METHOD)
+class LoadingQuantizer(HfQuantizer):
+    """Transformers' side of a `LoadedQuantizedConfig`."""
+
+    quantization_config: LoadedQuantizedConfig
+
+    def __init__(self, quantization_config: LoadedQuantizedConfig, **_: Any) -> None:
+        # Nothing is ever saved quantized, so a checkpoint whose config.json has this config is dense.
+        super().__init__(quantization_config, pre_quantized=False)
+        self.names: list[str] = []
+
+    @cached_property
+    def linear(self) -> Bnb4BitHfQuantizer | None:
+        """Quantizes linear layers."""
+        if not self.quantization_config.linear:
+            return None
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        return Bnb4BitHfQuantizer(config, pre_quantized=False)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ModuleNotFoundError without bitsandbytes, ValueError where experts would be moved to and fro."""
+        check_installed()
+        device_map = kwargs.get("device_map")
+        devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise ValueError(
+                "quantized experts stay where they are loaded, and the device map leaves some modules on the CPU or on "
+                'disk: give one device, device_map={"": "cuda"}, or a smaller model'
+            )
+        if self.linear is not None:
+            self.linear.validate_environment(*args, **kwargs)
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        """Leaves room for the tensors that a parameter is made of."""
+        return {device: size * SHARE_OF_MEMORY for device, size in max_memory.items()}
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes per value: what Transformers allocates in advance."""
+        if self.param_needs_quantization(model, param_name):
+            return BYTES_PER_VALUE
+        return super().param_element_size(model, param_name, param)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        """Whether a parameter is quantized when its tensors are complete."""
+        if param_name in self.names:
+            return True
+        return self.linear is not None and self.linear.param_needs_quantization(model, param_name)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What Transformers calls with each parameter that needs it."""
+        return Quantize(self)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.names = self.quantization_config.find_parameters(model)
+        if self.linear is not None:
+            routers = [rf"{re.escape(name)}$" for name in routers_beside(model, self.names)]
+            skipped = self.get_modules_to_not_convert(model, routers, add_default_skips=True)
+            self.linear.quantization_config.llm_int8_skip_modules = skipped
+            self.linear._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        dense = [name for name in self.names if not isinstance(model.get_parameter(name), QuantizedWeight)]
+        if dense:
+            raise ValueError(f"experts stayed dense, for the checkpoint has no values of theirs: {', '.join(dense)}")
+        if self.linear is not None:
+            self.linear._process_model_after_weight_loading(model, **kwargs)
+
+    def is_serializable(self) -> bool:
+        """No; Transformers then raises ValueError and points to the warning."""
+        logger.warning(
+            "Quantized experts cannot be saved: no layout of a checkpoint has them. Save the adapters, and load the "
+            "experts from the 16-bit checkpoint again."
+        )
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are."""
+        return True
+
+
+class Quantize(ConversionOps):
+    """The last step in the loading of a parameter that needs quantization.
+
+    Args:
+        quantizer: that the model is loaded with.
+    """
+
+    def __init__(self, quantizer: LoadingQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The parameters in place of the tensors, by name.
+
+        Raises:
+            ValueError: if a tensor's shape is not its parameter's, which Transformers does not compare.
+        """
+        converted: dict[str, Any] = {}
+        model = kwargs["model"]
+        for name in list(input_dict):
+            value = input_dict.pop(name)  # so that nothing else holds it
+            weight = value[0] if isinstance(value, list) else value
+            if name in self.quantizer.names:
+                wanted = model.get_parameter(name).shape
+                if weight.shape != wanted:
+                    raise ValueError(f"{name} is {tuple(weight.shape)} in the checkpoint, {tuple(wanted)} in the model")
+                quantized = self.quantizer.quantization_config.quantize(weight)
+                converted[name] = nn.Parameter(quantized, requires_grad=False)
+            elif self.quantizer.param_needs_quantization(model, name):
+                linear: Any = self.quantizer.linear
+                converted |= linear.get_quantize_ops().convert({name: weight}, *args, **kwargs)
+            else:
+                converted[name] = value
+        return converted
+
+
+def routers_beside(model: nn.Module, names: list[str]) -> list[str]:
+    """The names of the linear layers in the blocks of experts that choose among the experts, or weigh them.
+
+    Args:
+        model: that has them.
+        names: the experts' parameters.
+    """
+    experts = {name.rpartition(".")[0]: model.get_parameter(name).shape[0] for name in names}
+    found = []
+    for path, num_experts in experts.items():
+        block = path.rpartition(".")[0]
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            is_inside = name.rpartition(".")[0] == block
+            if isinstance(module, nn.Linear) and (is_inside or module.out_features == num_experts):
+                found.append(name)
+    return found

@@ -107,6 +107,11 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
         check_format(format)
         self.format, self.linear, self.quant_method = format, linear, quant_method
 
+    @property
+    def bytes_per_value(self) -> float:  # type: ignore[override]
+        """What a value of an expert's weight takes."""
+        return FORMATS[self.format].bytes_per_value
+
     def find_parameters(self, model: nn.Module) -> list[str]:
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
         return find_quantizable(model, self.format)

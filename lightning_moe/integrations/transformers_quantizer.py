@@ -28,8 +28,6 @@ logger = logging.get_logger(__name__)
 
 METHOD = "lightning_moe_experts"  # what Transformers knows it by
 
-# A weight in nf4 with nested absmax takes 0.5 + 1 / 64 + 8 / (64 * 256) bytes a value.
-BYTES_PER_VALUE = 0.517
 # What device_map="auto" may fill: the rest is for the tensors that a parameter is made of.
 SHARE_OF_MEMORY = 0.9
 
@@ -39,9 +37,11 @@ class LoadedQuantizedConfig(QuantizationConfigMixin):
 
     Attributes:
         linear: whether linear layers become bitsandbytes' own, in nf4.
+        bytes_per_value: of a weight that is quantized.
     """
 
     linear: bool
+    bytes_per_value: float
 
     def find_parameters(self, model: nn.Module) -> list[str]:
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
@@ -94,7 +94,7 @@ class LoadingQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per value: what Transformers allocates in advance."""
         if self.param_needs_quantization(model, param_name):
-            return BYTES_PER_VALUE
+            return self.quantization_config.bytes_per_value
         return super().param_element_size(model, param_name, param)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lora.linear import fuse_updates
 
 # Options without which a checkpoint's values mean something else, beside those of the base.
-ADAPTER_OPTIONS = ("rank", "alpha", "target_modules", "modules_to_save", "experts", "router", "router_module")
+ADAPTER_OPTIONS = (
+    "quantize", "rank", "alpha", "target_modules", "modules_to_save", "experts", "router", "router_module"
+)  # fmt: skip
 
 
 def expert_parameters(model: nn.Module) -> list[str]:

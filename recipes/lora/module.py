@@ -51,6 +51,8 @@ class MoELoRA(LightningModule):
         name: a hub name or a folder with the base's weights.
         init_seed: of the random base, apart from the run's own seed, so that an adapter finds its base again.
         dtype: of the base. bfloat16 needs `trainer.precision bf16-mixed`.
+        quantize: keep the experts' frozen weights in `nf4`, four bits a value: Qwen3-30B-A3B's take 16.8 GiB in place
+            of 57 with all else. Needs bitsandbytes; not with FSDP.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
@@ -60,6 +62,8 @@ class MoELoRA(LightningModule):
         router_aux_loss: weight of the load-balancing loss, 0 for none.
         modules_to_save: modules that train in full beside the adapters, such as the head of a random base.
         learning_rate: of AdamW, after the warm-up.
+        optimizer: `adamw`, or bitsandbytes' `adamw_8bit`, whose two moments take a quarter of the memory: 1.2 GiB for
+            adapters on Qwen3-30B-A3B's experts in place of 4.7. On a GPU.
         warmup_steps: over which the learning rate rises from 0.
         checkpointing: what each layer computes again in backward: `selective` all but attention, which needs
             `attention` to be `varlen`; `full` all of it; `none` nothing; `auto` the first of `selective` and `full`
@@ -85,6 +89,7 @@ class MoELoRA(LightningModule):
         name: str | None = None,
         init_seed: int = 0,
         dtype: Literal["bfloat16", "float32"] = "float32",
+        quantize: Literal["nf4"] | None = None,
         rank: PositiveInt = 16,
         alpha: PositiveInt = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -94,6 +99,7 @@ class MoELoRA(LightningModule):
         router_aux_loss: NonNegativeFloat = 0.0,
         modules_to_save: tuple[str, ...] = (),
         learning_rate: PositiveFloat = 1e-4,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
         warmup_steps: NonNegativeInt = 10,
         checkpointing: Mode | Literal["auto"] = "none",
         offload: bool | None = None,
@@ -156,11 +162,12 @@ class MoELoRA(LightningModule):
                 f"model.dtype bfloat16 has float32 adapters on a bfloat16 base, which trainer.precision "
                 f"{precision.precision} does not compute with: set --trainer.precision bf16-mixed"
             )
-        check_strategy(self.trainer.strategy)
+        check_strategy(self.trainer.strategy, self.hparams)
         if self.network is None:
             config = read_config(self._name, self.hparams["architecture"])
             check_names(config, self.hparams)
-            check_memory(config, getattr(torch, self.hparams["dtype"]), self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            check_memory(config, getattr(torch, self.hparams["dtype"]), device, self.hparams["quantize"])
 
     def configure_model(self) -> None:
         """Builds the base, adds the adapters, and shards it where the strategy has a mesh for that; once."""
@@ -179,7 +186,8 @@ class MoELoRA(LightningModule):
         )  # fmt: skip
         base.losses = MethodType(losses, base)
         self._description = {
-            "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}",
+            "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}"
+            + (f", experts in {options['quantize']}" if options["quantize"] else ""),
             "norms and rotary embedding": norms,
             "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
             "router": self._describe_router(),
@@ -194,7 +202,9 @@ class MoELoRA(LightningModule):
         options = self.hparams
         config = read_config(self._name, options["architecture"])
         dtype = getattr(torch, options["dtype"])
-        return build(self._name, config, dtype, self.device, options["attention"], options["init_seed"])
+        return build(
+            self._name, config, dtype, self.device, options["attention"], options["init_seed"], options["quantize"]
+        )
 
     def _choose_checkpointing(self, base: PreTrainedModel) -> tuple[Mode, bool]:
         """The mode, and whether to offload, once it is known what memory the base leaves."""
@@ -261,7 +271,14 @@ class MoELoRA(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over what trains, with a linear warm-up."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.hparams["learning_rate"], weight_decay=0.0, fused=True)
+        options = {"lr": self.hparams["learning_rate"], "weight_decay": 0.0}
+        optimizer: torch.optim.Optimizer
+        if self.hparams["optimizer"] == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit  # an optional extra
+
+            optimizer = AdamW8bit(trained, **options)
+        else:
+            optimizer = torch.optim.AdamW(trained, fused=True, **options)
         # Lightning would hold the gradients until the next backward.
         optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad(set_to_none=True))
         warmup = self.hparams["warmup_steps"]

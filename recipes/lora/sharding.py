@@ -4,7 +4,8 @@ A rank keeps its share of every parameter and gathers a layer's full weights for
 Float32 adapters are gathered in the base's dtype; gradients are averaged in float32.
 """
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class FullyShardStrategy(ModelParallelStrategy):
         super().__init__(num_ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Whether the recipe can train under a strategy, and its checkpoints can be resumed from.
+def check_strategy(strategy: Strategy, options: Mapping[str, Any]) -> None:
+    """Whether the recipe can train under a strategy with the module's options, and checkpoints can be resumed from.
 
     Raises:
         ValueError: naming the option to set.
@@ -39,6 +40,16 @@ def check_strategy(strategy: Strategy) -> None:
             f"trainer.strategy {type(strategy).__name__} is not supported: with a frozen base and float32 adapters "
             "take lora.sharding.FullyShardStrategy, as configs/fsdp.yaml does, or ddp"
         )
+    if isinstance(strategy, ModelParallelStrategy) and options["quantize"]:
+        raise ValueError(
+            f"model.quantize {options['quantize']} is not sharded by FSDP: each GPU holds the whole model under "
+            "--trainer.strategy ddp, or shard the 16-bit one: --model.quantize null"
+        )
+    if options["optimizer"] == "adamw_8bit":
+        if isinstance(strategy, ModelParallelStrategy) or strategy.root_device.type != "cuda":
+            raise ValueError("model.optimizer adamw_8bit is bitsandbytes', for whole adapters on a GPU: take adamw")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("model.optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes, or take adamw")
 
 
 def shard(network: PeftModel, mesh: DeviceMesh) -> None:

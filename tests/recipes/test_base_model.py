@@ -10,6 +10,9 @@ import pytest
 import torch
 from helpers.models import qwen3, qwen3_config
 from lora import base_model
+from transformers import AutoModelForCausalLM
+
+from lightning_moe import QuantizedWeight, quantize_experts
 
 CPU = torch.device("cpu")
 
@@ -45,6 +48,56 @@ def test_random_weights_depend_on_their_own_seed_alone():
     other = base_model.build(None, qwen3_config(), torch.float32, CPU, "sdpa", 1)
     assert torch.equal(one.lm_head.weight, again.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def quantizable_config(**options):
+    return qwen3_config(hidden_size=64, moe_intermediate_size=64, **options)
+
+
+def test_a_random_base_is_quantized_layer_by_layer(monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    made = []
+    monkeypatch.setattr(base_model, "quantize_experts", lambda *args: made.append(quantize_experts(*args)))
+    one, again, other = (
+        base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", seed, "nf4") for seed in (0, 0, 1)
+    )
+    assert len(made) == 3 * one.config.num_hidden_layers
+    experts = one.model.layers[0].mlp.experts
+    assert isinstance(experts.down_proj, QuantizedWeight)
+    assert experts.down_proj.dequantize().float().std() == pytest.approx(one.config.initializer_range, rel=0.05)
+    assert one.model.rotary_emb.inv_freq.dtype == torch.float32
+    plain = base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", 0)
+    assert torch.equal(one.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert torch.equal(one.model.norm.weight, plain.model.norm.weight)
+    assert torch.equal(experts.down_proj.dequantize(), again.model.layers[0].mlp.experts.down_proj.dequantize())
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_read_base_has_the_bits_of_one_that_is_quantized_in_memory(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", 0)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    read = base_model.build(str(tmp_path), quantizable_config(), torch.bfloat16, CPU, "sdpa", 0, "nf4")
+    quantize_experts(model)
+    for name, parameter in model.named_parameters():
+        same = read.get_parameter(name)
+        assert type(same) is type(parameter)
+        assert torch.equal(same + 0, parameter + 0), name
+
+
+def test_the_room_that_quantized_experts_take_is_what_they_take():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(quantizable_config())
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    wanted = 2 * (model.num_parameters() - experts) + 0.5161 * experts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=wanted * 1.001))
+        base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, "nf4")
+        with pytest.raises(ValueError, match=r"in torch.bfloat16\) .* or quantize the experts"):
+            base_model.check_memory(quantizable_config(), torch.bfloat16, CPU)
+        patch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=wanted * 0.999))
+        with pytest.raises(ValueError, match="in torch.bfloat16 and nf4"):
+            base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, "nf4")
 
 
 def test_an_unknown_family_is_refused():

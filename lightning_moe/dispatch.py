@@ -42,6 +42,7 @@ from lightning_moe.ops import operator
 from lightning_moe.ops.experts import moe_experts
 from lightning_moe.ops.low_rank import LowRank, merge
 from lightning_moe.ops.passes import Inputs
+from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.patch_state import LayerPatch, patch_of
 from lightning_moe.unmerged_lora import UnmergedLoRAForward, warn_once
 
@@ -59,8 +60,9 @@ def gategrad_experts(
     """The experts function in Transformers' signature, registered as `gategrad`.
 
     Runs the operation where it may, and otherwise what the layer had before; either is counted in backward. In a
-    compiled graph it is one operator, or the graph breaks here, as it does for an activation without a kernel and under
-    expert parallelism. Where no gradient is needed, and in an export, the graph has what the layer had before.
+    compiled graph it is one operator, or the graph breaks here: for an activation without a kernel, for quantized
+    weights, and under expert parallelism. Where no gradient is needed, and in an export, the graph has what the layer
+    had before.
 
     Args:
         module: a decorated experts module, patched or only named `gategrad` in its config; or a patched one of a
@@ -74,7 +76,7 @@ def gategrad_experts(
         (T, H).
     """
     inputs = hidden_states, top_k_index, top_k_weights
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not isinstance(module.down_proj, QuantizedWeight):
         patch = patch_of(module)
         if not adapted_by and (is_exporting() or not _needs_gradient(module, *inputs[::2])):
             return run_default(module, module.config if patch is None else patch.config, *inputs)

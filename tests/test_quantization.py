@@ -11,7 +11,7 @@ from helpers.training import LIGHTNING_WARNINGS, fit, logged
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_moe import AdapterExport, AdapterUpdateCheck, MoEGateGradCallback, gategrad, patch_moe
+from lightning_moe import AdapterExport, AdapterUpdateCheck, MoEGateGradCallback, gategrad, moe_experts, patch_moe
 from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.quantization import quantize, quantize_experts
 
@@ -99,6 +99,23 @@ def test_a_fit_trains_checks_and_exports_the_adapters(tmp_path):
     assert experts.config._experts_implementation != "gategrad"
     assert len(export.folders) == 2
     assert all((folder / "adapter_model.safetensors").exists() for folder in export.folders.values())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_compiled_the_graph_breaks_at_the_experts():
+    model = with_expert_lora(build(1), attention=True)
+    patch_moe(model)
+    expected = gradients(model)
+    model.zero_grad()
+    for layer in model.get_base_model().model.layers:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    results = gradients(model)
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value)
+    weight = build(1).model.layers[0].mlp.experts.down_proj
+    compiled = torch.compile(moe_experts, backend="aot_eager")
+    with pytest.raises(Exception, match="quantized weights are not compiled"):
+        compiled(torch.ones(1, 64), torch.tensor([[0]]), torch.ones(1, 1), weight, weight)
 
 
 def test_merging_adapters_into_quantized_experts_raises():

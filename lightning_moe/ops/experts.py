@@ -43,6 +43,7 @@ from lightning_moe.ops.passes import (
     until_activation,
     without_foreign,
 )
+from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.ops.validation import check_output_buffer, shape_problem, unsupported_weights
 
 _NUM_INPUTS, _NUM_SAVED = len(Inputs._fields), len(Saved._fields)
@@ -153,7 +154,8 @@ def moe_experts(
         hidden_states: (T, H).
         top_k_index: (T, K) integer, the experts of each token, in [0, E); checked on the CPU. Repeats are allowed.
         top_k_weights: (T, K) floating, the gates: any sign, exact zeros too.
-        gate_up_proj: (E, N, H), or (E, H, N) if `is_transposed`; N is what `activation` takes (2 I for a gated one).
+        gate_up_proj: (E, N, H), or (E, H, N) if `is_transposed`; N is what `activation` takes (2 I for a gated one). A
+            `QuantizedWeight`, as `down_proj` may be, is made dense when it is used, and kept for backward as it is.
         down_proj: (E, H, I), or (E, I, H) if `is_transposed`; same dtype as `gate_up_proj`.
         gate_up_proj_bias: (E, N), any floating dtype.
         down_proj_bias: (E, H), any floating dtype. The gates' gradient stays exact with it.
@@ -189,6 +191,8 @@ def moe_experts(
         gate_up_updates, down_updates, is_transposed=is_transposed, is_expert_parallel=is_expert_parallel,
     ):  # fmt: skip
         raise ValueError(f"moe_experts: {problem}")
+    if torch.compiler.is_compiling() and isinstance(down_proj, QuantizedWeight):
+        raise TypeError("moe_experts: quantized weights are not compiled: call it in a torch.compiler.disable function")
     if torch.compiler.is_compiling() and operator.is_known(activation) and health is None:
         return operator.call(
             Inputs(hidden_states, top_k_weights, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias),

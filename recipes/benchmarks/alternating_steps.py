@@ -10,6 +10,7 @@ import copy
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -19,8 +20,6 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse import auto_cli
-from lora.attention import register
-from lora.module import MoELoRA
 from rich.progress import Progress
 from tables import provenance, show, write
 from torch import Tensor
@@ -28,12 +27,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
 
+sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
+from lora.attention import register
+from lora.module import MoELoRA
+
 Variant = Literal[
     "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
-    "lightning_moe+full+offload", "lightning_moe+graph",
+    "lightning_moe+full+offload", "lightning_moe+graph", "lightning_moe+nf4", "lightning_moe+nf4+offload",
+    "lightning_moe+nf4+full+offload", "lightning_moe+nf4+graph",
 ]  # fmt: skip
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
-HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "losses"]
+HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "peak GiB", "losses"]
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 LONG = 8192  # from here on the host runs ahead within one step
 # Transformers' own checkpointing is put on by the benchmark. Captured, `sdpa` would make a full mask.
@@ -49,6 +53,10 @@ OPTIONS: dict[Variant, dict[str, Any]] = {
     "lightning_moe+offload": {"checkpointing": "selective", "offload": True},
     "lightning_moe+full+offload": {"checkpointing": "full", "offload": True},
     "lightning_moe+graph": {"checkpointing": "selective", "offload": False},
+    "lightning_moe+nf4": {"quantize": "nf4", "checkpointing": "selective", "offload": False},
+    "lightning_moe+nf4+offload": {"quantize": "nf4", "checkpointing": "selective", "offload": True},
+    "lightning_moe+nf4+full+offload": {"quantize": "nf4", "checkpointing": "full", "offload": True},
+    "lightning_moe+nf4+graph": {"quantize": "nf4", "checkpointing": "selective", "offload": False},
 }
 
 
@@ -118,7 +126,7 @@ def timed(
     device: torch.device,
     steps: int,
 ) -> tuple[float, ...]:
-    """Seconds of a step, so many in a row, GiB above what was held, and the loss."""
+    """Seconds of a step, so many in a row; GiB above what was held, and of the whole card; and the loss."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -131,11 +139,13 @@ def timed(
     value = loss.item()
     seconds = (perf_counter() - start) / steps
     if not on_gpu:
-        return seconds, float("nan"), value
+        return seconds, float("nan"), float("nan"), value
     above = torch.cuda.max_memory_allocated() - held
     if graphed is not None and (replayed := replayed_bytes(device)):  # a graph holds its gradients between steps too
         above = max(above, replayed + sum(p.nbytes for p in graphed.module.parameters() if p.requires_grad))
-    return seconds, above / 2**30, value
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved()  # the context, cuBLAS's and Triton's modules
+    return seconds, above / 2**30, (outside + torch.cuda.max_memory_reserved()) / 2**30, value
 
 
 def main(
@@ -145,6 +155,8 @@ def main(
     rounds: int = 4,
     experts: bool = False,
     layers: int | None = None,
+    rank: int | None = None,
+    card_gib: float | None = None,
     out: Path | None = None,
 ) -> None:
     """Compares training steps.
@@ -155,11 +167,13 @@ def main(
         variants: in turn; ratios are to the first. `baseline+liger` is Transformers and PEFT with Transformers' own
             checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
             `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
-            memory, `+full` with nothing kept but layers' inputs.
+            memory, `+full` with nothing kept but layers' inputs, `+nf4` on a base of its own with quantized experts.
         rounds: of two steps of each variant, of one from 8,192 tokens on, after those for warming up: four where a
             graph is among them, else one round.
         experts: LoRA on the experts too.
         layers: of the model, where not all of them.
+        rank: of the adapters, where not the recipe's.
+        card_gib: of a smaller GPU: PyTorch gets a GiB less than that, which is for the context and modules.
         out: a folder for alternating_steps.md.
     """
     settings = yaml.safe_load(recipe.read_text())
@@ -169,7 +183,17 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None:
         print("Without a GPU or liger-kernel all variants have Transformers' own norms.")
-    shared = MoELoRA(**options | {"checkpointing": "none", "offload": False}).to(device).build_base()
+    if rank is not None:
+        options["rank"] = rank
+    if card_gib is not None and device.type == "cuda":
+        share = (card_gib - 1) * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+    bases = {
+        quantize: MoELoRA(**options | {"checkpointing": "none", "offload": False, "quantize": quantize})
+        .to(device)
+        .build_base()
+        for quantize in dict.fromkeys(OPTIONS[variant].get("quantize") for variant in variants)
+    }
     rows = []
     with Progress(transient=True) as progress:
         task = progress.add_task("lengths", total=len(lengths))
@@ -177,10 +201,13 @@ def main(
             steps = 1 if tokens >= LONG else 2
             warmup = WARMUP_OF_GRAPHS // steps if any(variant.endswith("graph") for variant in variants) else 1
             precision = settings["trainer"].get("precision", "32-true")
-            made = {variant: make_step(variant, options, shared, precision) for variant in variants}
+            made = {
+                variant: make_step(variant, options, bases[OPTIONS[variant].get("quantize")], precision)
+                for variant in variants
+            }
             found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
             for number in range(rounds + warmup):
-                batch = make_batch(tokens, shared.config.vocab_size, number, device)
+                batch = make_batch(tokens, options["architecture"]["vocab_size"], number, device)
                 for variant, (step, graphed) in made.items():
                     found[variant].append(timed(step, graphed, batch, device, steps))
             progress.advance(task)
@@ -194,7 +221,7 @@ def main(
                 losses = " ".join(f"{result[-1]:.4f}" for result in results[warmup:])
                 rows.append([
                     f"{tokens:,}", name + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
-                    f"{above:.2f} ({above / first[1]:.2f})", losses,
+                    f"{above:.2f} ({above / first[1]:.2f})", f"{max(r[2] for r in results[warmup:]):.2f}", losses,
                 ])  # fmt: skip
                 progress.console.print(*rows[-1], sep=" | ", markup=False)
             del made, step, graphed

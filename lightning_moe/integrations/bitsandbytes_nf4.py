@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, _tables
+from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, tables
 
 # Where the checkpoint says what is no tensor: the type, block sizes, the shape, the offset.
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
@@ -113,7 +113,7 @@ def parts_of(experts: list[list[Matrix]]) -> dict[str, Tensor]:
 
 def _stay_nested(matrices: list[Matrix]) -> bool:
     """Whether an expert's nested absmax can be joined as they are."""
-    codes = _tables(matrices[0].packed.device)[1]
+    codes = tables(matrices[0].packed.device)[1]
     own = all(matrix.codes is not None and torch.equal(matrix.codes, codes) for matrix in matrices)
     return own and not any(matrix.absmax.numel() % NF4.nested_block for matrix in matrices[:-1])
 

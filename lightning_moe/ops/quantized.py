@@ -92,7 +92,7 @@ class NF4:
         Bit for bit what bitsandbytes makes of an expert: level times absmax in float32, then rounded.
         """
         out = parts["packed"].new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
-        levels, codes = _tables(out.device)
+        levels, codes = tables(out.device)
         dense = launch("dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start)
         if dense is not NO_KERNEL:
             return out
@@ -120,7 +120,7 @@ FORMATS: dict[str, Format] = {NF4.name: NF4()}
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """What nf4's four bits stand for, (16,), and what the eight of a nested absmax do, (256,): float32."""
     with torch.inference_mode(False):
         codes = [0.0, 1.0]

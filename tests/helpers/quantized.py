@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, _tables
+from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, tables
 
 
 def quantized(weight, nested=True):
@@ -19,7 +19,7 @@ def quantized(weight, nested=True):
         offset = absmax.mean(1, keepdim=True).expand(padded.shape[:2]).contiguous()
         differences = padded - offset[..., None]
         scale = differences.abs().amax(-1)
-        table = _tables(weight.device)[1]
+        table = tables(weight.device)[1]
         nearest = (differences / scale[..., None])[..., None].sub(table).abs().argmin(-1).to(torch.uint8)
         parts |= {
             "absmax": nearest.flatten(1)[:, : absmax.shape[1]].contiguous(),

@@ -280,6 +280,17 @@ def test_what_cannot_be_quantized_is_an_error_before_anything_is_read(tmp_path, 
         load(folder, dtype=torch.float32)
 
 
+@needs_bitsandbytes
+def test_a_checkpoint_that_is_quantized_already_is_an_error(tmp_path, monkeypatch):
+    folder = write(small_qwen3(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    nothing_is_read(monkeypatch)
+    with pytest.raises(ValueError, match="quantized with BitsAndBytesConfig but you are passing a QuantizedExperts"):
+        load(folder)
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_bitsandbytes_is_asked_for_before_anything_is_read(tmp_path, monkeypatch, linear):
     folder = write(small_qwen3(), tmp_path)

@@ -42,7 +42,7 @@ def by_definition(weight):
             absmax, block = weight.parts["absmax"][e], i // 64
             size = absmax[block]
             if absmax.dtype == torch.uint8:
-                units = module._tables(torch.device("cpu"))[1][absmax[block].item()]
+                units = module.tables(torch.device("cpu"))[1][absmax[block].item()]
                 scale, offset = (weight.parts[name][e, block // 256] for name in ("absmax_scale", "absmax_offset"))
                 size = units * scale + offset
             values[e, i] = torch.tensor(NF4_LEVELS[level]) * size

@@ -3,6 +3,8 @@
 A `QuantizedWeight` stands where a weight stood, with its shape and dtype. The operation makes it dense for a product at
 a time, some features at a time where that takes much memory, and nothing dense is kept. Whatever else computes with it
 gets a dense copy. A format is one small object: what a weight consists of, and what its values are.
+
+Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, and the operator `_to_copy`.
 """
 
 from collections.abc import Mapping
@@ -233,16 +235,19 @@ class QuantizedWeight(Tensor):
                 f"a weight in {args[0].format.name} is not sharded, as fully_shard would: its parts would be dense. "
                 "Train on one GPU or with DDP"
             )
-        if func._schema.is_mutable and isinstance(args[0], cls):
+        if func.overloadpacket.__name__.endswith("_") and isinstance(args[0], cls):
             raise args[0]._frozen(func.__name__)
-
-        def dense(argument: Any) -> Any:
-            return argument.dequantize() if isinstance(argument, cls) else argument
-
-        return func(*torch.utils._pytree.tree_map(dense, args), **torch.utils._pytree.tree_map(dense, kwargs))
+        return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
 
     def _with(self, parts: dict[str, Tensor], dtype: torch.dtype | None = None) -> "QuantizedWeight":
         return QuantizedWeight(self.format, parts, tuple(self.shape), dtype or self.dtype)
+
+
+def _dense(argument: Any) -> Any:
+    """What an operation computes with in place of quantized weights, also those in a list."""
+    if isinstance(argument, (list, tuple)):
+        return [_dense(one) for one in argument]
+    return argument.dequantize() if isinstance(argument, QuantizedWeight) else argument
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from lora.linear import fuse_updates
 
 # Options without which a checkpoint's values mean something else, beside those of the base.
 ADAPTER_OPTIONS = (
-    "quantize", "rank", "alpha", "target_modules", "modules_to_save", "experts", "router", "router_module"
+    "quantize", "quantize_linear", "rank", "alpha", "target_modules", "modules_to_save", "experts", "router",
+    "router_module",
 )  # fmt: skip
 
 

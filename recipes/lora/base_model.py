@@ -82,9 +82,12 @@ def check_weights(name: str) -> None:
 
 
 def check_memory(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: QuantizedExpertsConfig | None = None,
 ) -> None:
-    """Whether the weights fit the device, the experts' in the format `quantize`.
+    """Whether the weights fit the device, those of the experts quantized if asked.
 
     Raises:
         ValueError: with the bytes that are wanted and free, or where its experts cannot be quantized.
@@ -93,17 +96,16 @@ def check_memory(
         model = AutoModelForCausalLM.from_config(config)
     num_parameters = model.num_parameters()
     wanted = num_parameters * dtype.itemsize
-    if quantize is not None:
-        quantized = QuantizedExpertsConfig(quantize)
-        num_values = sum(model.get_parameter(name).numel() for name in quantized.find_parameters(model))
-        wanted -= int(num_values * (dtype.itemsize - quantized.bytes_per_value))
+    if quantization is not None:
+        num_values = sum(model.get_parameter(name).numel() for name in quantization.find_parameters(model))
+        wanted -= int(num_values * (dtype.itemsize - quantization.bytes_per_value))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - CONTEXT_BYTES
     else:
         free = psutil.virtual_memory().available
     if wanted > free:
-        kept = str(dtype) if quantize is None else f"{dtype} and {quantize}"
-        remedy = "train a smaller model" if quantize else "quantize the experts (--model.quantize nf4)"
+        kept = str(dtype) if quantization is None else f"{dtype} and {quantization.format}"
+        remedy = "train a smaller model" if quantization else "quantize the experts (--model.quantize nf4)"
         raise ValueError(
             f"the weights take {wanted / GIB:.1f} GiB ({num_parameters / 1e9:.2f} billion parameters in {kept}) and "
             f"{device} has {free / GIB:.1f} GiB free: end what else runs there, take a larger device, or {remedy}"
@@ -117,7 +119,7 @@ def build(
     device: torch.device,
     attention: str,
     init_seed: int,
-    quantize: str | None = None,
+    quantization: QuantizedExpertsConfig | None = None,
 ) -> PreTrainedModel:
     """The model, made or read shard by shard on its device.
 
@@ -128,7 +130,7 @@ def build(
         device: where they go.
         attention: a name that Transformers knows, or `varlen`.
         init_seed: of random weights; the run's own random state stays as it is.
-        quantize: a format for the experts' weights, which are never all there in `dtype`; None for `dtype`.
+        quantization: of the experts' weights, which are then never all there in `dtype`, and of what else it names.
 
     Raises:
         ValueError: where the attention does not do what the model's own does.
@@ -139,26 +141,26 @@ def build(
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, attn_implementation=attention, use_safetensors=True,
-            trust_remote_code=False, quantization_config=None if quantize is None else QuantizedExpertsConfig(quantize),
+            trust_remote_code=False, quantization_config=quantization,
         )  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(init_seed)
-        with device if quantize is None else torch.device("meta"):
+        with device if quantization is None else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        if quantize is not None:
-            _make_quantized(model, device, quantize)
+        if quantization is not None:
+            _make_quantized(model, device, quantization)
         return model
 
 
-def _make_quantized(model: PreTrainedModel, device: torch.device, quantize: str) -> None:
+def _make_quantized(model: PreTrainedModel, device: torch.device, quantization: QuantizedExpertsConfig) -> None:
     """Draws the weights module by module: the dense experts of one layer exist at a time."""
-    experts = {name.rpartition(".")[0] for name in QuantizedExpertsConfig(quantize).find_parameters(model)}
+    experts = {name.rpartition(".")[0] for name in quantization.find_parameters(model)}
     for name, module in model.named_modules():
         module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             model._init_weights(module)
         if name in experts:
-            quantize_experts(module, quantize)
+            quantize_experts(module, quantization.format)
     model.tie_weights()
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lightning_moe import CUDAGraphCallback
+from lightning_moe import CUDAGraphCallback, QuantizedExpertsConfig
 from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.attention import kernels_run
@@ -53,6 +53,7 @@ class MoELoRA(LightningModule):
         dtype: of the base. bfloat16 needs `trainer.precision bf16-mixed`.
         quantize: keep the experts' frozen weights in `nf4`, four bits a value: Qwen3-30B-A3B's take 16.8 GiB in place
             of 57 with all else. Needs bitsandbytes; not with FSDP.
+        quantize_linear: a pretrained model's attention and other linear layers in nf4 as well, 1.2 GiB less.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
@@ -90,6 +91,7 @@ class MoELoRA(LightningModule):
         init_seed: int = 0,
         dtype: Literal["bfloat16", "float32"] = "float32",
         quantize: Literal["nf4"] | None = None,
+        quantize_linear: bool = False,
         rank: PositiveInt = 16,
         alpha: PositiveInt = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -112,6 +114,10 @@ class MoELoRA(LightningModule):
         super().__init__()
         if init == "pretrained" and not name:
             raise ValueError("model.init is 'pretrained': set model.name to a hub name or a folder")
+        if quantize_linear and (quantize is None or init != "pretrained"):
+            raise ValueError(
+                "model.quantize_linear is for a pretrained model whose experts are quantized: set --model.quantize nf4"
+            )
         if offload and checkpointing == "none":
             raise ValueError(
                 "model.offload brings to the host what checkpointing keeps: set --model.checkpointing auto"
@@ -130,6 +136,11 @@ class MoELoRA(LightningModule):
     @property
     def _name(self) -> str | None:
         return self.hparams["name"] if self.hparams["init"] == "pretrained" else None
+
+    @property
+    def _quantization(self) -> QuantizedExpertsConfig | None:
+        options = self.hparams
+        return options["quantize"] and QuantizedExpertsConfig(options["quantize"], options["quantize_linear"])
 
     @property
     def description(self) -> dict[str, str]:
@@ -167,7 +178,7 @@ class MoELoRA(LightningModule):
             config = read_config(self._name, self.hparams["architecture"])
             check_names(config, self.hparams)
             device = self.trainer.strategy.root_device
-            check_memory(config, getattr(torch, self.hparams["dtype"]), device, self.hparams["quantize"])
+            check_memory(config, getattr(torch, self.hparams["dtype"]), device, self._quantization)
 
     def configure_model(self) -> None:
         """Builds the base, adds the adapters, and shards it where the strategy has a mesh for that; once."""
@@ -187,7 +198,8 @@ class MoELoRA(LightningModule):
         base.losses = MethodType(losses, base)
         self._description = {
             "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}"
-            + (f", experts in {options['quantize']}" if options["quantize"] else ""),
+            + (f", experts in {options['quantize']}" if options["quantize"] else "")
+            + ", linear layers too" * options["quantize_linear"],
             "norms and rotary embedding": norms,
             "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
             "router": self._describe_router(),
@@ -203,7 +215,7 @@ class MoELoRA(LightningModule):
         config = read_config(self._name, options["architecture"])
         dtype = getattr(torch, options["dtype"])
         return build(
-            self._name, config, dtype, self.device, options["attention"], options["init_seed"], options["quantize"]
+            self._name, config, dtype, self.device, options["attention"], options["init_seed"], self._quantization
         )
 
     def _choose_checkpointing(self, base: PreTrainedModel) -> tuple[Mode, bool]:

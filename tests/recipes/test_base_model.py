@@ -12,9 +12,10 @@ from helpers.models import qwen3, qwen3_config
 from lora import base_model
 from transformers import AutoModelForCausalLM
 
-from lightning_moe import QuantizedWeight, quantize_experts
+from lightning_moe import QuantizedExpertsConfig, QuantizedWeight, quantize_experts
 
 CPU = torch.device("cpu")
+NF4 = QuantizedExpertsConfig("nf4")
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_random_base_is_quantized_layer_by_layer(monkeypatch):
     made = []
     monkeypatch.setattr(base_model, "quantize_experts", lambda *args: made.append(quantize_experts(*args)))
     one, again, other = (
-        base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", seed, "nf4") for seed in (0, 0, 1)
+        base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", seed, NF4) for seed in (0, 0, 1)
     )
     assert len(made) == 3 * one.config.num_hidden_layers
     experts = one.model.layers[0].mlp.experts
@@ -77,7 +78,7 @@ def test_a_read_base_has_the_bits_of_one_that_is_quantized_in_memory(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", 0)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    read = base_model.build(str(tmp_path), quantizable_config(), torch.bfloat16, CPU, "sdpa", 0, "nf4")
+    read = base_model.build(str(tmp_path), quantizable_config(), torch.bfloat16, CPU, "sdpa", 0, NF4)
     quantize_experts(model)
     for name, parameter in model.named_parameters():
         same = read.get_parameter(name)
@@ -92,12 +93,12 @@ def test_the_room_that_quantized_experts_take_is_what_they_take():
     wanted = 2 * (model.num_parameters() - experts) + 0.5161 * experts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=wanted * 1.001))
-        base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, "nf4")
+        base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, NF4)
         with pytest.raises(ValueError, match=r"in torch.bfloat16\) .* or quantize the experts"):
             base_model.check_memory(quantizable_config(), torch.bfloat16, CPU)
         patch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=wanted * 0.999))
         with pytest.raises(ValueError, match="in torch.bfloat16 and nf4"):
-            base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, "nf4")
+            base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, NF4)
 
 
 def test_an_unknown_family_is_refused():

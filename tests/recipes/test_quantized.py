@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.recipe import data, module, trained, trainer
+from helpers.recipe import ARCHITECTURE, data, module, trained, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lora.module import MoELoRA
 from qwen3_lora import UNHELPFUL_WARNINGS
@@ -67,3 +67,15 @@ def test_adapters_and_gradients_are_those_over_dense_experts(tmp_path, monkeypat
     assert not any(isinstance(parameter, QuantizedWeight) for parameter in plain.parameters())
     for name, value in trained(plain).items():
         assert torch.equal(trained(quantized)[name], value), name
+
+
+def test_linear_layers_are_quantized_too_if_asked(tmp_path):
+    from bitsandbytes.nn import Linear4bit
+
+    module(ARCHITECTURE | {"hidden_size": 64}, dtype="bfloat16").build_base().save_pretrained(tmp_path / "base")
+    network = module(**OPTIONS | {"init": "pretrained", "name": str(tmp_path / "base"), "quantize_linear": True})
+    trainer(tmp_path, 2, MoEGateGradCallback(), **BF16).fit(network, data())
+    assert isinstance(network.network.get_base_model().model.layers[0].self_attn.q_proj.base_layer, Linear4bit)
+    assert "experts in nf4, linear layers too" in network.description["base"]
+    with pytest.raises(ValueError, match="model.quantize_linear is for a pretrained model"):
+        module(**OPTIONS, quantize_linear=True)

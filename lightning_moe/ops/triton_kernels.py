@@ -281,7 +281,7 @@ def _block(width: int, most: int) -> int:
 
 
 @cache
-def _has_tensor_memory_accelerator(device: torch.device) -> bool:
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
     """Whether the device loads by descriptors, as Hopper and its successors do."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -364,33 +364,34 @@ def grouped_linear(
     device, block_columns = rows.device, _block(columns, BLOCK_COLUMNS)
     small, factor = low_rank or (None, None)
     rank, block_rank = (0, 16) if small is None else (small.shape[1], _block(small.shape[1], BLOCK_INNER))
+    grid = (num_tiles * _cdiv(columns, block_columns),)
+    product = inner, columns, rank, tokens is not None, top_k
+    block = BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank
+    num_warps = NUM_WARPS if block_columns > 64 else NUM_WARPS // 2
+    num_stages = _num_stages(block_columns, _shared_memory(device))
     if pointers is None:
-        pointers = not _has_tensor_memory_accelerator(device)
+        pointers = not has_tensor_memory_accelerator(device)
     if pointers:
-        kernel = _grouped_linear_pointers_kernel
-        args = (rows, tokens, weight, small, factor, out, tiles, num_tiles, offsets)
         factor_strides = (0, 0, 0, 0) if small is None else (small.stride(0), *factor.stride())
-        layout = (rows.stride(0), *weight.stride(), *factor_strides)
-    else:
-        kernel = _grouped_linear_kernel
-        weight_desc, in_first = _weight_descriptor(weight, BLOCK_INNER, block_columns)
-        # Each descriptor is encoded anew at each launch, by the host: none that the kernel does not read.
-        rows_desc = small_desc = factor_desc = None
-        factor_in_first = True
-        if tokens is None:
-            rows_desc = _descriptor(rows, (BLOCK_ROWS, BLOCK_INNER))
-        if small is not None:
-            small_desc = _descriptor(small, (BLOCK_ROWS, block_rank))
-            factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
-        args = (rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles, num_tiles, offsets,
-                rows.stride(0), out.stride(0))  # fmt: skip
-        layout = (in_first, factor_in_first)
+        _run(
+            _grouped_linear_pointers_kernel, grid, rows, tokens, weight, small, factor, out, tiles, num_tiles, offsets,
+            constants=(*product, rows.stride(0), *weight.stride(), *factor_strides, *block), num_warps=num_warps,
+            num_stages=num_stages,
+        )  # fmt: skip
+        return out
+    weight_desc, in_first = _weight_descriptor(weight, BLOCK_INNER, block_columns)
+    # Each descriptor is encoded anew at each launch, by the host: none that the kernel does not read.
+    rows_desc = small_desc = factor_desc = None
+    factor_in_first = True
+    if tokens is None:
+        rows_desc = _descriptor(rows, (BLOCK_ROWS, BLOCK_INNER))
+    if small is not None:
+        small_desc = _descriptor(small, (BLOCK_ROWS, block_rank))
+        factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
     _run(
-        kernel, (num_tiles * _cdiv(columns, block_columns),), *args,
-        constants=(inner, columns, rank, tokens is not None, top_k, *layout, BLOCK_ROWS, block_columns, BLOCK_INNER,
-                   block_rank),
-        num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2,
-        num_stages=_num_stages(block_columns, _shared_memory(device)),
+        _grouped_linear_kernel, grid, rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
+        num_tiles, offsets, rows.stride(0), columns,
+        constants=(*product, in_first, factor_in_first, *block), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

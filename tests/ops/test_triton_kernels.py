@@ -41,7 +41,7 @@ def hopper(monkeypatch):
     """What a Hopper would say: the interpreter has no device to ask."""
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device: HOPPER)
-        monkeypatch.setattr(triton_kernels, "_has_tensor_memory_accelerator", lambda device: True)
+        monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device: True)
 
 
 def with_dtypes(*axes):
@@ -224,7 +224,7 @@ def test_descriptors_are_left_to_devices_that_load_by_them(monkeypatch):
     launched = []
     monkeypatch.setattr(triton_kernels, "_run", lambda kernel, *args, **options: launched.append(kernel))
     for has in (True, False):
-        monkeypatch.setattr(triton_kernels, "_has_tensor_memory_accelerator", lambda device, has=has: has)
+        monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device, has=has: has)
         for pointers in (None, True, False):
             rows, weight = normal(300, 16, dtype=DTYPES[0]), normal(6, 16, 16, dtype=DTYPES[0])
             triton_kernels.grouped_linear(rows, weight, ends("odd"), torch.empty(2, 8), pointers=pointers)
@@ -423,7 +423,7 @@ def whole_operation(monkeypatch):
 def loads(monkeypatch, request):
     """Has the grouped products load by descriptors or by pointers."""
     has = request.param == "descriptors"
-    monkeypatch.setattr(triton_kernels, "_has_tensor_memory_accelerator", lambda device: has)
+    monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device: has)
 
 
 SIZES = {"num_tokens": 12, "num_experts": 6, "hidden_size": 32, "intermediate_size": 32, "dtype": torch.float16}
@@ -501,7 +501,7 @@ def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operat
     monkeypatch.setattr(triton_kernels, f"_{kernel}_kernel", TooLarge())
     launcher = kernel.removesuffix("_pointers")
     if launcher != kernel:
-        monkeypatch.setattr(triton_kernels, "_has_tensor_memory_accelerator", lambda device: False)
+        monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device: False)
     with pytest.warns(UserWarning, match=f"kernel {launcher} does not fit .*{str(error).splitlines()[0]}$"):
         first = run_fused(problem)
     second = run_fused(problem)  # a second warning would be an error

@@ -53,7 +53,7 @@ FUSED_ACTIVATIONS: dict[Activation, str] = {silu_gated: "silu", gelu_gated: "gel
 
 def has_grouped_linear(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a kernel multiplies rows of that dtype, so that `tiles` are needed."""
-    return _takes(dtype, device) and _triton_kernels() is not None and _has_tensor_memory_accelerator(device)
+    return _takes(dtype, device) and _triton_kernels() is not None and _is_ampere_or_later(device)
 
 
 def num_tiles(num_rows: int, num_experts: int) -> int:
@@ -319,5 +319,5 @@ def launch(name: str, judged: Tensor, *args: Any, **options: Any) -> Any:
 
 
 @cache
-def _has_tensor_memory_accelerator(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _is_ampere_or_later(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)

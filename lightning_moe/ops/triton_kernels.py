@@ -17,7 +17,8 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The tile of the grouped product: the fastest of those measured on an H100 at Qwen3-30B-A3B's shapes.
+# The tile of the grouped product: the fastest of those measured on an H100 at Qwen3-30B-A3B's shapes. By pointers, no
+# GPU from Ampere on spills registers for it.
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 4
 
@@ -138,16 +139,29 @@ def _route_kernel(
 
 
 @triton.jit
+def _tile(tiles, COLUMNS: tl.constexpr, BN: tl.constexpr):
+    """What a program of the grouped product computes: the tile of rows, its expert (negative: nothing), the column."""
+    COLUMN_TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
+    tile = tl.program_id(0) // COLUMN_TILES
+    column = tl.program_id(0) % COLUMN_TILES * BN
+    return tile, tl.load(tiles + tile), column
+
+
+@triton.jit
+def _store_tile(out, out_stride, total, row, valid, column, COLUMNS: tl.constexpr, BN: tl.constexpr):
+    columns = column + tl.arange(0, BN)
+    target = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])
+
+
+@triton.jit
 def _grouped_linear_kernel(
     rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles, num_tiles, offsets, row_stride,
     out_stride, INNER: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr,
     TOP_K: tl.constexpr, IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    COLUMN_TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
-    tile = tl.program_id(0) // COLUMN_TILES
-    column = tl.program_id(0) % COLUMN_TILES * BN
-    expert = tl.load(tiles + tile)
+    tile, expert, column = _tile(tiles, COLUMNS, BN)
     if expert < 0:
         return
     first_row = tl.load(tiles + num_tiles + tile)
@@ -180,9 +194,51 @@ def _grouped_linear_kernel(
             else:
                 right = factor_desc.load([expert, column, k]).reshape(BN, BR).T
             total = tl.dot(left, right, total)
-    columns = column + tl.arange(0, BN)
-    target = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (columns < COLUMNS)[None, :])
+    _store_tile(out, out_stride, total, row, valid, column, COLUMNS, BN)
+
+
+@triton.jit
+def _add_product(total, left, right, has_column, INNER: tl.constexpr, IN_STRIDE: tl.constexpr, BK: tl.constexpr):
+    """Adds the product of rows (BM, 1) and columns (1, BN), which are pointers to the first of their inner features."""
+    inner = tl.arange(0, BK)
+    lefts, rights = left + inner[None, :], right + inner[:, None] * IN_STRIDE
+    for k in range(0, INNER, BK):
+        is_inner = inner < INNER - k
+        rows = tl.load(lefts, mask=is_inner[None, :], other=0.0)
+        columns = tl.load(rights, mask=is_inner[:, None] & has_column, other=0.0)
+        total = tl.dot(rows, columns, total)
+        lefts += BK
+        rights += BK * IN_STRIDE
+    return total
+
+
+@triton.jit
+def _grouped_linear_pointers_kernel(
+    rows, tokens, weight, small, factor, out, tiles, num_tiles, offsets, INNER: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, GATHER: tl.constexpr, TOP_K: tl.constexpr, ROW_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
+    WEIGHT_EXPERT: tl.constexpr, WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr, SMALL_STRIDE: tl.constexpr,
+    FACTOR_EXPERT: tl.constexpr, FACTOR_IN: tl.constexpr, FACTOR_OUT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """The same without descriptors. That strides are constants lets 16 bytes be loaded at once where they allow it."""
+    tile, expert, column = _tile(tiles, COLUMNS, BN)
+    if expert < 0:
+        return
+    first_row = tl.load(tiles + num_tiles + tile)
+    row = first_row + tl.arange(0, BM)
+    valid = row < tl.load(offsets + expert)
+    # Past the expert's last row its first of this tile is read again, and not stored.
+    its_row = tl.where(valid, row, first_row).to(tl.int64)
+    source = tl.load(tokens + its_row).to(tl.int64) // TOP_K if GATHER else its_row
+    expert, columns = expert.to(tl.int64), (column + tl.arange(0, BN)).to(tl.int64)[None, :]
+    has_column = columns < COLUMNS
+    total = tl.zeros((BM, BN), tl.float32)
+    right = weight + expert * WEIGHT_EXPERT + columns * WEIGHT_OUT
+    total = _add_product(total, rows + source[:, None] * ROW_STRIDE, right, has_column, INNER, WEIGHT_IN, BK)
+    if RANK > 0:
+        right = factor + expert * FACTOR_EXPERT + columns * FACTOR_OUT
+        total = _add_product(total, small + its_row[:, None] * SMALL_STRIDE, right, has_column, RANK, FACTOR_IN, BR)
+    _store_tile(out, OUT_STRIDE, total, row, valid, column, COLUMNS, BN)
 
 
 def route(
@@ -230,6 +286,12 @@ def _power_of_2(size: int) -> int:
 def _block(width: int, most: int) -> int:
     """A tile's width for that many columns: a power of two that tl.dot takes."""
     return min(max(_power_of_2(width), 16), most)
+
+
+@cache
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
+    """Whether the device loads by descriptors, as Hopper and its successors do."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
@@ -300,32 +362,45 @@ def grouped_linear(
     top_k: int = 1,
     low_rank: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
+    pointers: bool | None = None,
 ) -> Tensor:
+    """By descriptors or, with `pointers`, without them; the device decides where that is None."""
     num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
     (_, inner, columns), num_tiles = weight.shape, tiles.shape[1]
     out = rows.new_empty(num_rows, columns) if out is None else out
     if num_rows == 0:
         return out
-    block_columns = _block(columns, BLOCK_COLUMNS)
+    device, block_columns = rows.device, _block(columns, BLOCK_COLUMNS)
+    small, factor = low_rank or (None, None)
+    rank, block_rank = (0, 16) if small is None else (small.shape[1], _block(small.shape[1], BLOCK_INNER))
+    grid = (num_tiles * _cdiv(columns, block_columns),)
+    product = inner, columns, rank, tokens is not None, top_k
+    block = BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank
+    num_warps = NUM_WARPS if block_columns > 64 else NUM_WARPS // 2
+    num_stages = _num_stages(block_columns, _shared_memory(device))
+    if pointers is None:
+        pointers = not has_tensor_memory_accelerator(device)
+    if pointers:
+        factor_strides = (0, 0, 0, 0) if small is None else (small.stride(0), *factor.stride())
+        _run(
+            _grouped_linear_pointers_kernel, grid, rows, tokens, weight, small, factor, out, tiles, num_tiles, offsets,
+            constants=(*product, rows.stride(0), out.stride(0), *weight.stride(), *factor_strides, *block),
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        return out
     weight_desc, in_first = _weight_descriptor(weight, BLOCK_INNER, block_columns)
     # Each descriptor is encoded anew at each launch, by the host: none that the kernel does not read.
     rows_desc = small_desc = factor_desc = None
-    factor_in_first, rank, block_rank = True, 0, 16
+    factor_in_first = True
     if tokens is None:
         rows_desc = _descriptor(rows, (BLOCK_ROWS, BLOCK_INNER))
-    if low_rank is not None:
-        small, factor = low_rank
-        rank, block_rank = small.shape[1], _block(small.shape[1], BLOCK_INNER)
+    if small is not None:
         small_desc = _descriptor(small, (BLOCK_ROWS, block_rank))
         factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
-    grid = (num_tiles * _cdiv(columns, block_columns),)
     _run(
         _grouped_linear_kernel, grid, rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
         num_tiles, offsets, rows.stride(0), out.stride(0),
-        constants=(inner, columns, rank, tokens is not None, top_k, in_first, factor_in_first, BLOCK_ROWS,
-                   block_columns, BLOCK_INNER, block_rank),
-        num_warps=NUM_WARPS if block_columns > 64 else NUM_WARPS // 2,
-        num_stages=_num_stages(block_columns, _shared_memory(rows.device)),
+        constants=(*product, in_first, factor_in_first, *block), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

@@ -1,5 +1,6 @@
 """Each kernel, compiled as its launcher launches it, for GPUs that are not here: does a block have room for it?
 
+Of shared and tensor memory, and of registers: those that it has too few of go to memory, which is called spilling.
 A process of its own compiles: that kernels are interpreted, as the other tests have them, is settled at their import.
 """
 
@@ -9,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,25 +29,29 @@ def launches(kernels, torch, capability):
     """Calls of each launcher, with tensors that have no memory.
 
     Every capability gets the largest block of each kernel in every layout. What makes a block no larger (a dtype, a
-    lower rank, an activation, fewer results, no low-rank term) is compiled for Hopper alone, and the tile's width for
-    the two that differ in the stages that it is given.
+    lower rank, an activation, fewer results, no low-rank term) is compiled for Hopper alone. Of the grouped products,
+    those by pointers are compiled for all, and in every class before Hopper, which has no others; those by descriptors
+    in every class for Hopper, and in all widths where there are fewer stages.
     """
     bf16, fp16, fp32, int32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
     empty = partial(torch.empty, device="meta")
     num_rows, num_tokens, top_k, num_experts = 4096, 512, 8, 128
     offsets, tokens = empty(num_experts, dtype=int32), empty(num_rows, dtype=torch.int64)
+    only_pointers = capability < 90  # descriptors are loaded from capability 9.0 on
 
     def factor(inner, columns, in_first, dtype):
         made = empty(num_experts, *((inner, columns) if in_first else (columns, inner)), dtype=dtype)
         return made if in_first else made.mT
 
-    def linear(gather, in_first, factor_in_first=True, *, inner=2048, columns=1536, rank=0, dtype=bf16):
+    def linear(
+        gather, in_first, factor_in_first=True, *, inner=2048, columns=1536, rank=0, dtype=bf16, pointers=only_pointers
+    ):
         rows, weight = empty(num_rows, inner, dtype=dtype), factor(inner, columns, in_first, dtype)
         low_rank = (empty(num_rows, rank, dtype=dtype), factor(rank, columns, factor_in_first, dtype)) if rank else None
         tiles = empty(2, 160, dtype=int32)
         return partial(
             kernels.grouped_linear, rows, weight, offsets, tiles, tokens=tokens if gather else None, top_k=top_k,
-            low_rank=low_rank,
+            low_rank=low_rank, pointers=pointers,
         )  # fmt: skip
 
     def outer(gather, wide_first, rank=64, *, dtype=bf16, out_dtype=fp32):
@@ -68,7 +75,7 @@ def launches(kernels, torch, capability):
     def route(id_dtype, compact_dtype=None, tokens=num_tokens):
         return partial(
             kernels.route, empty(tokens, top_k, dtype=id_dtype), num_experts, is_expert_parallel=False,
-            needs_tiles=has_descriptors, compact_dtype=compact_dtype,
+            needs_tiles=True, compact_dtype=compact_dtype,
         )  # fmt: skip
 
     def count(choice_dtype, gate_dtype):
@@ -87,11 +94,9 @@ def launches(kernels, torch, capability):
         tables, out = (empty(16), empty(256)), empty(num_experts, 512, 2048, dtype=dtype)
         return partial(kernels.dequantize_nf4, parts, (num_experts, 1536, 2048), *tables, out, 512, 0)
 
-    has_descriptors = capability >= 90
+    for pointers, gather, in_first in product(sorted({only_pointers, True}), [True, False], [True, False]):
+        yield linear(gather, in_first, gather == in_first, rank=64, pointers=pointers)  # any two of the options meet
     yield dequantize_nf4(True, bf16)
-    if has_descriptors:
-        for gather, in_first in product([True, False], repeat=2):
-            yield linear(gather, in_first, gather == in_first, rank=64)  # any two of the options meet
     yield route(torch.int64, torch.uint8)
     yield route(torch.int64, tokens=2**15)
     yield count(int32, fp32)
@@ -100,15 +105,17 @@ def launches(kernels, torch, capability):
     yield partial(kernels.gated, empty(num_rows, 1536, dtype=bf16), "silu")
     yield gated_backward("silu", "gated a", bf16)
     yield combine(False, 2048, fp16, fp32)
-    if capability in (90, 120):
+    if capability != 100:
         for columns in (16, 32, 64, 128):  # the tile's width, and so its stages, follow them; the dtype does not count
             yield linear(columns in (16, 64), columns in (16, 128), columns=columns, dtype=fp16)
-    if capability == 90:
+    if capability <= 90:
         for gather, in_first in product([True, False], repeat=2):
             yield linear(gather, in_first)
         yield linear(True, False, True, rank=16)
         yield linear(False, True, False, rank=32, dtype=fp16)
         yield linear(True, False, inner=72)  # the last step's loads are masked
+        yield linear(False, True, columns=264, rank=8)  # and so are the last columns'
+    if capability == 90:
         for gather, wide_first in product([True, False], repeat=2):
             yield outer(gather, wide_first, rank=8 if wide_first else 32, dtype=fp16, out_dtype=fp16)
         for kind, dtype in [("silu", fp16), ("gelu", bf16), ("gelu_tanh", fp16)]:
@@ -124,10 +131,10 @@ def launches(kernels, torch, capability):
         yield count(None, bf16)
 
 
-def compile_offline(capability, shared_memory, num_launches):
-    """Prints the kernel and what it takes of the device for each of the launches.
+def compile_offline(capability, shared_memory, num_launches, settings):
+    """Prints the kernel, its constants, and what it takes of the device for each of the launches.
 
-    The launchers are told that a block may have so much shared memory.
+    The launchers are told that a block may have so much shared memory, and other settings of their module.
     """
     import torch
     import triton
@@ -142,29 +149,39 @@ def compile_offline(capability, shared_memory, num_launches):
 
     def launcher(kernel, grid):
         def compile_only(*args, **options):
-            made = kernel.warmup(*args, grid=grid, **options)
-            assert made.asm["cubin"]
+            with redirect_stdout(StringIO()) as log:
+                made = kernel.warmup(*args, grid=grid, **options)
+            registers, spilled = (
+                int(re.search(said, log.getvalue())[1])
+                for said in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+            )
             constants = {kernel.arg_names[at]: value for (at, *_), value in made.src.constants.items()}
-            print(json.dumps([kernel.__name__, str(constants), made.metadata.shared, made.metadata.tmem_size or 0]))
+            taken = made.metadata.shared, made.metadata.tmem_size or 0, registers, spilled
+            print(json.dumps([kernel.__name__, str(constants), *taken]))
 
         return compile_only
 
+    triton.knobs.nvidia.dump_ptxas_log = True
     triton.runtime.driver.set_active(device)
     triton.JITFunction.__getitem__ = launcher
     spec = importlib.util.spec_from_file_location("triton_kernels", KERNELS)  # alone it is imported sooner
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
+    vars(kernels).update(settings)
     for launch in islice(launches(kernels, torch, capability), num_launches):
         launch()
 
 
 @pytest.fixture
 def compiled(tmp_path):
-    """Has the launches compiled, all of them or the first few: kernel, constants, shared and tensor memory of each."""
+    """Has the launches compiled, all of them or the first few.
+
+    Of each: kernel, constants, shared and tensor memory, registers, bytes spilled.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
 
-    def run(capability, shared_memory, num_launches=None):
-        command = [sys.executable, __file__, json.dumps([capability, shared_memory, num_launches])]
+    def run(capability, shared_memory, num_launches=None, **settings):
+        command = [sys.executable, __file__, json.dumps([capability, shared_memory, num_launches, settings])]
         environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -177,19 +194,28 @@ def too_large(made, capability):
     return [launch for launch in made if launch[2] > LIMITS[capability] or launch[3] > TENSOR_MEMORY]
 
 
+def spilling(made):
+    return [launch for launch in made if launch[0] == "_grouped_linear_pointers_kernel" and launch[5]]
+
+
 @pytest.mark.parametrize("capability", LIMITS)
 def test_every_kernel_fits(capability, compiled):
     made = compiled(capability, LIMITS[capability])
     assert not too_large(made, capability)
+    assert not spilling(made)
     kernels = set(re.findall(r"^def (\w+_kernel)\(", KERNELS.read_text(), re.MULTILINE))
-    if capability < 90:  # descriptors are loaded from capability 9.0 on
+    if capability < 90:
         kernels -= {"_grouped_linear_kernel"}
     assert {kernel for kernel, *_ in made} == kernels
 
 
 def test_a_tile_that_is_too_large_is_seen(compiled):
     """The grouped product's tile on Hopper does not fit capability 12."""
-    assert too_large(compiled(120, LIMITS[90], num_launches=2), 120)
+    assert too_large(compiled(120, LIMITS[90], num_launches=1), 120)
+
+
+def test_a_tile_with_too_few_registers_is_seen(compiled):
+    assert spilling(compiled(80, LIMITS[80], num_launches=1, NUM_WARPS=4))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Each Triton kernel against its plain PyTorch reference: on a GPU if there is one, else interpreted on the CPU."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -34,14 +34,15 @@ ROUTINGS = {
 
 
 # Bytes of shared memory that a block may have.
-HOPPER, CONSUMER = 232_448, 101_376
+HOPPER, AMPERE, CONSUMER = 232_448, 166_912, 101_376
 
 
 @pytest.fixture(autouse=True)
-def shared_memory(monkeypatch):
-    """The interpreter has no device to ask."""
+def hopper(monkeypatch):
+    """What a Hopper would say: the interpreter has no device to ask."""
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device: HOPPER)
+        monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device: True)
 
 
 def with_dtypes(*axes):
@@ -139,10 +140,10 @@ def test_tiles_cover_each_row_once(routing):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "routing", "in_first", "size"),
-    with_dtypes(list(ROUTINGS), [True, False], [(72, 40), (64, 264), (136, 256)]),
+    ("dtype", "routing", "in_first", "size", "pointers"),
+    with_dtypes(list(ROUTINGS), [True, False], [(72, 40), (64, 264), (136, 256)], [False, True]),
 )
-def test_grouped_linear(dtype, routing, in_first, size):
+def test_grouped_linear(dtype, routing, in_first, size, pointers):
     inner, columns = size
     offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
@@ -150,32 +151,44 @@ def test_grouped_linear(dtype, routing, in_first, size):
     weight = weight if in_first else weight.mT.contiguous().mT
     tiles = tiles_of(routing)
     expected = plain("grouped_linear")(source[tokens], weight, offsets)
-    gathered = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=tokens)
+    linear = partial(triton_kernels.grouped_linear, offsets=offsets, tiles=tiles, pointers=pointers)
+    gathered = linear(source, weight, tokens=tokens)
     slots = torch.arange(num_rows, device=DEVICE) % 3
-    paired = triton_kernels.grouped_linear(source, weight, offsets, tiles, tokens=3 * tokens + slots, top_k=3)
-    given = triton_kernels.grouped_linear(source[tokens], weight, offsets, tiles)
-    part = weight[..., 8:24]
-    narrow = triton_kernels.grouped_linear(source[tokens], part, offsets, tiles)
+    paired = linear(source, weight, tokens=3 * tokens + slots, top_k=3)
+    given = linear(source[tokens], weight)
+    narrow = linear(source[tokens], weight[..., 8:24])
+    wide = gathered.new_full((num_rows, 30), 7)
+    linear(source[tokens], weight[..., 8:24], out=wide[:, 6:22])
+    assert torch.equal(wide[:, 6:22], narrow)
+    assert (wide[:, :6] == 7).all()
+    assert (wide[:, 22:] == 7).all()
     assert gathered.shape == expected.shape
     assert torch.equal(gathered, given)
     assert torch.equal(paired, given)
     if num_rows:
         assert relative_error(gathered, expected) <= TOLERANCE[dtype]
         assert relative_error(narrow, expected[:, 8:24]) <= TOLERANCE[dtype]
+        assert relative_error(torch.zeros_like(gathered), expected) > 0.1
+    if num_rows > 1:
+        assert relative_error(gathered.roll(1, 0), expected) > 0.1
+        others = plain("grouped_linear")(source[tokens], weight.roll(1, 0), offsets)
+        assert relative_error(gathered, others) > 0.1
 
 
 @pytest.mark.parametrize(
-    ("dtype", "routing", "rank", "in_first"), with_dtypes(list(ROUTINGS), [8, 24, 72], [True, False])
+    ("dtype", "routing", "rank", "in_first", "pointers"),
+    with_dtypes(list(ROUTINGS), [8, 24, 72], [True, False], [False, True]),
 )
-def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
+def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first, pointers):
     offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
     rows, weight = normal(num_rows, 72, dtype=dtype), normal(6, 72, 264, dtype=dtype, seed=1)
     small, factor = normal(num_rows, rank, dtype=dtype, seed=2), normal(6, rank, 264, dtype=dtype, seed=3)
     factor = factor if in_first else factor.mT.contiguous().mT
     tiles = tiles_of(routing)
-    result = triton_kernels.grouped_linear(rows, weight, offsets, tiles, low_rank=(small, factor))
-    part = triton_kernels.grouped_linear(rows, weight[..., 128:], offsets, tiles, low_rank=(small, factor[..., 128:]))
-    reduced = triton_kernels.grouped_linear(small, factor[..., :16], offsets, tiles)
+    linear = partial(triton_kernels.grouped_linear, offsets=offsets, tiles=tiles, pointers=pointers)
+    result = linear(rows, weight, low_rank=(small, factor))
+    part = linear(rows, weight[..., 128:], low_rank=(small, factor[..., 128:]))
+    reduced = linear(small, factor[..., :16])
     if num_rows:
         expected = plain("grouped_linear")(rows, weight, offsets) + plain("grouped_linear")(small, factor, offsets)
         assert relative_error(result, expected) <= 2 * TOLERANCE[dtype]
@@ -185,27 +198,87 @@ def test_grouped_linear_with_a_low_rank_term(dtype, routing, rank, in_first):
 
 
 def test_stages_by_shared_memory():
-    stages = {limit: [triton_kernels._num_stages(2**n, limit) for n in range(4, 9)] for limit in (HOPPER, CONSUMER)}
-    assert stages == {HOPPER: [4] * 5, CONSUMER: [4, 4, 4, 4, 3]}
+    limits = (HOPPER, AMPERE, CONSUMER)
+    stages = [[triton_kernels._num_stages(2**n, limit) for n in range(4, 9)] for limit in limits]
+    assert stages == [[4] * 5, [4] * 5, [4, 4, 4, 4, 3]]
 
 
+@pytest.mark.parametrize(
+    "pointers", [False, True] if DEVICE == "cuda" else [False]
+)  # stages are none to the interpreter
 @pytest.mark.parametrize(("dtype", "in_first", "columns"), with_dtypes([True, False], [128, 264]))
-def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, monkeypatch):
+def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, pointers, monkeypatch):
     offsets, num_rows, inner = ends("odd"), ROUTINGS["odd"][-1], 328  # more steps than there are stages
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     source, weight = normal(50, inner, dtype=dtype), normal(6, inner, columns, dtype=dtype, seed=1)
     weight = weight if in_first else weight.mT.contiguous().mT
     low_rank = normal(num_rows, 72, dtype=dtype, seed=2), normal(6, 72, columns, dtype=dtype, seed=3)
     tiles = tiles_of("odd")
+    linear = partial(triton_kernels.grouped_linear, low_rank=low_rank, pointers=pointers)
     given = []
     for limit in (HOPPER, CONSUMER):
         monkeypatch.setattr(triton_kernels, "_shared_memory", lambda device, limit=limit: limit)
         for rows, picked in [(source, tokens), (source[tokens], None)]:
-            given.append(triton_kernels.grouped_linear(rows, weight, offsets, tiles, tokens=picked, low_rank=low_rank))
+            given.append(linear(rows, weight, offsets, tiles, tokens=picked))
     expected = plain("grouped_linear")(source[tokens], weight, offsets, low_rank=low_rank)
     assert all(torch.equal(result, given[0]) for result in given)
     assert relative_error(given[0], expected) <= 2 * TOLERANCE[dtype]
     assert relative_error(given[0].roll(1, 0), expected) > 0.1
+
+
+def test_descriptors_are_left_to_devices_that_load_by_them(monkeypatch):
+    launched = []
+    monkeypatch.setattr(triton_kernels, "_run", lambda kernel, *args, **options: launched.append(kernel))
+    for has in (True, False):
+        monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device, has=has: has)
+        for pointers in (None, True, False):
+            rows, weight = normal(300, 16, dtype=DTYPES[0]), normal(6, 16, 16, dtype=DTYPES[0])
+            triton_kernels.grouped_linear(rows, weight, ends("odd"), torch.empty(2, 8), pointers=pointers)
+    by_descriptors, by_pointers = triton_kernels._grouped_linear_kernel, triton_kernels._grouped_linear_pointers_kernel
+    assert launched == [by_descriptors, by_pointers, by_descriptors, by_pointers, by_pointers, by_descriptors]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the memory between the experts is reserved, not used, on the CPU alone")
+@pytest.mark.parametrize("in_first", [True, False])
+def test_pointers_to_weights_past_two_to_the_thirty_one_elements(in_first):
+    """Experts far from each other, in memory that nothing touches but they."""
+    offsets, rows = torch.tensor([1, 2, 4], dtype=torch.int32), normal(4, 16, dtype=torch.float16)
+    apart, near = 2**30 + 8, normal(3, 16, 24, dtype=torch.float16, seed=1)
+    strides = (apart, 24, 1) if in_first else (apart, 1, 16)
+    far = torch.empty(2 * apart + 16 * 24, dtype=torch.float16).as_strided(near.shape, strides)
+    for mine, its in zip(far, near, strict=True):
+        mine.copy_(its)
+    tiles = torch.tensor([[0, 1, 2, -1], [0, 1, 2, 0]], dtype=torch.int32)
+    linear = partial(triton_kernels.grouped_linear, rows, offsets=offsets, tiles=tiles, pointers=True)
+    assert far[-1].data_ptr() - far.data_ptr() > 2 * 2**31
+    assert torch.equal(linear(far), linear(near))
+    low_rank = rows, far
+    assert torch.equal(linear(near, low_rank=low_rank), linear(near, low_rank=(rows, near)))
+    assert relative_error(linear(far), plain("grouped_linear")(rows, near, offsets)) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with a tensor memory accelerator")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("inner", "columns"), [(2048, 1536), (768, 2048), (72, 264)])
+@pytest.mark.parametrize("in_first", [True, False])
+@pytest.mark.parametrize("gather", [True, False])
+def test_pointers_agree_with_descriptors_on_a_gpu(gather, in_first, inner, columns, dtype):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU with a tensor memory accelerator")
+    offsets, num_rows = ends("odd"), ROUTINGS["odd"][-1]
+    weight, factor = normal(6, inner, columns, dtype=dtype, seed=1), normal(6, 8, columns, dtype=dtype, seed=3)
+    if not in_first:
+        weight, factor = weight.mT.contiguous().mT, factor.mT.contiguous().mT
+    tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    linear = partial(
+        triton_kernels.grouped_linear, normal(50 if gather else num_rows, inner, dtype=dtype), weight, offsets,
+        tiles_of("odd"), tokens=tokens if gather else None,
+        low_rank=(normal(num_rows, 8, dtype=dtype, seed=2) * inner**0.5, factor),
+    )  # fmt: skip
+    by_pointers, by_descriptors = linear(pointers=True), linear(pointers=False)
+    assert relative_error(by_pointers, by_descriptors) <= TOLERANCE[dtype]
+    assert relative_error(linear(pointers=True, low_rank=None), by_descriptors) > 0.1
+    assert relative_error(by_pointers.roll(1, 0), by_descriptors) > 0.1
 
 
 @pytest.mark.parametrize(("dtype", "routing", "size"), with_dtypes(list(ROUTINGS), [(40, 8), (136, 72), (16, 64)]))
@@ -349,7 +422,14 @@ def whole_operation(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", spoiled)
     monkeypatch.setattr(kernels, "_takes", lambda dtype, _: dtype == torch.float16 or not dtype.is_floating_point)
-    monkeypatch.setattr(kernels, "_has_tensor_memory_accelerator", lambda device: True)
+    monkeypatch.setattr(kernels, "_is_ampere_or_later", lambda device: True)
+
+
+@pytest.fixture(params=["descriptors", "pointers"])
+def loads(monkeypatch, request):
+    """Has the grouped products load by descriptors or by pointers."""
+    has = request.param == "descriptors"
+    monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device: has)
 
 
 SIZES = {"num_tokens": 12, "num_experts": 6, "hidden_size": 32, "intermediate_size": 32, "dtype": torch.float16}
@@ -369,7 +449,7 @@ def run_fused(problem, **options):
 
 @pytest.mark.parametrize("ranks", [{}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=["plain", "low_rank"])
 @pytest.mark.parametrize("layout", ["default", "transposed_biased"])
-def test_rows_of_other_processes_experts_add_nothing(layout, ranks, whole_operation):
+def test_rows_of_other_processes_experts_add_nothing(layout, ranks, whole_operation, loads):
     problem = make_problem(layout, **SIZES, **ranks)
     problem = replace(problem, top_k_index=problem.top_k_index + 3 * (problem.top_k_index > 3))  # 7 and 8: another's
     actual = run_fused(problem, is_expert_parallel=True)
@@ -383,7 +463,7 @@ def test_rows_of_other_processes_experts_add_nothing(layout, ranks, whole_operat
 
 
 @pytest.mark.parametrize("name", ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "down_proj_bias"])
-def test_a_nan_goes_where_the_baseline_has_it(name, whole_operation):
+def test_a_nan_goes_where_the_baseline_has_it(name, whole_operation, loads):
     problem = make_problem("biased", **SIZES)
     tensor = problem.tensors[name].clone()
     tensor[2, 1] = float("nan")
@@ -407,7 +487,8 @@ OUT_OF_SHARED_MEMORY = errors.OutOfResources(147_480, 101_376, "shared memory")
 @pytest.mark.parametrize(
     ("kernel", "error"),
     [(kernel, OUT_OF_SHARED_MEMORY) for kernel in
-     ["route", "grouped_linear", "grouped_outer", "gated", "gated_backward", "combine", "count"]]
+     ["route", "grouped_linear", "grouped_linear_pointers", "grouped_outer", "gated", "gated_backward", "combine",
+      "count"]]
     + [("gated_backward", errors.PTXASError("`ptxas` failed\nRepro command"))],
 )  # fmt: skip
 def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operation, monkeypatch):
@@ -424,7 +505,10 @@ def test_plain_code_runs_where_a_kernel_is_too_large(kernel, error, whole_operat
 
     monkeypatch.setattr(kernels, "_too_large", set())
     monkeypatch.setattr(triton_kernels, f"_{kernel}_kernel", TooLarge())
-    with pytest.warns(UserWarning, match=f"kernel {kernel} does not fit .*{str(error).splitlines()[0]}$"):
+    launcher = kernel.removesuffix("_pointers")
+    if launcher != kernel:
+        monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device: False)
+    with pytest.warns(UserWarning, match=f"kernel {launcher} does not fit .*{str(error).splitlines()[0]}$"):
         first = run_fused(problem)
     second = run_fused(problem)  # a second warning would be an error
     assert len(launches) == 1

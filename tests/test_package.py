@@ -34,7 +34,9 @@ def test_the_package_imports_neither_recipes_nor_tests():
 
 def test_recipes_import_public_names_only():
     for path in (ROOT / "recipes").rglob("*.py"):
-        assert not [name for name in imported(path) if name and name.startswith("lightning_moe.")]
+        names = {name for name in imported(path) if name and name.startswith("lightning_moe.")}
+        # One benchmark measures the kernels themselves, which nothing public names.
+        assert names == ({"lightning_moe.ops"} if path.name == "grouped_products.py" else set()), path
 
 
 # Lowest first: arithmetic, knowledge of other libraries, what patches and measures a model, a Trainer's hooks.

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.discovery import MoELayer, find_moe_layers
 from lightning_moe.integrations.peft_experts import enclosing_names
+from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.patch_state import default_implementation
 
 
@@ -88,18 +89,18 @@ def _saved_by(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """Bytes and shapes of what a call of `module` saves for backward."""
-    saved: list[Tensor] = []
+    saved: list[tuple[Any, tuple[int, ...]]] = []  # not the tensors, which hold the graph that would hold them
 
-    def record(tensor: Tensor) -> Tensor:  # ZeRO-3 gives the parameters their storages while the module runs
-        if tensor.untyped_storage() not in {parameter.untyped_storage() for parameter in module.parameters()}:
-            saved.append(tensor)
-        return tensor
+    def record(tensor: Tensor) -> None:  # ZeRO-3 gives the parameters their storages while the module runs
+        own = {parameter.untyped_storage() for parameter in module.parameters()}
+        if not isinstance(tensor, QuantizedWeight) and tensor.untyped_storage() not in own:
+            saved.append((tensor.untyped_storage(), tuple(tensor.shape)))
 
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices), saved_tensors_hooks(record, lambda tensor: tensor):
+    with torch.random.fork_rng(devices), saved_tensors_hooks(record, lambda nothing: nothing):
         module.forward(*_detached(args), **_detached(kwargs))  # without the hooks that others put on the module
-    storages = {tensor.untyped_storage() for tensor in saved}
-    return sum(storage.nbytes() for storage in storages), tuple(tuple(tensor.shape) for tensor in saved)
+    storages = {storage for storage, _ in saved}
+    return sum(storage.nbytes() for storage in storages), tuple(shape for _, shape in saved)
 
 
 def _detached(values: Any) -> Any:

@@ -1,7 +1,9 @@
 """Tests of quantized experts in a model: patched, adapted, trained, checked, and what is refused."""
 
 import copy
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,16 @@ from helpers.training import LIGHTNING_WARNINGS, fit, logged
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_moe import AdapterExport, AdapterUpdateCheck, MoEGateGradCallback, gategrad, moe_experts, patch_moe
+from lightning_moe import (
+    AdapterExport,
+    AdapterUpdateCheck,
+    MoEGateGradCallback,
+    gategrad,
+    measure_moe_activations,
+    moe_experts,
+    patch_moe,
+    saved_activations,
+)
 from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.quantization import quantize, quantize_experts
 
@@ -116,6 +127,46 @@ def test_compiled_the_graph_breaks_at_the_experts():
     compiled = torch.compile(moe_experts, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="TypeError"):
         compiled(torch.ones(1, 64), torch.tensor([[0]]), torch.ones(1, 1), weight, weight)
+
+
+class Doubled(torch.autograd.Function):
+    """Saves its output, and notes what holds it."""
+
+    contexts = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx, x):
+        doubled = x * 2
+        ctx.save_for_backward(doubled)
+        Doubled.contexts.append(weakref.ref(ctx))
+        return doubled
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Doubles(nn.Module):
+    def forward(self, x):
+        return Doubled.apply(x)
+
+
+def test_what_was_measured_is_let_go_of():
+    x = torch.ones(3, requires_grad=True)
+    num_bytes, shapes = saved_activations._saved_by(Doubles(), (x,), {})
+    assert (num_bytes, shapes) == (12, ((3,),))
+    gc.collect()
+    assert [context() for context in Doubled.contexts] == [None]
+
+
+def test_quantized_weights_are_not_measured_as_saved():
+    model = with_expert_lora(build(1), attention=True)
+    with gategrad(model), measure_moe_activations(model) as quantized:
+        gradients(model)
+    dense = with_dense_experts(model)
+    with gategrad(dense), measure_moe_activations(dense) as expected:
+        gradients(dense)
+    assert [found.num_bytes for found in quantized] == [found.num_bytes for found in expected]
 
 
 def test_merging_adapters_into_quantized_experts_raises():

@@ -72,7 +72,7 @@ def grouped_linear(
     low_rank: tuple[Tensor, Tensor] | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
     absent: Tensor | None = None,
-    out: Tensor | None = None,
+    into: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Each row times its expert's weight: (R, out).
 
@@ -89,10 +89,10 @@ def grouped_linear(
         low_rank: (R, r), and (E, r, out) as `weight`: their products are added.
         bias: (E, out), and (R,) the expert of each row: its bias is added.
         absent: (R,) bool, rows past the last offset, which the products leave unwritten: zeros are put there.
-        out: (R, out), where to write it, if that is somewhere.
+        into: (R, out) or wider, to which the product is written from that column on; without `bias` or `absent`.
     """
     if tiles is not None:
-        options = {"tokens": tokens, "top_k": top_k, "low_rank": low_rank, "out": out}
+        options = {"tokens": tokens, "top_k": top_k, "low_rank": low_rank, "into": into}
         product = launch("grouped_linear", rows, rows, weight, offsets, tiles, **options)
         if product is not NO_KERNEL:
             if bias is not None:
@@ -102,6 +102,7 @@ def grouped_linear(
         tokens = tokens // top_k
     num_rows = (rows if tokens is None else tokens).shape[0]
     chunk_rows = CHUNK_ROWS if tokens is not None or low_rank is not None or bias is not None else num_rows
+    out = None
     for part, ends in _row_chunks(num_rows, offsets, chunk_rows):
         product = F.grouped_mm(rows[part] if tokens is None else rows[tokens[part]], weight, offs=ends)
         if low_rank is not None:
@@ -110,12 +111,16 @@ def grouped_linear(
             product = (product + bias[0][bias[1][part]]).to(product.dtype)
         if absent is not None:
             product = product.masked_fill(absent[part, None], 0)
-        if product.shape[0] == num_rows and out is None:
-            return product
+        if product.shape[0] == num_rows:
+            out = product
+            break
         out = rows.new_empty(num_rows, product.shape[1]) if out is None else out
         out.index_copy_(0, torch.arange(part.start, part.stop, device=out.device), product)
     assert out is not None
-    return out
+    if into is None:
+        return out
+    target, start = into
+    return target.index_copy_(1, torch.arange(start, start + out.shape[1], device=out.device), out)
 
 
 def grouped_outer(

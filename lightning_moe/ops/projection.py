@@ -1,6 +1,6 @@
 """Rows times their expert's weight, with its low-rank updates beside it, and the sum over a token's experts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,18 +63,19 @@ class Projection(NamedTuple):
         weight, width = self.weight, self.weight.shape[2]
         if isinstance(weight, Tensor):
             dense = weight if columns is None else weight[..., columns]
-            return self._product(rows, dense, in_rank, routing, gather, columns, bias, None)
+            biases = None if bias is None else (bias, routing.expert_of_row())
+            return self._product(rows, dense, in_rank, routing, gather, columns, bias=biases, absent=routing.absent())
         first, last = (0, width) if columns is None else (columns.start, min(columns.stop, width))
         step = weight.features_at_a_time()
-        if last - first <= step:
-            part = slice(first, last)
-            return self._product(rows, weight.dense(part), in_rank, routing, gather, part, bias, None)
-        out = rows.new_empty(routing.num_rows, last - first)
+        out = rows.new_empty(routing.num_rows, last - first) if last - first > step else None
         for start in range(first, last, step):
             part = slice(start, min(start + step, last))
-            target = out[:, part.start - first : part.stop - first]
-            self._product(rows, weight.dense(part), in_rank, routing, gather, part, bias, target)
-        return out
+            into = None if out is None else (out, start - first)
+            product = self._product(rows, weight.dense(part), in_rank, routing, gather, part, into=into)
+        if bias is not None:
+            product = (product + bias[:, first:last][routing.expert_of_row()]).to(product.dtype)
+        absent = routing.absent()
+        return product if absent is None else product.masked_fill(absent[:, None], 0)
 
     def _product(
         self,
@@ -84,15 +85,12 @@ class Projection(NamedTuple):
         routing: Routing,
         gather: bool,
         columns: slice | None,
-        bias: Tensor | None,
-        out: Tensor | None,
+        **options: Any,
     ) -> Tensor:
         b = self.b if self.b is None or columns is None else self.b[..., columns]
-        bias = bias if bias is None or columns is None else bias[:, columns]
         return grouped_linear(
             rows, dense, routing.offsets, tokens=routing.permutation if gather else None, top_k=routing.top_k,
-            tiles=routing.tiles, low_rank=None if b is None or in_rank is None else (in_rank, b),
-            bias=None if bias is None else (bias, routing.expert_of_row()), absent=routing.absent(), out=out,
+            tiles=routing.tiles, low_rank=None if b is None or in_rank is None else (in_rank, b), **options,
         )  # fmt: skip
 
 

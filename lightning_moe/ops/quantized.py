@@ -7,7 +7,7 @@ gets a dense copy. A format is one small object: what a weight consists of, and 
 Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, and the operator `_to_copy`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, Self
@@ -93,6 +93,8 @@ class NF4:
 
         Bit for bit what bitsandbytes makes of an expert: level times absmax in float32, then rounded.
         """
+        if columns.start % 2:
+            raise ValueError(f"nf4: two columns share a byte, and {columns.start} is the second of its")
         out = parts["packed"].new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
         levels, codes = tables(out.device)
         dense = launch("dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start)
@@ -124,15 +126,15 @@ FORMATS: dict[str, Format] = {NF4.name: NF4()}
 @cache
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """What nf4's four bits stand for, (16,), and what the eight of a nested absmax do, (256,): float32."""
+    # Whatever dtype, device or mode is the default as this is first called.
     with torch.inference_mode(False):
         codes = [0.0, 1.0]
-        for i in range(
-            7
-        ):  # bitsandbytes' dynamic map (Dettmers et al., 8-bit Optimizers, 2022): an exponent, a fraction
-            ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        for i in range(7):  # an exponent and a fraction (Dettmers et al., 8-bit Optimizers via Block-wise Quantization)
+            ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
             means = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2)
             codes += [*means.tolist(), *(-means).tolist()]
-        return torch.tensor(NF4_LEVELS, device=device), torch.tensor(sorted(codes), device=device)
+        options: Any = {"dtype": torch.float32, "device": device}
+        return torch.tensor(NF4_LEVELS, **options), torch.tensor(sorted(codes), **options)
 
 
 class QuantizedWeight(Tensor):
@@ -186,9 +188,18 @@ class QuantizedWeight(Tensor):
 
     @data.setter
     def data(self, other: Tensor) -> None:
-        if not isinstance(other, QuantizedWeight) or (other.format, other.shape) != (self.format, self.shape):
-            raise self._frozen("setting its data to a dense tensor")
+        if not (isinstance(other, QuantizedWeight) and self._is_like(other)):
+            raise self._frozen("setting its data to another tensor")
         self.parts = other.parts
+
+    def _is_like(self, other: Any) -> bool:
+        """Whether another weight consists of parts of the same shapes, dtypes and device."""
+        if not isinstance(other, QuantizedWeight) or other.format != self.format:
+            return False
+        mine, its = (
+            {name: (part.shape, part.dtype) for name, part in weight.parts.items()} for weight in (self, other)
+        )
+        return mine == its and (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
 
     def _frozen(self, what: str) -> RuntimeError:
         # No TypeError: Python would then add to a dense copy where it was asked to add in place.
@@ -224,7 +235,7 @@ class QuantizedWeight(Tensor):
             return args[0]._with(parts, kwargs.get("dtype"))
         if func is aten.copy_.default and isinstance(args[0], cls):
             target, source = args[:2]
-            if isinstance(source, cls) and (source.format, source.shape) == (target.format, target.shape):
+            if target._is_like(source):
                 for name, part in target.parts.items():
                     part.copy_(source.parts[name])
                 return target
@@ -235,12 +246,22 @@ class QuantizedWeight(Tensor):
                 f"a weight in {args[0].format.name} is not sharded, as fully_shard would: its parts would be dense. "
                 "Train on one GPU or with DDP"
             )
-        if func.overloadpacket.__name__.endswith("_") and isinstance(args[0], cls):
-            raise args[0]._frozen(func.__name__)
+        changed = [kwargs.get("out"), args[:1] if func.overloadpacket.__name__.endswith("_") else None]
+        for weight in _quantized(changed):
+            raise weight._frozen(func.__name__)
         return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
 
     def _with(self, parts: dict[str, Tensor], dtype: torch.dtype | None = None) -> "QuantizedWeight":
         return QuantizedWeight(self.format, parts, tuple(self.shape), dtype or self.dtype)
+
+
+def _quantized(argument: Any) -> Iterator["QuantizedWeight"]:
+    """The quantized weights among arguments, also those in lists."""
+    if isinstance(argument, (list, tuple)):
+        for one in argument:
+            yield from _quantized(one)
+    elif isinstance(argument, QuantizedWeight):
+        yield argument
 
 
 def _dense(argument: Any) -> Any:

@@ -157,8 +157,8 @@ def _store_tile(out, out_stride, total, row, valid, column, COLUMNS: tl.constexp
 @triton.jit
 def _grouped_linear_kernel(
     rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles, num_tiles, offsets, row_stride,
-    out_stride, INNER: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr,
-    TOP_K: tl.constexpr, IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr,
+    out_stride, INNER: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, START: tl.constexpr,
+    GATHER: tl.constexpr, TOP_K: tl.constexpr, IN_FIRST: tl.constexpr, FACTOR_IN_FIRST: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     tile, expert, column = _tile(tiles, COLUMNS, BN)
@@ -194,7 +194,7 @@ def _grouped_linear_kernel(
             else:
                 right = factor_desc.load([expert, column, k]).reshape(BN, BR).T
             total = tl.dot(left, right, total)
-    _store_tile(out, out_stride, total, row, valid, column, COLUMNS, BN)
+    _store_tile(out + START, out_stride, total, row, valid, column, COLUMNS, BN)
 
 
 @triton.jit
@@ -215,10 +215,10 @@ def _add_product(total, left, right, has_column, INNER: tl.constexpr, IN_STRIDE:
 @triton.jit
 def _grouped_linear_pointers_kernel(
     rows, tokens, weight, small, factor, out, tiles, num_tiles, offsets, INNER: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK: tl.constexpr, GATHER: tl.constexpr, TOP_K: tl.constexpr, ROW_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
-    WEIGHT_EXPERT: tl.constexpr, WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr, SMALL_STRIDE: tl.constexpr,
-    FACTOR_EXPERT: tl.constexpr, FACTOR_IN: tl.constexpr, FACTOR_OUT: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    RANK: tl.constexpr, START: tl.constexpr, GATHER: tl.constexpr, TOP_K: tl.constexpr, ROW_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, WEIGHT_EXPERT: tl.constexpr, WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr,
+    SMALL_STRIDE: tl.constexpr, FACTOR_EXPERT: tl.constexpr, FACTOR_IN: tl.constexpr, FACTOR_OUT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The same without descriptors. That strides are constants lets 16 bytes be loaded at once where they allow it."""
     tile, expert, column = _tile(tiles, COLUMNS, BN)
@@ -238,7 +238,7 @@ def _grouped_linear_pointers_kernel(
     if RANK > 0:
         right = factor + expert * FACTOR_EXPERT + columns * FACTOR_OUT
         total = _add_product(total, small + its_row[:, None] * SMALL_STRIDE, right, has_column, RANK, FACTOR_IN, BR)
-    _store_tile(out, OUT_STRIDE, total, row, valid, column, COLUMNS, BN)
+    _store_tile(out + START, OUT_STRIDE, total, row, valid, column, COLUMNS, BN)
 
 
 def route(
@@ -361,20 +361,20 @@ def grouped_linear(
     tokens: Tensor | None = None,
     top_k: int = 1,
     low_rank: tuple[Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
+    into: tuple[Tensor, int] | None = None,
     pointers: bool | None = None,
 ) -> Tensor:
     """By descriptors or, with `pointers`, without them; the device decides where that is None."""
     num_rows = rows.shape[0] if tokens is None else tokens.shape[0]
     (_, inner, columns), num_tiles = weight.shape, tiles.shape[1]
-    out = rows.new_empty(num_rows, columns) if out is None else out
+    out, start = into or (rows.new_empty(num_rows, columns), 0)
     if num_rows == 0:
         return out
     device, block_columns = rows.device, _block(columns, BLOCK_COLUMNS)
     small, factor = low_rank or (None, None)
     rank, block_rank = (0, 16) if small is None else (small.shape[1], _block(small.shape[1], BLOCK_INNER))
     grid = (num_tiles * _cdiv(columns, block_columns),)
-    product = inner, columns, rank, tokens is not None, top_k
+    product = inner, columns, rank, start, tokens is not None, top_k
     block = BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank
     num_warps = NUM_WARPS if block_columns > 64 else NUM_WARPS // 2
     num_stages = _num_stages(block_columns, _shared_memory(device))

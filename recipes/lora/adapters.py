@@ -106,6 +106,7 @@ def _weights(options: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: options.get(name) for name in ("init", *ADAPTER_OPTIONS)}
     for name in ("target_modules", "modules_to_save"):
         chosen[name] = sorted(chosen[name] or ())
+    chosen["quantize_linear"] = bool(chosen["quantize_linear"])  # which earlier checkpoints do not name
     if chosen["init"] == "pretrained":
         return chosen | {"name": options.get("name")}
     architecture = {f"architecture.{name}": value for name, value in options.get("architecture", {}).items()}

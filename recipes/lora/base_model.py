@@ -155,8 +155,12 @@ def build(
 def _make_quantized(model: PreTrainedModel, device: torch.device, quantization: QuantizedExpertsConfig) -> None:
     """Draws the weights module by module: the dense experts of one layer exist at a time."""
     experts = {name.rpartition(".")[0] for name in quantization.find_parameters(model)}
-    for name, module in model.named_modules():
-        module.to_empty(device=device, recurse=False)
+    modules = dict(model.named_modules())
+    for name in modules.keys() - experts:
+        modules[name].to_empty(device=device, recurse=False)
+    for name, module in reversed(modules.items()):  # some draw their children's weights anew
+        if name in experts:
+            module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             model._init_weights(module)
         if name in experts:

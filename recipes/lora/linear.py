@@ -22,12 +22,15 @@ def fuse_updates(model: nn.Module) -> None:
     """
     layer: Any
     for layer in model.modules():
-        if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+        if type(layer) is not Linear or any(layer.lora_bias.values()):
+            continue
+        drops = not all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        if type(layer.base_layer) is nn.Linear and not drops:
             layer.forward = partial(_adapted, layer, layer.forward)  # type: ignore[method-assign]
 
 
 def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return forward(x)
     (name,) = layer.active_adapters
     base, device = layer.base_layer, x.device.type

@@ -97,6 +97,25 @@ def test_blocks_that_straddle_experts_are_refused():
         QuantizedWeight(NF4(), {}, (2, 3, 32), torch.float32)
 
 
+def test_columns_begin_where_a_byte_does():
+    with pytest.raises(ValueError, match="two columns share a byte, and 3 is the second"):
+        quantized(torch.randn(SHAPE)).dequantize(columns=slice(3, 9))
+
+
+def test_the_tables_do_not_depend_on_the_default_dtype_and_device():
+    expected = module.tables(torch.device("cpu"))
+    module.tables.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            made = module.tables(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        module.tables.cache_clear()
+    assert all(map(torch.equal, made, expected))
+    assert not any(table.is_inference() for table in made)
+
+
 # As a parameter
 
 
@@ -156,6 +175,40 @@ def test_what_would_change_it_raises_and_what_computes_gets_a_dense_copy(paramet
     assert torch.equal(parameter.dequantize(), dense)
     assert torch.equal(parameter * 2, dense * 2)
     assert torch.equal(torch.baddbmm(parameter, dense, dense.mT @ dense), torch.baddbmm(dense, dense, dense.mT @ dense))
+
+
+def test_optimizers_and_others_that_change_it_in_a_list_raise(parameter):
+    changes = [
+        lambda: torch._foreach_mul_([parameter, torch.ones(2)], 2.0),
+        lambda: torch.mul(torch.ones(SHAPE), 2, out=parameter),
+    ]
+    for change in changes:
+        with pytest.raises(RuntimeError, match="frozen weight in nf4"):
+            change()
+    trained = nn.Parameter(parameter.detach(), requires_grad=True)
+    for options in ({"fused": True}, {"foreach": True}, {"foreach": False}):
+        optimizer = torch.optim.AdamW([trained], **options)
+        trained.grad = torch.ones(SHAPE, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="frozen weight in nf4"):
+            optimizer.step()
+
+
+def test_only_a_weight_of_the_same_parts_is_copied_or_takes_its_place(parameter):
+    before = parameter.dequantize()
+    others = [
+        quantized(torch.randn(SHAPE, dtype=torch.bfloat16), nested=False),
+        quantized(torch.randn(SHAPE)),
+        quantized(torch.randn(LONG, dtype=torch.bfloat16)),
+    ]
+    for other in others:
+        with pytest.raises(RuntimeError, match="frozen weight in nf4|must match|size"):
+            parameter.copy_(other)
+        with pytest.raises(RuntimeError, match="frozen weight in nf4"):
+            parameter.data = other
+    assert torch.equal(parameter.dequantize(), before)
+    same = quantized(torch.randn(SHAPE, dtype=torch.bfloat16))
+    parameter.data = same
+    assert torch.equal(parameter.dequantize(), same.dequantize())
 
 
 def test_it_is_not_sharded(parameter):

@@ -158,7 +158,7 @@ def test_grouped_linear(dtype, routing, in_first, size, pointers):
     given = linear(source[tokens], weight)
     narrow = linear(source[tokens], weight[..., 8:24])
     wide = gathered.new_full((num_rows, 30), 7)
-    linear(source[tokens], weight[..., 8:24], out=wide[:, 6:22])
+    linear(source[tokens], weight[..., 8:24], into=(wide, 6))
     assert torch.equal(wide[:, 6:22], narrow)
     assert (wide[:, :6] == 7).all()
     assert (wide[:, 22:] == 7).all()

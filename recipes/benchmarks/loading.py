@@ -121,6 +121,7 @@ def main(
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if on_gpu else 0
         start = perf_counter()
         with HostPeak() as host:
             model = AutoModelForCausalLM.from_pretrained(
@@ -128,8 +129,8 @@ def main(
                 quantization_config=QuantizedExpertsConfig("nf4", linear=linear),
             )  # fmt: skip
         seconds = perf_counter() - start
-    stays = torch.cuda.memory_allocated() if on_gpu else sum(p.nbytes for p in model.parameters())
-    above = torch.cuda.max_memory_allocated() - stays if on_gpu else float("nan")
+    stays = torch.cuda.memory_allocated() - held if on_gpu else sum(p.nbytes for p in model.parameters())
+    above = torch.cuda.max_memory_allocated() - held - stays if on_gpu else float("nan")
     numbers = [size / 2**30, shard / 2**30, seconds, stays / 2**30, above / 2**30, host.bytes / 2**30]
     rows = [[f"{number:.3g}" for number in numbers]]
     table = (f"Loading with experts in nf4, {recipe.stem}", provenance(__file__, "transformers"), HEADERS, rows)

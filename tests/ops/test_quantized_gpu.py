@@ -98,9 +98,11 @@ def test_the_workspace_is_bounded_and_gone_afterwards(monkeypatch):
     assert peaks[0] <= peaks[1] + workspace + 2**20
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_host():
     given, factors, packed = inputs(), updates(), weights(quantized)
     run(given, *packed, factors)
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(given, *packed, factors)

@@ -13,6 +13,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in UNHELPFUL_WARNINGS),
     pytest.mark.filterwarnings("ignore:MoEGateGradCallback logs nowhere"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]
 OPTIONS = {"dtype": "bfloat16", "quantize": "nf4", "experts": True, "checkpointing": "selective"}

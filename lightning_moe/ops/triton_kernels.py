@@ -638,27 +638,35 @@ def count(
 
 @triton.jit
 def _dequantize_nf4_kernel(
-    packed, absmax, scales, nested_offsets, levels, codes, out, first_row, first_column, num_rows, num_columns, width,
-    num_blocks, num_scales, pairs_per_expert, NESTED: tl.constexpr, BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-    BR: tl.constexpr, BP: tl.constexpr,
+    packed, absmax, scales, nested_offsets, levels, codes, out, first_row, first_pair, num_rows, num_columns, num_pairs,
+    num_groups, pairs_per_row, num_blocks, num_scales, pairs_per_expert, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr, NESTED_BLOCK: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]
-    pair = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]
-    value = (first_row + row) * width + first_column + 2 * pair  # the first of the two, counted from the expert's first
-    mask = (row < num_rows) & (2 * pair < num_columns)
-    byte = tl.load(packed + expert * pairs_per_expert + value // 2, mask=mask, other=0).to(tl.int32)
-    block = value // BLOCK
-    scale = tl.load(absmax + expert * num_blocks + block, mask=mask, other=0)
+    expert = tl.program_id(1).to(tl.int64)
+    # Of pairs in a row, as many as a block has: where they are a block, one absmax is loaded for all of them.
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
+    row, first = group // num_groups, group % num_groups * PAIRS
+    start = (first_row + row) * pairs_per_row + first_pair + first
+    pair = tl.arange(0, PAIRS)[None, :]
+    valid = row < num_rows
+    mask = valid[:, None] & (first[:, None] + pair < num_pairs)
+    byte = tl.load(packed + expert * pairs_per_expert + start[:, None] + pair, mask=mask, other=0).to(tl.int32)
+    if ALIGNED:
+        block, known = start // PAIRS, valid
+    else:
+        block, known = (start[:, None] + pair) // PAIRS, mask
+    scale = tl.load(absmax + expert * num_blocks + block, mask=known, other=0)
     if NESTED:
         nested = expert * num_scales + block // NESTED_BLOCK
-        unit = tl.load(scales + nested, mask=mask, other=0.0)
-        scale = tl.load(codes + scale.to(tl.int32)) * unit + tl.load(nested_offsets + nested, mask=mask, other=0.0)
+        unit = tl.load(scales + nested, mask=known, other=0.0)
+        scale = tl.load(codes + scale.to(tl.int32)) * unit + tl.load(nested_offsets + nested, mask=known, other=0.0)
+    if ALIGNED:
+        scale = scale[:, None]
     both = tl.join(tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale)
-    column = tl.program_id(1) * 2 * BP + tl.arange(0, 2 * BP)[None, :]
-    target = out + (expert * num_rows + row) * num_columns + column
-    dense = both.reshape(BR, 2 * BP).to(out.dtype.element_ty)
-    tl.store(target, dense, mask=(row < num_rows) & (column < num_columns))
+    dense = both.reshape(BG, 2 * PAIRS).to(out.dtype.element_ty)
+    column = 2 * first[:, None] + tl.arange(0, 2 * PAIRS)[None, :]
+    target = out + (expert * num_rows + row)[:, None] * num_columns + column
+    tl.store(target, dense, mask=valid[:, None] & (column < num_columns))
 
 
 def dequantize_nf4(
@@ -671,13 +679,14 @@ def dequantize_nf4(
     first_column: int,
 ) -> Tensor:
     (num_experts, num_rows, num_columns), is_nested = out.shape, "absmax_scale" in parts
-    packed, absmax = parts["packed"], parts["absmax"]
+    packed, absmax, block, at_a_time = parts["packed"], parts["absmax"], 64, 64
     scales, offsets = (parts["absmax_scale"], parts["absmax_offset"]) if is_nested else (None, None)
-    block = min(512, _power_of_2(_cdiv(num_columns, 2)))
+    num_groups = _cdiv(num_columns, block)
     _run(
-        _dequantize_nf4_kernel, (_cdiv(num_rows, 4), _cdiv(num_columns, 2 * block), num_experts), packed, absmax,
-        scales, offsets, levels, codes, out, first_row, first_column, num_rows, num_columns, shape[2],
-        absmax.shape[1], scales.shape[1] if is_nested else 0, packed.shape[1],
-        constants=(is_nested, 64, 256, 4, block), enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
+        _dequantize_nf4_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), packed, absmax, scales,
+        offsets, levels, codes, out, first_row, first_column // 2, num_rows, num_columns, _cdiv(num_columns, 2),
+        num_groups, shape[2] // 2, absmax.shape[1], scales.shape[1] if is_nested else 0, packed.shape[1],
+        constants=(is_nested, shape[2] % block == 0 and first_column % block == 0, block // 2, 256, at_a_time),
+        enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
     )  # fmt: skip
     return out

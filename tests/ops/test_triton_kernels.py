@@ -541,9 +541,9 @@ def test_a_weights_descriptor_is_that_of_the_view_whose_last_side_is_contiguous(
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize(("dtype", "shape"), [(DTYPES[0], (3, 6, 160)), (DTYPES[1], (2, 130, 256))])
 def test_nf4_becomes_dense_with_the_bits_of_the_reference(dtype, shape, nested, monkeypatch):
-    """All of it, some rows, and columns whose first is in the middle of a block."""
+    """All of it, some rows, and columns whose first is in the middle of a block or begins one."""
     weight = quantized(normal(*shape).cpu().to(dtype), nested=nested).to(DEVICE)
-    parts = [slice(0, shape[1]), slice(1, 5)], [slice(0, shape[2]), slice(30, 131)]
+    parts = [slice(0, shape[1]), slice(1, 5)], [slice(0, shape[2]), slice(30, 131), slice(64, 131)]
     expected = {(rows, columns): plain_dense(weight, slice(*rows), slice(*columns)) for rows, columns in ends_of(parts)}
     monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels)
     for (rows, columns), dense in expected.items():

@@ -28,6 +28,10 @@ UNHELPFUL_WARNINGS = (
     ".*is_gradient_checkpointing. is deprecated",
     ".*set_vital. is deprecated",
     ".*isinstance.treespec, LeafSpec.",
+    ".torch.jit.script_method. is deprecated",
+    # What torch's compiler advises of its own code, which it compiles the loss to:
+    r"\s*Online softmax is disabled",
+    "TensorFloat32 tensor cores",
 )
 
 

@@ -20,7 +20,6 @@ from lightning_moe.patch_state import patch_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's own
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # torch 2.11, as it is imported
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # inductor's advice where there is a GPU
 ]
 INDUCTOR = pytest.param(

@@ -91,6 +91,7 @@ def test_unpatched_and_restored_it_computes_with_dense_copies():
     assert not torch.allclose(without, dense(input_ids=tokens()).logits)
 
 
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_a_fit_trains_checks_and_exports_the_adapters(tmp_path):
     model = with_expert_lora(build(1), attention=True)
     before = experts_modules(model)[0].down_proj.parts["packed"].clone()

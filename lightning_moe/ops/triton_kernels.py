@@ -679,7 +679,7 @@ def dequantize_nf4(
     first_column: int,
 ) -> Tensor:
     (num_experts, num_rows, num_columns), is_nested = out.shape, "absmax_scale" in parts
-    packed, absmax, block, at_a_time = parts["packed"], parts["absmax"], 64, 64
+    packed, absmax, block, at_a_time = parts["packed"], parts["absmax"], 64, 16
     scales, offsets = (parts["absmax_scale"], parts["absmax_offset"]) if is_nested else (None, None)
     num_groups = _cdiv(num_columns, block)
     _run(
@@ -687,6 +687,6 @@ def dequantize_nf4(
         offsets, levels, codes, out, first_row, first_column // 2, num_rows, num_columns, _cdiv(num_columns, 2),
         num_groups, shape[2] // 2, absmax.shape[1], scales.shape[1] if is_nested else 0, packed.shape[1],
         constants=(is_nested, shape[2] % block == 0 and first_column % block == 0, block // 2, 256, at_a_time),
-        enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
+        num_warps=1, enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
     )  # fmt: skip
     return out

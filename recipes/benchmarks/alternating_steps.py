@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -148,6 +148,49 @@ def timed(
     return seconds, above / 2**30, (outside + torch.cuda.max_memory_reserved()) / 2**30, value
 
 
+class Measured(NamedTuple):
+    """Of a variant's steps: the median of the seconds, the most of the GiB, each loss, and why there is no graph."""
+
+    seconds: float
+    above: float
+    peak: float
+    losses: list[float]
+    missing: str
+
+
+def in_turn(
+    variants: tuple[Variant, ...],
+    tokens: int,
+    rounds: int,
+    options: dict[str, Any],
+    bases: dict[str | None, PreTrainedModel],
+    precision: str,
+    device: torch.device,
+) -> dict[Variant, Measured]:
+    """Steps of so many tokens of each, and nothing of them is held afterwards."""
+    steps = 1 if tokens >= LONG else 2
+    warmup = WARMUP_OF_GRAPHS // steps if any(variant.endswith("graph") for variant in variants) else 1
+    made = {
+        variant: make_step(variant, options, bases[OPTIONS[variant].get("quantize")], precision) for variant in variants
+    }
+    found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
+    for number in range(rounds + warmup):
+        batch = make_batch(tokens, options["architecture"]["vocab_size"], number, device)
+        for variant, (step, graphed) in made.items():
+            found[variant].append(timed(step, graphed, batch, device, steps))
+    measured = {}
+    for variant, results in found.items():
+        graphed = made[variant][1]
+        seconds, above, peak, losses = zip(*results[warmup:], strict=True)
+        missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
+        measured[variant] = Measured(median(seconds), max(above), max(peak), list(losses), missing)
+    del made, step, graphed
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return measured
+
+
 def main(
     recipe: Path = TINY,
     lengths: tuple[int, ...] = (128, 256),
@@ -156,6 +199,7 @@ def main(
     experts: bool = False,
     layers: int | None = None,
     rank: int | None = None,
+    optimizer: Literal["adamw", "adamw_8bit"] | None = None,
     card_gib: float | None = None,
     out: Path | None = None,
 ) -> None:
@@ -173,7 +217,9 @@ def main(
         experts: LoRA on the experts too.
         layers: of the model, where not all of them.
         rank: of the adapters, where not the recipe's.
-        card_gib: of a smaller GPU: PyTorch gets a GiB less than that, which is for the context and modules.
+        optimizer: where not the recipe's.
+        card_gib: of a smaller GPU: PyTorch gets a GiB less than that, which is for the context and modules. The
+            variants then run one after the other, not in turn.
         out: a folder for alternating_steps.md.
     """
     settings = yaml.safe_load(recipe.read_text())
@@ -183,8 +229,8 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None:
         print("Without a GPU or liger-kernel all variants have Transformers' own norms.")
-    if rank is not None:
-        options["rank"] = rank
+    given = {"rank": rank, "optimizer": optimizer}
+    options |= {name: value for name, value in given.items() if value is not None}
     if card_gib is not None and device.type == "cuda":
         share = (card_gib - 1) * 2**30 / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
@@ -194,38 +240,27 @@ def main(
         .build_base()
         for quantize in dict.fromkeys(OPTIONS[variant].get("quantize") for variant in variants)
     }
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    precision = settings["trainer"].get("precision", "32-true")
+    # What others hold between their steps would be held on the smaller GPU, too.
+    together = [variants] if card_gib is None else [(variant,) for variant in variants]
     rows = []
     with Progress(transient=True) as progress:
-        task = progress.add_task("lengths", total=len(lengths))
+        task = progress.add_task("lengths", total=len(lengths) * len(together))
         for tokens in lengths:
-            steps = 1 if tokens >= LONG else 2
-            warmup = WARMUP_OF_GRAPHS // steps if any(variant.endswith("graph") for variant in variants) else 1
-            precision = settings["trainer"].get("precision", "32-true")
-            made = {
-                variant: make_step(variant, options, bases[OPTIONS[variant].get("quantize")], precision)
-                for variant in variants
-            }
-            found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
-            for number in range(rounds + warmup):
-                batch = make_batch(tokens, options["architecture"]["vocab_size"], number, device)
-                for variant, (step, graphed) in made.items():
-                    found[variant].append(timed(step, graphed, batch, device, steps))
-            progress.advance(task)
-            first: Any = None
-            for name, results in found.items():
-                seconds = median(result[0] for result in results[warmup:])
-                above = max(result[1] for result in results[warmup:])
-                first = first or (seconds, above)
-                graphed = made[name][1]
-                missing = "" if graphed is None or graphed.reason is None else f", {graphed.reason}"
-                losses = " ".join(f"{result[-1]:.4f}" for result in results[warmup:])
-                rows.append([
-                    f"{tokens:,}", name + missing, f"{seconds:.4f} ({seconds / first[0]:.2f})",
-                    f"{above:.2f} ({above / first[1]:.2f})", f"{max(r[2] for r in results[warmup:]):.2f}", losses,
-                ])  # fmt: skip
-                progress.console.print(*rows[-1], sep=" | ", markup=False)
-            del made, step, graphed
-            gc.collect()
+            first = None
+            for some in together:
+                for variant, measured in in_turn(some, tokens, rounds, options, bases, precision, device).items():
+                    first = first or measured
+                    rows.append([
+                        f"{tokens:,}", variant + measured.missing,
+                        f"{measured.seconds:.4f} ({measured.seconds / first.seconds:.2f})",
+                        f"{measured.above:.2f} ({measured.above / first.above:.2f})", f"{measured.peak:.2f}",
+                        " ".join(f"{loss:.4f}" for loss in measured.losses),
+                    ])  # fmt: skip
+                    progress.console.print(*rows[-1], sep=" | ", markup=False, soft_wrap=True)
+                progress.advance(task)
     table = (f"Training steps in turn, {recipe.stem}", provenance(__file__, "transformers", "peft"), HEADERS, rows)
     show(*table)
     if out is not None:

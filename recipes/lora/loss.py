@@ -4,6 +4,8 @@ The head and the loss run on some tokens at a time, for any head, and each part'
 is computed again in backward, and what is kept for it is as large as the hidden states.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:  # type: ignore[override]
+        loss_and_gradient = _compiled() if hidden.is_cuda else _loss_and_gradient
         total = torch.zeros((), device=hidden.device)
         grads = [torch.zeros_like(tensor) for tensor in (hidden, *trained)]
         chunks = (tensor.split(CHUNK_TOKENS) for tensor in (hidden, targets, grads[0]))
@@ -49,7 +52,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
                 logits = head(leaf)
-            loss, grad_logits = _loss_and_gradient(logits.detach(), target)
+            loss, grad_logits = loss_and_gradient(logits.detach(), target)
             parts = torch.autograd.grad(logits, (leaf, *trained), grad_logits)
             for into, part in zip((grad, *grads[1:]), parts, strict=True):
                 into += part
@@ -65,15 +68,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of (tokens,) losses, and its gradient, softmax - 1 at the target, in the logits' dtype.
-
-    Each pass over (tokens, vocabulary) takes a good part of the time of a product with the head's weight: they are few.
-    """
+    """The sum of (tokens,) losses, and its gradient, softmax - 1 at the target, in the logits' dtype."""
     log_probabilities, target, has_label = _log_probabilities(logits, targets)
     of_target = log_probabilities.gather(1, target)
-    gradient = torch.exp(log_probabilities, out=torch.empty_like(logits))
-    gradient.scatter_(1, target, of_target.expm1().to(gradient.dtype))
-    return _sum(of_target, has_label), gradient.mul_(has_label)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    gradient = torch.where(is_target, of_target.expm1(), log_probabilities.exp())
+    return _sum(of_target, has_label), gradient.where(has_label, 0).to(logits.dtype)
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same in two passes over (tokens, vocabulary), and nothing as large in float32.
+
+    Each pass takes a good part of the time of a product with the head's weight.
+    """
+    return torch.compile(_loss_and_gradient, dynamic=True)
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

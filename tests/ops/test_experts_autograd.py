@@ -251,7 +251,6 @@ def test_whatever_selective_checkpointing_saves_gradients_are_right_or_it_raises
 # Compiled autograd
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch 2.11, as its compiler is imported
 def test_compiled_autograd_gives_the_same_gradients():
     problem = make_problem(gate_up_ranks=(4,), down_ranks=(4,))
     plain, leaves = run(problem), problem.leaves()

@@ -1,5 +1,7 @@
 """Tests of the loss: against the full logits, masked tokens, what is kept."""
 
+import lora.loss
+import pytest
 import torch
 from lora.chat import IGNORED
 from lora.loss import CHUNK_TOKENS, next_token_loss
@@ -106,3 +108,28 @@ def test_any_head_trains():
     for mine, wanted in zip(ours, (hidden, *adapted[1].parameters()), strict=True):
         torch.testing.assert_close(mine, wanted.grad, atol=1e-7, rtol=1e-4)
     assert head.weight.grad is None
+
+
+def with_labels():
+    torch.manual_seed(0)
+    targets = torch.randint(0, 1000, (300,))
+    targets[100:200] = IGNORED
+    return 3 * torch.randn(300, 1000, dtype=torch.bfloat16), targets
+
+
+def test_the_compiler_sees_all_of_a_part_s_loss():
+    given = with_labels()
+    whole = torch.compile(lora.loss._loss_and_gradient, fullgraph=True, dynamic=True, backend="eager")(*given)
+    assert all(map(torch.equal, whole, lora.loss._loss_and_gradient(*given)))
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled", "ignore:TensorFloat32 tensor cores")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_on_a_gpu_it_is_the_same():
+    logits, targets = (tensor.to("cuda") for tensor in with_labels())
+    loss, gradient = lora.loss._loss_and_gradient(logits, targets)
+    compiled_loss, compiled = lora.loss._compiled()(logits, targets)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
+    assert (compiled - gradient).float().norm() / gradient.float().norm() < 2**-9  # of a rounding to bfloat16
+    assert (compiled - gradient.roll(1, 0)).float().norm() / gradient.float().norm() > 1
+    assert not compiled[100:200].any()

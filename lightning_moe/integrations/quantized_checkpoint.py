@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable
 from typing import Any, Self
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -83,7 +82,7 @@ def _parameters(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     parameters = model.state_dict()
     found = {}
-    for key in keys:
+    for key in sorted(keys):
         name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if name in parameters or key in parameters:
             found[key] = name if name in parameters else key
@@ -142,6 +141,4 @@ class CastDense(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Dense weights cast, by name; bitsandbytes' as they are."""
         dtype = kwargs["model"].get_parameter_or_buffer(kwargs["full_layer_name"]).dtype
-        return {
-            name: value[0].to(dtype) if isinstance(value, list) else value for name, value in input_dict.items()
-        }
+        return {name: value[0].to(dtype) if isinstance(value, list) else value for name, value in input_dict.items()}

@@ -101,14 +101,15 @@ class LoadingQuantizer(HfQuantizer):
         """Has what a checkpoint has in nf4 joined, and taken over by bitsandbytes, as it is."""
         if not self.pre_quantized:
             return weight_conversions
-        targets = {
-            id(each): each.target_patterns[0] for each in weight_conversions if isinstance(each, WeightConverter)
-        }
-        experts = {key for key, target in targets.items() if any(name.endswith(target) for name in self.names)}
         linear = [] if self.linear is None else self.linear.get_weight_conversions()
         for converter in linear:
             converter.operations.append(CastDense())
-        return [fusing(each, self) if id(each) in experts else each for each in weight_conversions] + linear
+        return [fusing(each, self) if self._makes_experts(each) else each for each in weight_conversions] + linear
+
+    def _makes_experts(self, conversion: Any) -> bool:
+        """Whether a conversion's results are parameters that are quantized."""
+        is_converter = isinstance(conversion, WeightConverter)
+        return is_converter and any(name.endswith(conversion.target_patterns[0]) for name in self.names)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.names = self.quantization_config.find_parameters(model)

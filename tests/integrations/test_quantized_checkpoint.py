@@ -1,13 +1,13 @@
 """Checkpoints that bitsandbytes quantized expert by expert: their bytes in the model, and what is refused by name."""
 
 import json
-import re
 from collections import defaultdict
 
 import pytest
 import torch
+from helpers.bitsandbytes_checkpoint import ATTENTION, EXPERTS, quantized, write
 from helpers.models import SIZES, experts_modules, qwen3, tokens, with_expert_lora
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -16,8 +16,6 @@ from lightning_moe.integrations.bitsandbytes_nf4 import QUANT_STATE
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
-EXPERTS = r".*\.experts\.\d+\.\w+\.weight"
-ATTENTION = r".*\.self_attn\.[qkvo]_proj\.weight"
 FIRST = "model.layers.0.mlp.experts.0.gate_proj.weight"
 
 
@@ -36,44 +34,6 @@ def mixtral():
     torch.manual_seed(0)
     sizes = SIZES | {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes' CPU kernel is wrong on rows of 32
     return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
-
-
-def quantized(weight, name, nested=True, **options):
-    """A matrix as a checkpoint has it, and as bitsandbytes makes it dense."""
-    packed, state = functional.quantize_4bit(
-        weight, **{"blocksize": 64, "quant_type": "nf4", "compress_statistics": nested} | options
-    )
-    saved = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
-    return {name: packed} | saved, functional.dequantize_4bit(packed, state)
-
-
-def save(tensors, folder):
-    """In two files, which a matrix's tensors are spread over."""
-    shards = defaultdict(dict)
-    for number, (key, tensor) in enumerate(tensors.items()):
-        shards[f"model-{number % 2}.safetensors"][key] = tensor.contiguous()
-    for file, shard in shards.items():
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    index = {key: file for file, shard in shards.items() for key in shard}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
-def write(model, folder, *, which=(EXPERTS, ATTENTION), nested=True, change=lambda tensors: tensors):
-    """A checkpoint as on the hub. Returns its tensors, and the dense ones that bitsandbytes makes of it."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    dense = dict(tensors)
-    for key, tensor in dense.items():
-        if any(re.fullmatch(pattern, key) for pattern in which):
-            saved, dense[key] = quantized(tensor, key, nested)
-            tensors |= saved
-    tensors = change(tensors)
-    save(tensors, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return tensors, dense
 
 
 def load(folder, dtype=torch.bfloat16, **options):
@@ -235,6 +195,7 @@ REMEDY = "Load the 16-bit checkpoint"
         (without("q_proj.weight.absmax"), f"^the checkpoint lacks .*0.self_attn.q_proj.weight.absmax. {REMEDY}"),
         (with_dense(), f"^{FIRST} is BF16 in a checkpoint with quantized weights, .* {REMEDY}"),
         (with_dense(dtype=torch.uint8), f"^{FIRST} is U8 .* not in bitsandbytes' nf4 with its {FIRST}.absmax. "),
+        (with_dense(dtype=torch.float8_e4m3fn), f"^{FIRST} is F8_E4M3 .* {REMEDY}"),
         (with_matrix("model.embed_tokens.weight"), f"^model.embed_tokens.* is no linear layer. {REMEDY}"),
     ],
 )
@@ -246,3 +207,23 @@ def test_what_cannot_be_loaded_is_an_error_before_any_weight_is_read(tmp_path, m
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_experts_that_are_not_in_nf4_are_an_error(tmp_path, dtype):
+    """Linear layers in nf4 as Transformers quantizes them, or another format whose configuration is left out."""
+    which, name = ((ATTENTION,), "BF16") if dtype == torch.bfloat16 else ((), "F8_E4M3")
+    write(large_qwen3(), tmp_path, which=which, change=with_dense(dtype=dtype))
+    with pytest.raises(ValueError, match=f"^model.* is {name} in a checkpoint with quantized weights, .* {REMEDY}"):
+        load(tmp_path)
+
+
+def test_a_block_of_two_experts_is_an_error(tmp_path):
+    write(qwen3(hidden_size=8, moe_intermediate_size=4, num_experts=4), tmp_path)
+    with pytest.raises(ValueError, match="experts.down_proj cannot be quantized to nf4: an expert of 8 x 4 values"):
+        load(tmp_path, torch.float32)
+
+
+def test_a_shape_that_is_not_the_models_is_an_error(tmp_path):
+    change = with_matrix("model.layers.1.mlp.experts.3.down_proj.weight")
+    write(small_qwen3(), tmp_path, change=change)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        load(tmp_path)

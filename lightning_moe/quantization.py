@@ -91,7 +91,8 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
         )
 
     A checkpoint whose experts bitsandbytes quantized to nf4 one by one is loaded as it is: nothing is quantized again,
-    linear layers that it has in nf4 become bitsandbytes' own, and what it has dense stays dense. Transformers refuses
+    linear layers that it has in nf4 become bitsandbytes' own, with `linear` or without, and what it has dense stays
+    dense. Routers in nf4, as Transformers 4 and bitsandbytes made them, become dense. Transformers refuses
     another configuration than the checkpoint's ("you are passing a QuantizedExpertsConfig"), so leave that one out:
 
         config = AutoConfig.from_pretrained(name, quantization_config=None)

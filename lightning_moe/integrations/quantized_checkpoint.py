@@ -26,7 +26,7 @@ REMEDY = "Load the 16-bit checkpoint: its experts are quantized while it is load
 
 
 def find_quantized(model: PreTrainedModel, files: Iterable[str], experts: list[str]) -> set[str] | None:
-    """The linear layers that a checkpoint has in nf4, as the model names them; None if its experts are dense.
+    """The modules beside the experts whose weight a checkpoint has in nf4; None if it has nothing in nf4.
 
     Args:
         model: on the meta device.
@@ -47,18 +47,13 @@ def find_quantized(model: PreTrainedModel, files: Iterable[str], experts: list[s
                 f"{key} is {dtypes[key]} in a checkpoint with quantized weights, and not in bitsandbytes' nf4 with its "
                 f"{key}.absmax. {REMEDY}"
             )
-    linear = set()
     for key in sorted(quantized):
         try:
             check_matrix(key, dtypes, states)
         except ValueError as error:
             raise ValueError(f"{error}. {REMEDY}") from error
-        if key in parameters and key not in experts_keys:
-            name = parameters[key].removesuffix(".weight")
-            if not isinstance(model.get_submodule(name), nn.Linear):
-                raise ValueError(f"{key} is in nf4, and {name} is no linear layer. {REMEDY}")
-            linear.add(name)
-    return linear if quantized else None
+    others = parameters.keys() & quantized - set(experts_keys)
+    return {parameters[key].removesuffix(".weight") for key in others} if quantized else None
 
 
 def _read_headers(files: Iterable[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -135,10 +130,23 @@ class FuseExperts(ConversionOps):
         return {kwargs["target_patterns"][0]: nn.Parameter(weight, requires_grad=False)}
 
 
-class CastDense(ConversionOps):
-    """Has a weight that the checkpoint left dense in the model's dtype."""
+class DenseElsewhere(ConversionOps):
+    """Follows bitsandbytes' operation: what is not a linear layer's in nf4 is dense, in the model's dtype.
+
+    Such as a router that was a linear layer where the checkpoint was made.
+    """
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Dense weights cast, by name; bitsandbytes' as they are."""
-        dtype = kwargs["model"].get_parameter_or_buffer(kwargs["full_layer_name"]).dtype
-        return {name: value[0].to(dtype) if isinstance(value, list) else value for name, value in input_dict.items()}
+        """The weight by name, from a list where the checkpoint has it dense."""
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Linear4bit
+
+        name = kwargs["full_layer_name"]
+        ((key, value),) = input_dict.items()
+        if isinstance(value, list):
+            dense = value[0]
+        elif isinstance(kwargs["model"].get_submodule(name.rpartition(".")[0]), Linear4bit):
+            return input_dict
+        else:
+            dense = dequantize_4bit(value.data, value.quant_state)
+        return {key: dense.to(kwargs["model"].get_parameter_or_buffer(name).dtype)}

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_moe.integrations.bitsandbytes_nf4 import check_installed
-from lightning_moe.integrations.quantized_checkpoint import CastDense, find_quantized, fusing
+from lightning_moe.integrations.quantized_checkpoint import DenseElsewhere, find_quantized, fusing
 from lightning_moe.ops.quantized import QuantizedWeight
 
 logger = logging.get_logger(__name__)
@@ -98,12 +98,12 @@ class LoadingQuantizer(HfQuantizer):
         return Quantize(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Has what a checkpoint has in nf4 joined, and taken over by bitsandbytes, as it is."""
+        """Has a checkpoint's nf4 taken over as it is: the experts' joined, linear layers' by bitsandbytes."""
         if not self.pre_quantized:
             return weight_conversions
         linear = [] if self.linear is None else self.linear.get_weight_conversions()
         for converter in linear:
-            converter.operations.append(CastDense())
+            converter.operations.append(DenseElsewhere())
         return [fusing(each, self) if self._makes_experts(each) else each for each in weight_conversions] + linear
 
     def _makes_experts(self, conversion: Any) -> bool:
@@ -116,11 +116,11 @@ class LoadingQuantizer(HfQuantizer):
         quantized = find_quantized(model, kwargs.get("checkpoint_files") or (), self.names)
         self.pre_quantized = quantized is not None
         if quantized is not None:
-            if self.linear is not None and not quantized:
+            linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            if self.linear is not None and not linear & quantized:
                 raise ValueError("the checkpoint has its experts in nf4 and its linear layers dense: leave linear out")
             self.linear = linear_quantizer(pre_quantized=True) if quantized else None
-            linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-            skipped = [rf"{re.escape(name)}$" for name in linear if name not in quantized]
+            skipped = [rf"{re.escape(name)}$" for name in linear - quantized]
         elif self.linear is not None:
             routers = [rf"{re.escape(name)}$" for name in routers_beside(model, self.names)]
             skipped = self.get_modules_to_not_convert(model, routers, add_default_skips=True)
@@ -139,7 +139,7 @@ class LoadingQuantizer(HfQuantizer):
         """No; Transformers then raises ValueError and points to the warning."""
         logger.warning(
             "Quantized experts cannot be saved: no layout of a checkpoint has them. Save the adapters, and load the "
-            "experts from the 16-bit checkpoint again."
+            "experts from the checkpoint that they came from."
         )
         return False
 

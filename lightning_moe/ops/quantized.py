@@ -97,7 +97,10 @@ class NF4:
             raise ValueError(f"nf4: two columns share a byte, and {columns.start} is the second of its")
         out = parts["packed"].new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
         levels, codes = tables(out.device)
-        dense = launch("dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start)
+        dense = launch(
+            "dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start, self.block,
+            self.nested_block,
+        )  # fmt: skip
         if dense is not NO_KERNEL:
             return out
         every = torch.arange(rows.start, rows.stop, device=out.device)[:, None] * shape[2]

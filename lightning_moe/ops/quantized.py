@@ -7,10 +7,10 @@ gets a dense copy. A format is one small object: what a weight consists of, and 
 Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, and the operator `_to_copy`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ class QuantizedWeight(Tensor):
     @data.setter
     def data(self, other: Tensor) -> None:
         if not (isinstance(other, QuantizedWeight) and self._is_like(other)):
-            raise self._frozen("setting its data to another tensor")
+            self._refuse("setting its data to another tensor")
         self.parts = other.parts
 
     def _is_like(self, other: Any) -> bool:
@@ -204,9 +204,9 @@ class QuantizedWeight(Tensor):
         )
         return mine == its and (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
 
-    def _frozen(self, what: str) -> RuntimeError:
+    def _refuse(self, what: str) -> NoReturn:
         # No TypeError: Python would then add to a dense copy where it was asked to add in place.
-        return RuntimeError(
+        raise RuntimeError(
             f"{what} would change a frozen weight in {self.format.name}: its bytes hold no other values. To merge "
             "adapters into it, merge them into the 16-bit model"
         )
@@ -250,28 +250,20 @@ class QuantizedWeight(Tensor):
                 "Train on one GPU or with DDP"
             )
         changed = [kwargs.get("out"), args[:1] if func.overloadpacket.__name__.endswith("_") else None]
-        for weight in _quantized(changed):
-            raise weight._frozen(func.__name__)
-        return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+        _each_quantized(changed, lambda weight: weight._refuse(func.__name__))
+        return func(*_each_quantized(args, cls.dequantize), **_each_quantized(kwargs, cls.dequantize))
 
     def _with(self, parts: dict[str, Tensor], dtype: torch.dtype | None = None) -> "QuantizedWeight":
         return QuantizedWeight(self.format, parts, tuple(self.shape), dtype or self.dtype)
 
 
-def _quantized(argument: Any) -> Iterator["QuantizedWeight"]:
-    """The quantized weights among arguments, also those in lists."""
-    if isinstance(argument, (list, tuple)):
-        for one in argument:
-            yield from _quantized(one)
-    elif isinstance(argument, QuantizedWeight):
-        yield argument
-
-
-def _dense(argument: Any) -> Any:
-    """What an operation computes with in place of quantized weights, also those in a list."""
-    if isinstance(argument, (list, tuple)):
-        return [_dense(one) for one in argument]
-    return argument.dequantize() if isinstance(argument, QuantizedWeight) else argument
+def _each_quantized(arguments: Any, function: Callable[["QuantizedWeight"], Any]) -> Any:
+    """Arguments with what a function makes of each quantized weight among them, also of those in lists."""
+    if isinstance(arguments, (list, tuple)):
+        return [_each_quantized(one, function) for one in arguments]
+    if isinstance(arguments, dict):
+        return {name: _each_quantized(one, function) for name, one in arguments.items()}
+    return function(arguments) if isinstance(arguments, QuantizedWeight) else arguments
 
 
 @dataclass(frozen=True)

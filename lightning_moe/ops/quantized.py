@@ -191,9 +191,16 @@ class QuantizedWeight(Tensor):
 
     @data.setter
     def data(self, other: Tensor) -> None:
-        if not (isinstance(other, QuantizedWeight) and self._is_like(other)):
+        if not (isinstance(other, QuantizedWeight) and self._is_like(other._with(other.parts, self.dtype))):
             self._refuse("setting its data to another tensor")
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.parts = other.parts
+
+    def share_memory_(self) -> "QuantizedWeight":
+        """Moves the parts to memory that processes share."""
+        for part in self.parts.values():
+            part.share_memory_()
+        return self
 
     def _is_like(self, other: Any) -> bool:
         """Whether another weight consists of parts of the same shapes, dtypes and device."""
@@ -213,16 +220,6 @@ class QuantizedWeight(Tensor):
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.format.name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        for name, part in self.parts.items():
-            self.__dict__[name] = part
-        return list(self.parts), (self.format, tuple(self.shape), self.dtype)
-
-    @classmethod
-    def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, *_: Any) -> Self:
-        format, shape, dtype = context
-        return cls(format, parts, shape, dtype)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -244,6 +241,9 @@ class QuantizedWeight(Tensor):
                 return target
             if torch.equal(target.dequantize(), source.to(target.dtype)):  # as DDP has the first rank's copied to all
                 return target
+        if func is aten.set_.source_Tensor and isinstance(args[0], cls) and args[0]._is_like(args[1]):
+            args[0].parts = args[1].parts  # as parametrizations, and so PEFT's merged path, have it
+            return args[0]
         if func is aten.split.Tensor:
             raise NotImplementedError(
                 f"a weight in {args[0].format.name} is not sharded, as fully_shard would: its parts would be dense. "

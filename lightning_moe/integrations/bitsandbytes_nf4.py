@@ -50,15 +50,9 @@ def check_installed() -> None:
 
 
 def encode(weight: Tensor) -> dict[str, Tensor]:
-    """Quantizes (E, out, in) weights expert by expert, on their device, with nested absmax.
-
-    Raises:
-        ValueError: if a block would straddle experts.
-    """
+    """Quantizes (E, out, in) weights expert by expert, on their device, with nested absmax."""
     from bitsandbytes.functional import quantize_4bit
 
-    if problem := NF4().shape_problem(tuple(weight.shape)):
-        raise ValueError(f"nf4: {problem}")
     experts = []
     for expert in weight.detach():
         packed, state = quantize_4bit(

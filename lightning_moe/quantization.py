@@ -90,6 +90,17 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
             name, dtype=torch.bfloat16, device_map={"": "cuda"}, quantization_config=QuantizedExpertsConfig("nf4")
         )
 
+    A checkpoint whose experts bitsandbytes quantized to nf4 one by one is loaded as it is: nothing is quantized again,
+    linear layers that it has in nf4 become bitsandbytes' own, with `linear` or without, and what it has dense stays
+    dense. Routers in nf4, as Transformers 4 and bitsandbytes made them, become dense. Transformers refuses
+    another configuration than the checkpoint's ("you are passing a QuantizedExpertsConfig"), so leave that one out:
+
+        config = AutoConfig.from_pretrained(name, quantization_config=None)
+        AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.bfloat16, device_map={"": "cuda"},
+            quantization_config=QuantizedExpertsConfig("nf4"),
+        )
+
     Args:
         format: of the experts, see `quantize_experts`.
         linear: has the other linear layers become bitsandbytes' own, in nf4 with nested absmax and computing in
@@ -97,8 +108,8 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
         quant_method: as Transformers writes it into a model's config.
 
     Raises:
-        ValueError: on another format. `from_pretrained` raises it, before anything is read, where `quantize_experts`
-            would.
+        ValueError: on another format. `from_pretrained` raises it, before any weight is read, where `quantize_experts`
+            would, and where a quantized checkpoint cannot be loaded as it is.
     """
 
     quant_method: Any

@@ -5,7 +5,7 @@ Read in bitsandbytes 0.50: the attributes of its `QuantState`, and the tensors t
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, tables
 # Where the checkpoint says what is no tensor: the type, block sizes, the shape, the offset.
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 FP4_QUANT_STATE = "quant_state.bitsandbytes__fp4"
+NESTED = ("nested_absmax", "nested_quant_map")
+# What a checkpoint may have beside a matrix's bytes, after their name and a dot.
+COMPANIONS = ("absmax", "quant_map", *NESTED, QUANT_STATE, FP4_QUANT_STATE)
 
 
 class Matrix(NamedTuple):
@@ -47,15 +50,9 @@ def check_installed() -> None:
 
 
 def encode(weight: Tensor) -> dict[str, Tensor]:
-    """Quantizes (E, out, in) weights expert by expert, on their device, with nested absmax.
-
-    Raises:
-        ValueError: if a block would straddle experts.
-    """
+    """Quantizes (E, out, in) weights expert by expert, on their device, with nested absmax."""
     from bitsandbytes.functional import quantize_4bit
 
-    if problem := NF4().shape_problem(tuple(weight.shape)):
-        raise ValueError(f"nf4: {problem}")
     experts = []
     for expert in weight.detach():
         packed, state = quantize_4bit(
@@ -63,6 +60,24 @@ def encode(weight: Tensor) -> dict[str, Tensor]:
         )
         experts.append([Matrix(packed.flatten(), state.absmax, state.state2.code, state.state2.absmax, state.offset)])
     return parts_of(experts)
+
+
+def check_matrix(name: str, names: Container[str], states: Mapping[str, Tensor]) -> None:
+    """Whether a checkpoint's matrix can be read, without its values.
+
+    Args:
+        name: of the matrix, as in `fuse`.
+        names: of all tensors.
+        states: the tensors that say how matrices are quantized, by name.
+
+    Raises:
+        ValueError: with a name, if a tensor is missing or it is in another format.
+    """
+    state = _read_state(states, name)
+    companions = ("absmax", "quant_map", *(NESTED if "nested_blocksize" in state else ()))
+    for key in (name, *(f"{name}.{each}" for each in companions)):
+        if key not in names:
+            raise ValueError(f"the checkpoint lacks {key}")
 
 
 def fuse(tensors: Mapping[str, Tensor], names: list[list[str]], dtype: torch.dtype) -> QuantizedWeight:

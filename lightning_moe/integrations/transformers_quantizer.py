@@ -8,13 +8,12 @@ Read in Transformers 5.17 to 5.24: `HfQuantizer` with its hooks `_process_model_
 """
 
 import re
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -22,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_moe.integrations.bitsandbytes_nf4 import check_installed
+from lightning_moe.integrations.quantized_checkpoint import DenseElsewhere, find_quantized, fusing
 from lightning_moe.ops.quantized import QuantizedWeight
 
 logger = logging.get_logger(__name__)
@@ -59,20 +59,10 @@ class LoadingQuantizer(HfQuantizer):
     quantization_config: LoadedQuantizedConfig
 
     def __init__(self, quantization_config: LoadedQuantizedConfig, **_: Any) -> None:
-        # Nothing is ever saved quantized, so a checkpoint whose config.json has this config is dense.
+        # Not what config.json says but the tensors that are read: a dense checkpoint may have this config.
         super().__init__(quantization_config, pre_quantized=False)
         self.names: list[str] = []
-
-    @cached_property
-    def linear(self) -> Bnb4BitHfQuantizer | None:
-        """Quantizes linear layers."""
-        if not self.quantization_config.linear:
-            return None
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-        return Bnb4BitHfQuantizer(config, pre_quantized=False)
+        self.linear = linear_quantizer(pre_quantized=False) if quantization_config.linear else None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises ModuleNotFoundError without bitsandbytes, ValueError where experts would be moved to and fro."""
@@ -107,11 +97,34 @@ class LoadingQuantizer(HfQuantizer):
         """What Transformers calls with each parameter that needs it."""
         return Quantize(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Has a checkpoint's nf4 taken over as it is: the experts' joined, linear layers' by bitsandbytes."""
+        if not self.pre_quantized:
+            return weight_conversions
+        linear = [] if self.linear is None else self.linear.get_weight_conversions()
+        for converter in linear:
+            converter.operations.append(DenseElsewhere())
+        return [fusing(each, self) if self._makes_experts(each) else each for each in weight_conversions] + linear
+
+    def _makes_experts(self, conversion: Any) -> bool:
+        """Whether a conversion's results are parameters that are quantized."""
+        is_converter = isinstance(conversion, WeightConverter)
+        return is_converter and any(name.endswith(conversion.target_patterns[0]) for name in self.names)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.names = self.quantization_config.find_parameters(model)
-        if self.linear is not None:
+        quantized = find_quantized(model, kwargs.get("checkpoint_files") or (), self.names)
+        self.pre_quantized = quantized is not None
+        if quantized is not None:
+            linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            if self.linear is not None and not linear & quantized:
+                raise ValueError("the checkpoint has its experts in nf4 and its linear layers dense: leave linear out")
+            self.linear = linear_quantizer(pre_quantized=True) if quantized else None
+            skipped = [rf"{re.escape(name)}$" for name in linear - quantized]
+        elif self.linear is not None:
             routers = [rf"{re.escape(name)}$" for name in routers_beside(model, self.names)]
             skipped = self.get_modules_to_not_convert(model, routers, add_default_skips=True)
+        if self.linear is not None:
             self.linear.quantization_config.llm_int8_skip_modules = skipped
             self.linear._process_model_before_weight_loading(model, **kwargs)
 
@@ -126,7 +139,7 @@ class LoadingQuantizer(HfQuantizer):
         """No; Transformers then raises ValueError and points to the warning."""
         logger.warning(
             "Quantized experts cannot be saved: no layout of a checkpoint has them. Save the adapters, and load the "
-            "experts from the 16-bit checkpoint again."
+            "experts from the checkpoint that they came from."
         )
         return False
 
@@ -169,6 +182,15 @@ class Quantize(ConversionOps):
             else:
                 converted[name] = value
         return converted
+
+
+def linear_quantizer(pre_quantized: bool) -> Bnb4BitHfQuantizer:
+    """What has linear layers in nf4, quantized while they are loaded or in the checkpoint."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return Bnb4BitHfQuantizer(config, pre_quantized=pre_quantized)
 
 
 def routers_beside(model: nn.Module, names: list[str]) -> list[str]:

@@ -7,10 +7,10 @@ gets a dense copy. A format is one small object: what a weight consists of, and 
 Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, and the operator `_to_copy`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -97,7 +97,10 @@ class NF4:
             raise ValueError(f"nf4: two columns share a byte, and {columns.start} is the second of its")
         out = parts["packed"].new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
         levels, codes = tables(out.device)
-        dense = launch("dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start)
+        dense = launch(
+            "dequantize_nf4", parts["packed"], parts, shape, levels, codes, out, rows.start, columns.start, self.block,
+            self.nested_block,
+        )  # fmt: skip
         if dense is not NO_KERNEL:
             return out
         every = torch.arange(rows.start, rows.stop, device=out.device)[:, None] * shape[2]
@@ -188,9 +191,16 @@ class QuantizedWeight(Tensor):
 
     @data.setter
     def data(self, other: Tensor) -> None:
-        if not (isinstance(other, QuantizedWeight) and self._is_like(other)):
-            raise self._frozen("setting its data to another tensor")
+        if not (isinstance(other, QuantizedWeight) and self._is_like(other._with(other.parts, self.dtype))):
+            self._refuse("setting its data to another tensor")
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.parts = other.parts
+
+    def share_memory_(self) -> "QuantizedWeight":
+        """Moves the parts to memory that processes share."""
+        for part in self.parts.values():
+            part.share_memory_()
+        return self
 
     def _is_like(self, other: Any) -> bool:
         """Whether another weight consists of parts of the same shapes, dtypes and device."""
@@ -201,25 +211,15 @@ class QuantizedWeight(Tensor):
         )
         return mine == its and (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
 
-    def _frozen(self, what: str) -> RuntimeError:
+    def _refuse(self, what: str) -> NoReturn:
         # No TypeError: Python would then add to a dense copy where it was asked to add in place.
-        return RuntimeError(
+        raise RuntimeError(
             f"{what} would change a frozen weight in {self.format.name}: its bytes hold no other values. To merge "
             "adapters into it, merge them into the 16-bit model"
         )
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.format.name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        for name, part in self.parts.items():
-            self.__dict__[name] = part
-        return list(self.parts), (self.format, tuple(self.shape), self.dtype)
-
-    @classmethod
-    def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, *_: Any) -> Self:
-        format, shape, dtype = context
-        return cls(format, parts, shape, dtype)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -241,34 +241,29 @@ class QuantizedWeight(Tensor):
                 return target
             if torch.equal(target.dequantize(), source.to(target.dtype)):  # as DDP has the first rank's copied to all
                 return target
+        if func is aten.set_.source_Tensor and isinstance(args[0], cls) and args[0]._is_like(args[1]):
+            args[0].parts = args[1].parts  # as parametrizations, and so PEFT's merged path, have it
+            return args[0]
         if func is aten.split.Tensor:
             raise NotImplementedError(
                 f"a weight in {args[0].format.name} is not sharded, as fully_shard would: its parts would be dense. "
                 "Train on one GPU or with DDP"
             )
         changed = [kwargs.get("out"), args[:1] if func.overloadpacket.__name__.endswith("_") else None]
-        for weight in _quantized(changed):
-            raise weight._frozen(func.__name__)
-        return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+        _each_quantized(changed, lambda weight: weight._refuse(func.__name__))
+        return func(*_each_quantized(args, cls.dequantize), **_each_quantized(kwargs, cls.dequantize))
 
     def _with(self, parts: dict[str, Tensor], dtype: torch.dtype | None = None) -> "QuantizedWeight":
         return QuantizedWeight(self.format, parts, tuple(self.shape), dtype or self.dtype)
 
 
-def _quantized(argument: Any) -> Iterator["QuantizedWeight"]:
-    """The quantized weights among arguments, also those in lists."""
-    if isinstance(argument, (list, tuple)):
-        for one in argument:
-            yield from _quantized(one)
-    elif isinstance(argument, QuantizedWeight):
-        yield argument
-
-
-def _dense(argument: Any) -> Any:
-    """What an operation computes with in place of quantized weights, also those in a list."""
-    if isinstance(argument, (list, tuple)):
-        return [_dense(one) for one in argument]
-    return argument.dequantize() if isinstance(argument, QuantizedWeight) else argument
+def _each_quantized(arguments: Any, function: Callable[["QuantizedWeight"], Any]) -> Any:
+    """Arguments with what a function makes of each quantized weight among them, also of those in lists."""
+    if isinstance(arguments, (list, tuple)):
+        return [_each_quantized(one, function) for one in arguments]
+    if isinstance(arguments, dict):
+        return {name: _each_quantized(one, function) for name, one in arguments.items()}
+    return function(arguments) if isinstance(arguments, QuantizedWeight) else arguments
 
 
 @dataclass(frozen=True)

@@ -677,16 +677,18 @@ def dequantize_nf4(
     out: Tensor,
     first_row: int,
     first_column: int,
+    block: int,
+    nested_block: int,
 ) -> Tensor:
     (num_experts, num_rows, num_columns), is_nested = out.shape, "absmax_scale" in parts
-    packed, absmax, block, at_a_time = parts["packed"], parts["absmax"], 64, 16
+    packed, absmax, at_a_time = parts["packed"], parts["absmax"], 16
     scales, offsets = (parts["absmax_scale"], parts["absmax_offset"]) if is_nested else (None, None)
     num_groups = _cdiv(num_columns, block)
     _run(
         _dequantize_nf4_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), packed, absmax, scales,
         offsets, levels, codes, out, first_row, first_column // 2, num_rows, num_columns, _cdiv(num_columns, 2),
         num_groups, shape[2] // 2, absmax.shape[1], scales.shape[1] if is_nested else 0, packed.shape[1],
-        constants=(is_nested, shape[2] % block == 0 and first_column % block == 0, block // 2, 256, at_a_time),
+        constants=(is_nested, shape[2] % block == 0 and first_column % block == 0, block // 2, nested_block, at_a_time),
         num_warps=1, enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
     )  # fmt: skip
     return out

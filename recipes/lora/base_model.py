@@ -26,12 +26,13 @@ TAKEN_TOO = ("head_dim", "rope_theta", "rope_scaling")
 CONTEXT_BYTES = GIB
 
 
-def read_config(name: str | None, architecture: dict[str, Any]) -> PretrainedConfig:
+def read_config(name: str | None, architecture: dict[str, Any], quantize: bool = False) -> PretrainedConfig:
     """The configuration of a pretrained model, or of a random one.
 
     Args:
         name: a hub name or a folder; None for a random model.
         architecture: `model_type` and fields of that family's configuration, for a random model.
+        quantize: whether the experts are quantized; what config.json says of the checkpoint's own is then left out.
 
     Raises:
         ValueError: where there is no such family, or a field is none of its configuration's.
@@ -45,7 +46,9 @@ def read_config(name: str | None, architecture: dict[str, Any]) -> PretrainedCon
         if unknown := sorted(fields.keys() - known):
             raise ValueError(f"model.architecture has {', '.join(unknown)}, which no {family} has")
         return CONFIG_MAPPING[family](**fields)
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return AutoConfig.from_pretrained(
+        name, trust_remote_code=False, **({"quantization_config": None} if quantize else {})
+    )
 
 
 def check_weights(name: str) -> None:
@@ -140,8 +143,8 @@ def build(
         register()
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map={"": device}, attn_implementation=attention, use_safetensors=True,
-            trust_remote_code=False, quantization_config=quantization,
+            name, config=config, dtype=dtype, device_map={"": device}, attn_implementation=attention,
+            use_safetensors=True, trust_remote_code=False, quantization_config=quantization,
         )  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(init_seed)

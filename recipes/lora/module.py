@@ -52,7 +52,8 @@ class MoELoRA(LightningModule):
         init_seed: of the random base, apart from the run's own seed, so that an adapter finds its base again.
         dtype: of the base. bfloat16 needs `trainer.precision bf16-mixed`.
         quantize: keep the experts' frozen weights in `nf4`, four bits a value: Qwen3-30B-A3B's take 16.8 GiB in place
-            of 57 with all else. Needs bitsandbytes; not with FSDP.
+            of 57 with all else. Needs bitsandbytes; not with FSDP. A checkpoint whose experts bitsandbytes quantized
+            one by one is read as it is.
         quantize_linear: a pretrained model's attention and other linear layers in nf4 as well, 1.2 GiB less.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
@@ -175,7 +176,7 @@ class MoELoRA(LightningModule):
             )
         check_strategy(self.trainer.strategy, self.hparams)
         if self.network is None:
-            config = read_config(self._name, self.hparams["architecture"])
+            config = read_config(self._name, self.hparams["architecture"], self.hparams["quantize"] is not None)
             check_names(config, self.hparams)
             device = self.trainer.strategy.root_device
             check_memory(config, getattr(torch, self.hparams["dtype"]), device, self._quantization)
@@ -199,7 +200,7 @@ class MoELoRA(LightningModule):
         self._description = {
             "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}"
             + (f", experts in {options['quantize']}" if options["quantize"] else "")
-            + ", linear layers too" * options["quantize_linear"],
+            + ", linear layers too" * getattr(base, "is_loaded_in_4bit", False),
             "norms and rotary embedding": norms,
             "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
             "router": self._describe_router(),
@@ -212,7 +213,7 @@ class MoELoRA(LightningModule):
     def build_base(self) -> PreTrainedModel:
         """The model without adapters, on the module's device."""
         options = self.hparams
-        config = read_config(self._name, options["architecture"])
+        config = read_config(self._name, options["architecture"], options["quantize"] is not None)
         dtype = getattr(torch, options["dtype"])
         return build(
             self._name, config, dtype, self.device, options["attention"], options["init_seed"], self._quantization

@@ -92,7 +92,7 @@ def launches(kernels, torch, capability):
         else:
             parts["absmax"] = empty(num_experts, 49152)
         tables, out = (empty(16), empty(256)), empty(num_experts, 512, 2048, dtype=dtype)
-        return partial(kernels.dequantize_nf4, parts, (num_experts, 1536, 2048), *tables, out, 512, 0)
+        return partial(kernels.dequantize_nf4, parts, (num_experts, 1536, 2048), *tables, out, 512, 0, 64, 256)
 
     for pointers, gather, in_first in product(sorted({only_pointers, True}), [True, False], [True, False]):
         yield linear(gather, in_first, gather == in_first, rank=64, pointers=pointers)  # any two of the options meet

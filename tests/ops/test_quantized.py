@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,30 @@ def test_a_module_moves_casts_saves_and_loads_it(parameter):
     assert holder.weight.dequantize().dtype == torch.float32
 
 
+def test_a_module_moves_and_casts_what_something_else_refers_to(parameter):
+    """As a graph does that an error has left alive."""
+    holder = nn.Module()
+    holder.weight = parameter
+    expected = parameter.dequantize()
+    referred = weakref.ref(parameter)
+    holder.float()
+    assert referred() is holder.weight
+    assert (holder.weight.dtype, holder.weight.dequantize().dtype) == (torch.float32, torch.float32)
+    assert torch.equal(holder.weight.dequantize().to(expected.dtype), expected)
+    holder.to("meta")
+    assert isinstance(holder.weight, QuantizedWeight)
+    assert isinstance(holder.weight, nn.Parameter)
+    assert {part.device.type for part in holder.weight.parts.values()} == {"meta"}
+
+
+def test_its_parts_are_shared_between_processes(parameter):
+    holder, expected = nn.Module(), parameter.dequantize()
+    holder.weight = parameter
+    holder.share_memory()
+    assert all(part.is_shared() for part in holder.weight.parts.values())
+    assert torch.equal(holder.weight.dequantize(), expected)
+
+
 def test_what_would_change_it_raises_and_what_computes_gets_a_dense_copy(parameter):
     dense = parameter.dequantize()
     assert parameter.copy_(dense) is parameter  # as DDP has one rank's weights copied to all
@@ -203,8 +228,11 @@ def test_only_a_weight_of_the_same_parts_is_copied_or_takes_its_place(parameter)
     for other in others:
         with pytest.raises(RuntimeError, match="frozen weight in nf4|must match|size"):
             parameter.copy_(other)
+    for other in (others[0], others[2], before):
         with pytest.raises(RuntimeError, match="frozen weight in nf4"):
             parameter.data = other
+        with pytest.raises(RuntimeError, match="frozen weight in nf4"):
+            parameter.set_(other)
     assert torch.equal(parameter.dequantize(), before)
     same = quantized(torch.randn(SHAPE, dtype=torch.bfloat16))
     parameter.data = same

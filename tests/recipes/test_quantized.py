@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.bitsandbytes_checkpoint import write
 from helpers.recipe import ARCHITECTURE, data, module, trained, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lora.module import MoELoRA
@@ -80,3 +81,18 @@ def test_linear_layers_are_quantized_too_if_asked(tmp_path):
     assert "experts in nf4, linear layers too" in network.description["base"]
     with pytest.raises(ValueError, match="model.quantize_linear is for a pretrained model"):
         module(**OPTIONS, quantize_linear=True)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_checkpoint_that_bitsandbytes_quantized_is_trained_as_it_is(tmp_path, linear):
+    base = module(ARCHITECTURE | {"hidden_size": 64, "moe_intermediate_size": 64}, dtype="bfloat16").build_base()
+    tensors, _ = write(base, tmp_path)
+    options = {"init": "pretrained", "name": str(tmp_path), "quantize_linear": linear}
+    network, _ = fit(tmp_path / "run", 2, **options)
+    (weight,) = (parameter for name, parameter in network.named_parameters() if name.endswith(".down_proj"))
+    assert isinstance(weight, QuantizedWeight)
+    layer = network.network.get_base_model().model.layers[0]
+    name = "model.layers.0.mlp.experts.1.down_proj.weight"
+    assert torch.equal(weight.parts["packed"][1], tensors[name].flatten())
+    assert torch.equal(layer.self_attn.q_proj.base_layer.weight, tensors["model.layers.0.self_attn.q_proj.weight"])
+    assert "experts in nf4, linear layers too" in network.description["base"]

@@ -9,7 +9,10 @@ from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations import bitsandbytes_nf4
 from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.integrations.transformers_quantizer import METHOD, LoadedQuantizedConfig
-from lightning_moe.ops.quantized import FORMATS, QuantizedWeight
+from lightning_moe.ops.nf4 import NF4
+from lightning_moe.ops.quantized import Format, QuantizedWeight
+
+FORMATS: dict[str, Format] = {NF4.name: NF4()}
 
 
 def quantize(weight: Tensor, format: str) -> QuantizedWeight:

@@ -1,4 +1,4 @@
-"""What bitsandbytes makes of a weight in nf4, in memory or in a checkpoint, as the parts of an `ops.quantized.NF4`.
+"""What bitsandbytes makes of a weight in nf4, in memory or in a checkpoint, as the parts of an `ops.nf4.NF4`.
 
 Read in bitsandbytes 0.50: the attributes of its `QuantState`, and the tensors that one is saved as.
 """
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, tables
+from lightning_moe.ops.nf4 import NF4, NF4_LEVELS, tables
+from lightning_moe.ops.quantized import QuantizedWeight
 
 # Where the checkpoint says what is no tensor: the type, block sizes, the shape, the offset.
 QUANT_STATE = "quant_state.bitsandbytes__nf4"

@@ -2,7 +2,8 @@
 
 import torch
 
-from lightning_moe.ops.quantized import NF4, NF4_LEVELS, QuantizedWeight, tables
+from lightning_moe.ops.nf4 import NF4, NF4_LEVELS, tables
+from lightning_moe.ops.quantized import QuantizedWeight
 
 
 def quantized(weight, nested=True):

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_moe import GraphedFunction, LowRank, moe_experts
 from lightning_moe.ops import quantized as module
+from lightning_moe.ops.nf4 import NF4
 from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.quantization import quantize
 
@@ -144,9 +145,9 @@ def test_more_values_than_an_int32_counts():
     parts = quantized(torch.randn(1, 64, 8192)).to("cuda").parts
     repeats = {"packed": (33, 128), "absmax": (33, 128), "absmax_scale": (33, 128), "absmax_offset": (33, 128)}
     many = QuantizedWeight(
-        module.NF4(), {name: part.repeat(*repeats[name]) for name, part in parts.items()}, weight.shape, torch.bfloat16
+        NF4(), {name: part.repeat(*repeats[name]) for name, part in parts.items()}, weight.shape, torch.bfloat16
     )
     last = partial(many.dequantize, slice(8128, 8192))
-    one = QuantizedWeight(module.NF4(), parts, (1, 64, 8192), torch.bfloat16).dequantize()
+    one = QuantizedWeight(NF4(), parts, (1, 64, 8192), torch.bfloat16).dequantize()
     assert torch.equal(last()[32], one[0])
     assert torch.equal(last()[0], one[0])

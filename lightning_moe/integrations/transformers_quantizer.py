@@ -21,12 +21,19 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_moe.integrations.bitsandbytes_nf4 import check_installed
-from lightning_moe.integrations.quantized_checkpoint import DenseElsewhere, find_quantized, fusing
+from lightning_moe.integrations.fp8_checkpoint import FP8Checkpoint
+from lightning_moe.integrations.mxfp4_checkpoint import MXFP4Checkpoint
+from lightning_moe.integrations.nf4_checkpoint import NF4Checkpoint
+from lightning_moe.integrations.quantized_checkpoint import Layout, find_quantized, fusing
+from lightning_moe.ops.nf4 import NF4
 from lightning_moe.ops.quantized import QuantizedWeight
 
 logger = logging.get_logger(__name__)
 
 METHOD = "lightning_moe_experts"  # what Transformers knows it by
+
+# Of checkpoints that are quantized already, by format.
+LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (NF4Checkpoint(), FP8Checkpoint(), MXFP4Checkpoint())}
 
 # What device_map="auto" may fill: the rest is for the tensors that a parameter is made of.
 SHARE_OF_MEMORY = 0.9
@@ -36,10 +43,12 @@ class LoadedQuantizedConfig(QuantizationConfigMixin):
     """What becomes of a model's parameters while it is loaded.
 
     Attributes:
+        format: of a weight that is quantized.
         linear: whether linear layers become bitsandbytes' own, in nf4.
         bytes_per_value: of a weight that is quantized.
     """
 
+    format: str
     linear: bool
     bytes_per_value: float
 
@@ -98,13 +107,13 @@ class LoadingQuantizer(HfQuantizer):
         return Quantize(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Has a checkpoint's nf4 taken over as it is: the experts' joined, linear layers' by bitsandbytes."""
+        """Has a checkpoint's quantized experts taken over as they are."""
         if not self.pre_quantized:
             return weight_conversions
-        linear = [] if self.linear is None else self.linear.get_weight_conversions()
-        for converter in linear:
-            converter.operations.append(DenseElsewhere())
-        return [fusing(each, self) if self._makes_experts(each) else each for each in weight_conversions] + linear
+        layout = LAYOUTS[self.quantization_config.format]
+        return [
+            fusing(each, layout, self) if self._makes_experts(each) else each for each in weight_conversions
+        ] + layout.conversions(self, self.names)
 
     def _makes_experts(self, conversion: Any) -> bool:
         """Whether a conversion's results are parameters that are quantized."""
@@ -113,14 +122,18 @@ class LoadingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.names = self.quantization_config.find_parameters(model)
-        quantized = find_quantized(model, kwargs.get("checkpoint_files") or (), self.names)
+        format = self.quantization_config.format
+        quantized = find_quantized(model, kwargs.get("checkpoint_files") or (), self.names, LAYOUTS, format)
         self.pre_quantized = quantized is not None
         if quantized is not None:
             linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-            if self.linear is not None and not linear & quantized:
-                raise ValueError("the checkpoint has its experts in nf4 and its linear layers dense: leave linear out")
-            self.linear = linear_quantizer(pre_quantized=True) if quantized else None
-            skipped = [rf"{re.escape(name)}$" for name in linear - quantized]
+            in_nf4 = quantized if format == NF4.name else set()
+            if self.linear is not None and not linear & in_nf4:
+                raise ValueError(
+                    f"the checkpoint has its experts in {format} and its linear layers not in nf4: leave linear out"
+                )
+            self.linear = linear_quantizer(pre_quantized=True) if in_nf4 else None
+            skipped = [rf"{re.escape(name)}$" for name in linear - in_nf4]
         elif self.linear is not None:
             routers = [rf"{re.escape(name)}$" for name in routers_beside(model, self.names)]
             skipped = self.get_modules_to_not_convert(model, routers, add_default_skips=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.ops.grouped import NO_KERNEL, launch
+from lightning_moe.ops.quantized import parts_problem
 
 # The quantiles of a normal distribution that the four bits stand for (Dettmers et al., QLoRA, 2023, appendix E).
 NF4_LEVELS = (
@@ -45,15 +46,15 @@ class NF4:
             return problem
         experts, out, width = shape
         blocks = out * width // self.block
-        wanted = {"packed": (experts, out * width // 2), "absmax": (experts, blocks)}
-        if "absmax" in parts and parts["absmax"].dtype == torch.uint8:
-            wanted |= dict.fromkeys(("absmax_scale", "absmax_offset"), (experts, -(-blocks // self.nested_block)))
-        if missing := wanted.keys() - parts.keys():
-            return f"nf4 lacks {', '.join(sorted(missing))}"
-        for name, size in wanted.items():
-            if tuple(parts[name].shape) != size:
-                return f"nf4's {name} is {tuple(parts[name].shape)}, and {size} for {shape} in blocks of {self.block}"
-        return None
+        is_nested = "absmax" in parts and parts["absmax"].dtype == torch.uint8
+        wanted = {
+            "packed": ((experts, out * width // 2), torch.uint8),
+            "absmax": ((experts, blocks), torch.uint8 if is_nested else torch.float32),
+        }
+        if is_nested:
+            nested = (experts, -(-blocks // self.nested_block)), torch.float32
+            wanted |= {"absmax_scale": nested, "absmax_offset": nested}
+        return parts_problem(self, parts, wanted, shape)
 
     def dequantize(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: slice, columns: slice

@@ -24,6 +24,7 @@ class Format(Protocol):
     """How (E, out, in) weights are stored."""
 
     name: str
+    block: int
     bytes_per_value: float
 
     def shape_problem(self, shape: tuple[int, ...]) -> str | None:
@@ -36,6 +37,23 @@ class Format(Protocol):
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:
         """The values of some rows and columns of each expert, (E, rows, columns)."""
+
+
+def parts_problem(
+    format: Format,
+    parts: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    shape: tuple[int, ...],
+) -> str | None:
+    """Why parts are not the wanted ones, each of a shape and a dtype, in words; None if they are."""
+    if missing := wanted.keys() - parts.keys():
+        return f"{format.name} lacks {', '.join(sorted(missing))}"
+    for name, (size, dtype) in wanted.items():
+        found = tuple(parts[name].shape), parts[name].dtype
+        if found != (size, dtype):
+            its = f"{format.name}'s {name} is {found[0]} in {found[1]}"
+            return f"{its}, and {size} in {dtype} for {shape} in blocks of {format.block}"
+    return None
 
 
 class QuantizedWeight(Tensor):

@@ -74,8 +74,9 @@ class LoadingQuantizer(HfQuantizer):
         self.linear = linear_quantizer(pre_quantized=False) if quantization_config.linear else None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises ModuleNotFoundError without bitsandbytes, ValueError where experts would be moved to and fro."""
-        check_installed()
+        """Raises ModuleNotFoundError without bitsandbytes for nf4, ValueError where experts would be moved to and fro."""
+        if self.linear is not None or self.quantization_config.format == NF4.name:
+            check_installed()
         device_map = kwargs.get("device_map")
         devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_moe.ops.grouped import NO_KERNEL, launch
 from lightning_moe.ops.quantized import parts_problem
 
 # What the lower three of the four bits stand for (E2M1, OCP Microscaling Formats 1.0); the fourth is the sign.
@@ -56,15 +57,18 @@ class MXFP4:
         """
         if self.is_transposed:
             return MXFP4().dequantize(parts, (shape[0], shape[2], shape[1]), dtype, columns, rows).mT
-        packed = parts["packed"]
+        packed, scales = parts["packed"], parts["scales"]
         out = packed.new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
+        dense = launch("dequantize_mxfp4", packed, packed, scales, out, rows.start, columns.start, self.block)
+        if dense is not NO_KERNEL:
+            return out
         values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float32, device=out.device)
         block = torch.arange(columns.start, columns.stop, device=out.device) // self.block
         first = columns.start % 2  # of two values in a byte
         for expert, target in enumerate(out):
             pairs = packed[expert, rows, columns.start // 2 : (columns.stop + 1) // 2]
             codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)[:, first : first + target.shape[1]]
-            torch.mul(values[codes.int()], powers(parts["scales"][expert, rows])[:, block], out=target)
+            torch.mul(values[codes.int()], powers(scales[expert, rows])[:, block], out=target)
         return out
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:

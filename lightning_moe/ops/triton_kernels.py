@@ -748,7 +748,7 @@ def _dequantize_mxfp4_kernel(
     pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     byte = tl.load(packed + its_row[:, None] * pairs_per_row + pair, mask=valid[:, None], other=0).to(tl.int32)
     scale = tl.load(scales + its_row * blocks_per_row + block, mask=valid, other=0).to(tl.int32)
-    power = tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True)[:, None]
+    power = tl.where(scale == 255, float("nan"), tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True))[:, None]
     both = tl.join(_e2m1(byte & 15) * power, _e2m1(byte >> 4) * power)
     dense = both.reshape(BG, BLOCK).to(out.dtype.element_ty)
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -75,7 +75,8 @@ class MXFP4:
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Quantizes weights expert by expert, on their device: each value to the nearest, of two as near to the even.
 
-        A block's scale has its absmax lie between the largest two powers of two. A block that is not finite becomes NaN.
+        A block's scale brings its absmax to between 4 and 8, of which what exceeds 6 becomes 6. A block that is not
+        finite becomes NaN.
         """
         middles = torch.tensor(E2M1, dtype=torch.float32, device=weight.device)
         middles = (middles[1:] + middles[:-1]) / 2

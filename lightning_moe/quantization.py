@@ -1,5 +1,6 @@
 """Experts' weights in fewer bits, in memory or while a checkpoint is loaded; `ops.quantized` has what they become."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,10 +10,25 @@ from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations import bitsandbytes_nf4
 from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.integrations.transformers_quantizer import METHOD, LoadedQuantizedConfig
+from lightning_moe.ops.fp8 import FP8
+from lightning_moe.ops.mxfp4 import MXFP4
 from lightning_moe.ops.nf4 import NF4
 from lightning_moe.ops.quantized import Format, QuantizedWeight
 
-FORMATS: dict[str, Format] = {NF4.name: NF4()}
+FORMATS: dict[str, Format] = {format.name: format for format in (NF4(), FP8(), MXFP4())}
+
+
+def _encode_nf4(weight: Tensor) -> dict[str, Tensor]:
+    bitsandbytes_nf4.check_installed()
+    return bitsandbytes_nf4.encode(weight)
+
+
+# What makes the parts of a weight of each format.
+ENCODERS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    NF4.name: _encode_nf4,
+    FP8.name: FP8().encode,
+    MXFP4.name: MXFP4().encode,
+}
 
 
 def quantize(weight: Tensor, format: str) -> QuantizedWeight:
@@ -20,15 +36,18 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:
 
     Args:
         weight: floating.
-        format: `nf4`, bitsandbytes' four bits with blocks of 64 values and nested absmax: 0.516 bytes a value.
+        format: `nf4`, bitsandbytes' four bits with blocks of 64 values and nested absmax: 0.516 bytes a value, 9.2 %
+            off a normal distribution; `mxfp4`, four bits with a power of two for each 32: 0.531 bytes, 11.5 %; `fp8`,
+            float8_e4m3fn with a scale for each 128 x 128: 1 byte, 2.6 %.
 
     Raises:
         ValueError: on another format, or a shape that it does not take.
-        ModuleNotFoundError: where bitsandbytes, which makes it, is not installed.
+        ModuleNotFoundError: where bitsandbytes, which makes nf4, is not installed.
     """
     check_format(format)
-    bitsandbytes_nf4.check_installed()
-    return QuantizedWeight(FORMATS[format], bitsandbytes_nf4.encode(weight), tuple(weight.shape), weight.dtype)
+    if problem := FORMATS[format].shape_problem(tuple(weight.shape)):
+        raise ValueError(f"a weight cannot be quantized to {format}: {problem}")
+    return QuantizedWeight(FORMATS[format], ENCODERS[format](weight), tuple(weight.shape), weight.dtype)
 
 
 def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.util
 import os
 import weakref
 
@@ -32,9 +33,12 @@ pytestmark = LIGHTNING_WARNINGS
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
-def build(layers=2):
+FORMATS = ("nf4", "fp8", "mxfp4")
+
+
+def build(layers=2, format="nf4"):
     model = qwen3(num_hidden_layers=layers, hidden_size=64, moe_intermediate_size=64).requires_grad_(False)
-    quantize_experts(model)
+    quantize_experts(model, format)
     return model
 
 
@@ -58,19 +62,22 @@ def assert_same_bits(results, expected):
     assert all(torch.equal(results[name], value) for name, value in expected.items())
 
 
-def test_the_experts_are_quantized_and_nothing_else():
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_experts_are_quantized_and_nothing_else(format):
     model = qwen3(num_hidden_layers=2, hidden_size=64, moe_intermediate_size=64)
-    names = quantize_experts(model)
+    names = quantize_experts(model, format)
     assert names == [f"model.layers.{layer}.mlp.experts.{name}" for layer in range(2) for name in PROJECTIONS]
     found = {name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedWeight)}
     assert found == set(names)
     assert not any(model.get_parameter(name).requires_grad for name in names)
-    assert quantize_experts(model) == names  # once is enough
+    assert {model.get_parameter(name).format.name for name in names} == {format}
+    assert quantize_experts(model, format) == names  # once is enough
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("attention", [False, True], ids=["experts", "experts-and-attention"])
-def test_a_patched_model_has_the_bits_of_dense_experts(attention):
-    quantized = build()
+def test_a_patched_model_has_the_bits_of_dense_experts(attention, format):
+    quantized = build(format=format)
     pair = [with_expert_lora(model, attention=attention) for model in (quantized, with_dense_experts(quantized))]
     for model in pair:
         assert all(layer.status == "active" for layer in patch_moe(model))
@@ -179,12 +186,25 @@ def test_merging_adapters_into_quantized_experts_raises():
 def test_what_cannot_be_quantized_is_named_and_nothing_is_changed():
     with pytest.raises(ValueError, match="Linear has no experts to quantize"):
         quantize_experts(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="experts can be quantized to nf4, not to 'int3'"):
+    with pytest.raises(ValueError, match="experts can be quantized to nf4, fp8, mxfp4, not to 'int3'"):
         quantize_experts(qwen3(num_hidden_layers=1), "int3")
     odd = qwen3(num_hidden_layers=1, hidden_size=40, moe_intermediate_size=12)
     with pytest.raises(ValueError, match="no whole number of blocks of 64"):
         quantize_experts(odd)
+    with pytest.raises(ValueError, match="gate_up_proj cannot be quantized to mxfp4: rows of 40 values"):
+        quantize_experts(odd, "mxfp4")
     assert not any(isinstance(parameter, QuantizedWeight) for parameter in odd.parameters())
+    with pytest.raises(ValueError, match="a weight cannot be quantized to mxfp4: rows of 40 values"):
+        quantize(torch.ones(2, 64, 40), "mxfp4")
+
+
+def test_only_nf4_asks_for_bitsandbytes(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    for format in ("fp8", "mxfp4"):
+        build(format=format)
+    with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
+        build()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

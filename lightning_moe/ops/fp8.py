@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_moe.ops.grouped import NO_KERNEL, launch
 from lightning_moe.ops.quantized import parts_problem
 
 # The largest magnitude of float8_e4m3fn.
@@ -41,6 +42,10 @@ class FP8:
         """The values of some rows and columns of each expert, (E, rows, columns), multiplied in float32 and rounded."""
         values, scales = parts["values"], parts["scales"]
         out = values.new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
+        codes = values.view(torch.uint8)  # which GPUs without float8, and Triton on them, take too
+        dense = launch("dequantize_fp8", codes, codes, scales, out, rows.start, columns.start, self.block)
+        if dense is not NO_KERNEL:
+            return out
         row = torch.arange(rows.start, rows.stop, device=out.device)[:, None] // self.block
         column = torch.arange(columns.start, columns.stop, device=out.device) // self.block
         for expert, target in enumerate(out):

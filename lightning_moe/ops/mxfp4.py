@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_moe.ops.grouped import NO_KERNEL, launch
 from lightning_moe.ops.quantized import parts_problem
 
 # What the lower three of the four bits stand for (E2M1, OCP Microscaling Formats 1.0); the fourth is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_EXPONENT = 2  # of those
-BIAS = 127
+# Of the scales' bytes.
+BIAS, NOT_A_NUMBER = 127, 255
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,25 @@ class MXFP4:
         """
         if self.is_transposed:
             return MXFP4().dequantize(parts, (shape[0], shape[2], shape[1]), dtype, columns, rows).mT
-        packed = parts["packed"]
+        packed, scales = parts["packed"], parts["scales"]
         out = packed.new_empty(shape[0], rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
+        dense = launch("dequantize_mxfp4", packed, packed, scales, out, rows.start, columns.start, self.block)
+        if dense is not NO_KERNEL:
+            return out
         values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float32, device=out.device)
         block = torch.arange(columns.start, columns.stop, device=out.device) // self.block
         first = columns.start % 2  # of two values in a byte
         for expert, target in enumerate(out):
             pairs = packed[expert, rows, columns.start // 2 : (columns.stop + 1) // 2]
             codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)[:, first : first + target.shape[1]]
-            torch.mul(values[codes.int()], powers(parts["scales"][expert, rows])[:, block], out=target)
+            torch.mul(values[codes.int()], powers(scales[expert, rows])[:, block], out=target)
         return out
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Quantizes weights expert by expert, on their device: each value to the nearest, of two as near to the even.
 
-        A block's scale has its absmax lie between the largest two powers of two. What is not finite makes its block so.
+        A block's scale brings its absmax to between 4 and 8, of which what exceeds 6 becomes 6. A block that is not
+        finite becomes NaN.
         """
         middles = torch.tensor(E2M1, dtype=torch.float32, device=weight.device)
         middles = (middles[1:] + middles[:-1]) / 2
@@ -80,7 +86,7 @@ class MXFP4:
             blocks = (expert.mT if self.is_transposed else expert).float().unflatten(1, (-1, self.block))
             absmax = blocks.abs().amax(-1)
             exponent = absmax.frexp().exponent - 1 - LARGEST_EXPONENT
-            scale = torch.where(absmax.isfinite(), (exponent + BIAS).clamp(0, 254), 255).to(torch.uint8)
+            scale = torch.where(absmax.isfinite(), (exponent + BIAS).clamp(0, 254), NOT_A_NUMBER).to(torch.uint8)
             values = (blocks / powers(scale)[..., None]).flatten(1).contiguous()
             codes = torch.bucketize(values.abs(), middles, out_int32=True) + 8 * values.signbit()
             packed.append((codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8))
@@ -89,5 +95,6 @@ class MXFP4:
 
 
 def powers(scales: Tensor) -> Tensor:
-    """What scales stand for, float32, made of its bits: 0 is a subnormal number, and 255, which is none, infinity."""
-    return (scales.int() << 23).clamp_min(1 << 22).view(torch.float32)
+    """What scales stand for, float32, made of its bits: 0 is a subnormal number, and 255 is none (NaN)."""
+    made = (scales.int() << 23).clamp_min(1 << 22).view(torch.float32)
+    return made.masked_fill(scales == NOT_A_NUMBER, torch.nan)

@@ -692,3 +692,78 @@ def dequantize_nf4(
         num_warps=1, enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _dequantize_fp8_kernel(
+    values, scales, out, first_row, first_column, num_rows, num_columns, num_groups, rows_per_expert, row_width,
+    scale_rows, scale_columns, BLOCK: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1).to(tl.int64)
+    # Of values in a row, a block's width: they share a scale.
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
+    row, block = group // num_groups, first_column // BLOCK + group % num_groups
+    its_row, valid = first_row + row, row < num_rows
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = valid[:, None] & (column >= first_column) & (column < first_column + num_columns)
+    source = values + (expert * rows_per_expert + its_row)[:, None] * row_width
+    byte = tl.load(source + column, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(scales + (expert * scale_rows + its_row // BLOCK) * scale_columns + block, mask=valid, other=0.0)
+    # By integers, as GPUs before Ada have it: the exponent and the fraction where float32 has its own, 120 too low.
+    magnitude = byte & 127
+    value = (((byte & 128) << 24) | (magnitude << 20)).to(tl.float32, bitcast=True) * 2.0**120
+    value = tl.where(magnitude == 127, float("nan"), value)
+    dense = (value * scale[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (expert * num_rows + row)[:, None] * num_columns + (column - first_column), dense, mask=mask)
+
+
+def dequantize_fp8(
+    values: Tensor, scales: Tensor, out: Tensor, first_row: int, first_column: int, block: int
+) -> Tensor:
+    (num_experts, num_rows, num_columns), at_a_time = out.shape, 8
+    num_groups = _cdiv(first_column + num_columns, block) - first_column // block
+    _run(
+        _dequantize_fp8_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), values, scales, out, first_row,
+        first_column, num_rows, num_columns, num_groups, *values.shape[1:], *scales.shape[1:],
+        constants=(block, at_a_time), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _e2m1(code):
+    """The exponent and the fraction of four bits where float32 has its own, 126 too low."""
+    return (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 2.0**126
+
+
+@triton.jit
+def _dequantize_mxfp4_kernel(
+    packed, scales, out, first_row, first_column, num_rows, num_columns, num_groups, rows_per_expert, pairs_per_row,
+    blocks_per_row, BLOCK: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
+    row, block = group // num_groups, first_column // BLOCK + group % num_groups
+    its_row, valid = expert * rows_per_expert + first_row + row, row < num_rows
+    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte = tl.load(packed + its_row[:, None] * pairs_per_row + pair, mask=valid[:, None], other=0).to(tl.int32)
+    scale = tl.load(scales + its_row * blocks_per_row + block, mask=valid, other=0).to(tl.int32)
+    power = tl.where(scale == 255, float("nan"), tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True))[:, None]
+    both = tl.join(_e2m1(byte & 15) * power, _e2m1(byte >> 4) * power)
+    dense = both.reshape(BG, BLOCK).to(out.dtype.element_ty)
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = valid[:, None] & (column >= first_column) & (column < first_column + num_columns)
+    tl.store(out + (expert * num_rows + row)[:, None] * num_columns + (column - first_column), dense, mask=mask)
+
+
+def dequantize_mxfp4(
+    packed: Tensor, scales: Tensor, out: Tensor, first_row: int, first_column: int, block: int
+) -> Tensor:
+    (num_experts, num_rows, num_columns), at_a_time = out.shape, 32
+    num_groups = _cdiv(first_column + num_columns, block) - first_column // block
+    _run(
+        _dequantize_mxfp4_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), packed, scales, out,
+        first_row, first_column, num_rows, num_columns, num_groups, *packed.shape[1:], scales.shape[2],
+        constants=(block, at_a_time), num_warps=1,
+    )  # fmt: skip
+    return out

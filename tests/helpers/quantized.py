@@ -1,7 +1,11 @@
-"""nf4 weights for tests, made without bitsandbytes: each value's nearest level, block by block."""
+"""Quantized weights for tests: of nf4, each value's nearest level, block by block, without bitsandbytes."""
+
+from functools import partial
 
 import torch
 
+from lightning_moe.ops.fp8 import FP8
+from lightning_moe.ops.mxfp4 import MXFP4
 from lightning_moe.ops.nf4 import NF4, NF4_LEVELS, tables
 from lightning_moe.ops.quantized import QuantizedWeight
 
@@ -28,3 +32,18 @@ def quantized(weight, nested=True):
             "absmax_offset": offset,
         }
     return QuantizedWeight(NF4(), parts, tuple(weight.shape), weight.dtype)
+
+
+def encoded(format, weight):
+    """A weight in a format that encodes by itself."""
+    return QuantizedWeight(format, format.encode(weight), tuple(weight.shape), weight.dtype)
+
+
+# What makes a weight of each format, by name.
+MAKERS = {
+    "nf4": quantized,
+    "nf4_plain": partial(quantized, nested=False),
+    "fp8": partial(encoded, FP8()),
+    "mxfp4": partial(encoded, MXFP4()),
+    "mxfp4_transposed": partial(encoded, MXFP4(is_transposed=True)),
+}

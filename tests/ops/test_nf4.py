@@ -63,7 +63,10 @@ def test_some_rows_and_columns_have_the_values_of_all(nested):
     [
         (lambda parts: parts.pop("absmax_scale"), "lacks absmax_scale"),
         (lambda parts: parts.update(packed=parts["packed"][:, 1:]), r"packed is \(3, 3839\)"),
-        (lambda parts: parts.update(absmax=parts["absmax"][:, ::2]), r"absmax is \(3, 60\), and \(3, 120\) .* of 64"),
+        (
+            lambda parts: parts.update(absmax=parts["absmax"][:, ::2]),
+            r"absmax is \(3, 60\).* \(3, 120\) .* of 64",
+        ),
         (lambda parts: parts.update(absmax_offset=parts["absmax_offset"][0]), "absmax_offset is"),
     ],
 )

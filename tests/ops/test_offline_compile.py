@@ -94,9 +94,22 @@ def launches(kernels, torch, capability):
         tables, out = (empty(16), empty(256)), empty(num_experts, 512, 2048, dtype=dtype)
         return partial(kernels.dequantize_nf4, parts, (num_experts, 1536, 2048), *tables, out, 512, 0, 64, 256)
 
+    def dequantize_fp8(dtype, first_column):
+        values, scales = empty(num_experts, 1536, 2048, dtype=torch.uint8), empty(num_experts, 12, 16)
+        out = empty(num_experts, 512, 512, dtype=dtype)
+        return partial(kernels.dequantize_fp8, values, scales, out, 512, first_column, 128)
+
+    def dequantize_mxfp4(dtype, first_column):
+        packed, scales = (empty(num_experts, 1536, width, dtype=torch.uint8) for width in (1024, 64))
+        out = empty(num_experts, 512, 512, dtype=dtype)
+        return partial(kernels.dequantize_mxfp4, packed, scales, out, 512, first_column, 32)
+
     for pointers, gather, in_first in product(sorted({only_pointers, True}), [True, False], [True, False]):
         yield linear(gather, in_first, gather == in_first, rank=64, pointers=pointers)  # any two of the options meet
     yield dequantize_nf4(True, bf16)
+    for dtype, first_column in [(bf16, 256), (fp16, 1), (fp32, 2)]:
+        yield dequantize_fp8(dtype, first_column)
+        yield dequantize_mxfp4(dtype, first_column)
     yield route(torch.int64, torch.uint8)
     yield route(torch.int64, tokens=2**15)
     yield count(int32, fp32)
@@ -195,7 +208,8 @@ def too_large(made, capability):
 
 
 def spilling(made):
-    return [launch for launch in made if launch[0] == "_grouped_linear_pointers_kernel" and launch[5]]
+    kernels = ("_grouped_linear_pointers_kernel", "_dequantize_fp8_kernel", "_dequantize_mxfp4_kernel")
+    return [launch for launch in made if launch[0] in kernels and launch[5]]
 
 
 @pytest.mark.parametrize("capability", LIMITS)

@@ -7,13 +7,16 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.quantized import quantized
+from helpers.quantized import MAKERS
 from helpers.reference import make_problem, relative_error, run, run_baseline, run_loop
 
 from lightning_moe.ops import counting
 from lightning_moe.ops import grouped as kernels
 from lightning_moe.ops.counting import new_counters
+from lightning_moe.ops.fp8 import FP8
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS
+from lightning_moe.ops.mxfp4 import MXFP4
+from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.ops.routing import sort_by_expert
 
 errors = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
@@ -538,16 +541,39 @@ def test_a_weights_descriptor_is_that_of_the_view_whose_last_side_is_contiguous(
     assert got == (view.dtype, list(view.shape), list(view.stride()), list(block))
 
 
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize(("dtype", "shape"), [(DTYPES[0], (3, 6, 160)), (DTYPES[1], (2, 130, 256))])
-def test_nf4_becomes_dense_with_the_bits_of_the_reference(dtype, shape, nested, monkeypatch):
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(("dtype", "shape"), [(DTYPES[0], (3, 32, 160)), (DTYPES[1], (2, 192, 256))])
+def test_quantized_weights_become_dense_with_the_bits_of_the_reference(dtype, shape, make, monkeypatch):
     """All of it, some rows, and columns whose first is in the middle of a block or begins one."""
-    weight = quantized(normal(*shape).cpu().to(dtype), nested=nested).to(DEVICE)
-    parts = [slice(0, shape[1]), slice(1, 5)], [slice(0, shape[2]), slice(30, 131), slice(64, 131)]
+    weight = make(normal(*shape).cpu().to(dtype)).to(DEVICE)
+    parts = (
+        [slice(0, shape[1]), slice(shape[1] // 2 + 1, shape[1] - 1)],
+        [slice(0, shape[2]), slice(30, 131), slice(64, 131)],
+    )
     expected = {(rows, columns): plain_dense(weight, slice(*rows), slice(*columns)) for rows, columns in ends_of(parts)}
     monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels)
     for (rows, columns), dense in expected.items():
         assert torch.equal(weight.dequantize(slice(*rows), slice(*columns)), dense)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+def test_every_code_and_scale_has_the_bits_of_the_reference(name, dtype, monkeypatch):
+    """Subnormal numbers, the ends of the range, and what is no number."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    if name == "fp8":
+        scales = normal(1, 6, 2) * torch.tensor([2.0**-140, 2.0**-126, 2.0**-20, 1, 2.0**100, 2.0**125])[:, None]
+        parts = {"values": codes.repeat(1, 6 * 128, 1).view(torch.float8_e4m3fn), "scales": scales.to(DEVICE)}
+        weight = QuantizedWeight(FP8(), parts, (1, 6 * 128, 256), dtype)
+    else:
+        parts = {"packed": codes.repeat(1, 256, 1), "scales": codes.view(1, 256, 1).repeat(1, 1, 16)}
+        weight = QuantizedWeight(MXFP4(), parts, (1, 256, 512), dtype)
+    expected = plain_dense(weight, *(slice(0, side) for side in weight.shape[1:]))
+    assert expected.isinf().any()
+    assert expected.isnan().any()
+    monkeypatch.setattr(kernels, "_kernels", lambda tensor: triton_kernels)
+    torch.testing.assert_close(weight.dequantize(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def ends_of(parts):

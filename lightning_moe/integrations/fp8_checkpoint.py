@@ -52,6 +52,8 @@ class FP8Checkpoint:
                 f"{name}{SCALE} is {scales.shape}, and {blocks} can be read: one scale for each block of "
                 f"{FP8.block} x {FP8.block} of ({out}, {width})"
             )
+        if len(shape) == 2 and values.shape != shape:
+            raise ValueError(f"{name} is {values.shape} in the checkpoint, {shape} in the model")
         if len(shape) == 3 and out < shape[1] and out % FP8.block:
             raise ValueError(
                 f"{name} has {out} rows, and is joined with another matrix: a block of {FP8.block} rows would be of both"

@@ -1,15 +1,14 @@
 """Quantized weights on a GPU: bitsandbytes' bits, the dense weights' results, a bounded workspace, graphs, no wait."""
 
-from functools import partial
+import math
 
 import pytest
 import torch
-from helpers.quantized import quantized
+from helpers.quantized import MAKERS
 from torch import nn
 
 from lightning_moe import GraphedFunction, LowRank, moe_experts
 from lightning_moe.ops import quantized as module
-from lightning_moe.ops.nf4 import NF4
 from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.quantization import quantize
 
@@ -20,6 +19,11 @@ EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 8, 1024, 768, 300
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
 
 
 def weights(make):
@@ -63,18 +67,27 @@ def test_values_are_bitsandbytes_own(dtype, shape):
         assert torch.equal(functional.dequantize_4bit(packed, state), dense)
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_values_are_those_of_the_cpu(nested):
-    weight = quantized(torch.randn(2, 130, 256, dtype=torch.bfloat16), nested=nested)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_are_those_of_the_cpu(dtype, make):
+    weight = make(torch.randn(2, 160, 256, dtype=dtype))
     moved = weight.to("cuda")
-    for rows, columns in [(slice(0, 130), slice(0, 256)), (slice(3, 100), slice(30, 131))]:
+    for rows, columns in [(slice(0, 160), slice(0, 256)), (slice(3, 100), slice(30, 131))]:
         assert torch.equal(moved.dequantize(rows, columns).cpu(), weight.dequantize(rows, columns))
 
 
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "mxfp4_transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parts_are_those_that_the_cpu_makes(dtype, name):
+    weight = torch.randn(2, 160, 256, dtype=dtype) * torch.logspace(-20, 20, 256).to(dtype)
+    mine, expected = (MAKERS[name](weight.to(device)).parts for device in ("cuda", "cpu"))
+    for part in expected:
+        assert torch.equal(mine[part].cpu().view(torch.uint8), expected[part].view(torch.uint8))
+
+
 @pytest.mark.parametrize("workspace_mib", [256, 1], ids=["at once", "in parts"])
-def test_results_are_the_bits_of_the_dense_weights(workspace_mib, monkeypatch):
+def test_results_are_the_bits_of_the_dense_weights(workspace_mib, make, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace_mib * 2**20)
-    given, factors, packed = inputs(), updates(), weights(quantized)
+    given, factors, packed = inputs(), updates(), weights(make)
     dense = [weight.dequantize() for weight in packed]
     results, expected = run(given, *packed, factors), run(given, *dense, factors)
     assert all(map(torch.equal, results, expected))
@@ -82,9 +95,9 @@ def test_results_are_the_bits_of_the_dense_weights(workspace_mib, monkeypatch):
     assert not torch.equal(results[0], zeros[0])
 
 
-def test_the_workspace_is_bounded_and_gone_afterwards(monkeypatch):
+def test_the_workspace_is_bounded_and_gone_afterwards(make, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 2**20)
-    given, factors, packed = inputs(), updates(), weights(quantized)
+    given, factors, packed = inputs(), updates(), weights(make)
     run(given, *packed, factors)
     peaks = []
     for pair in (packed, [weight.dequantize() for weight in packed]):
@@ -100,8 +113,8 @@ def test_the_workspace_is_bounded_and_gone_afterwards(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_waits_for_the_host():
-    given, factors, packed = inputs(), updates(), weights(quantized)
+def test_nothing_waits_for_the_host(make):
+    given, factors, packed = inputs(), updates(), weights(make)
     run(given, *packed, factors)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -112,9 +125,9 @@ def test_nothing_waits_for_the_host():
 
 
 class Layer(nn.Module):
-    def __init__(self):
+    def __init__(self, make):
         super().__init__()
-        self.up, self.down = (nn.Parameter(weight, requires_grad=False) for weight in weights(quantized))
+        self.up, self.down = (nn.Parameter(weight, requires_grad=False) for weight in weights(make))
         self.scale = nn.Parameter(torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16))
 
     def loss(self, batch):
@@ -122,8 +135,8 @@ class Layer(nn.Module):
         return (output.square().mean(),)
 
 
-def test_a_captured_step_has_the_same_bits():
-    layer = Layer()
+def test_a_captured_step_has_the_same_bits(make):
+    layer = Layer(make)
     graphed = GraphedFunction(layer.loss, layer, True)
     for step in range(8):
         torch.manual_seed(step)
@@ -139,15 +152,12 @@ def test_a_captured_step_has_the_same_bits():
     assert isinstance(layer.up, QuantizedWeight)
 
 
-def test_more_values_than_an_int32_counts():
-    weight = torch.empty(33, 8192, 8192, dtype=torch.uint8, device="meta")
-    assert weight.numel() > 2**31
-    parts = quantized(torch.randn(1, 64, 8192)).to("cuda").parts
-    repeats = {"packed": (33, 128), "absmax": (33, 128), "absmax_scale": (33, 128), "absmax_offset": (33, 128)}
-    many = QuantizedWeight(
-        NF4(), {name: part.repeat(*repeats[name]) for name, part in parts.items()}, weight.shape, torch.bfloat16
-    )
-    last = partial(many.dequantize, slice(8128, 8192))
-    one = QuantizedWeight(NF4(), parts, (1, 64, 8192), torch.bfloat16).dequantize()
-    assert torch.equal(last()[32], one[0])
-    assert torch.equal(last()[0], one[0])
+@pytest.mark.parametrize("name", ["nf4", "fp8", "mxfp4"])
+def test_more_values_than_an_int32_counts(name):
+    shape = (33, 8192, 8192)
+    assert math.prod(shape) > 2**31
+    one = MAKERS[name](torch.randn(1, 128, 8192, dtype=torch.bfloat16)).to("cuda")
+    parts = {key: part.repeat(33, 64, *(1 for _ in part.shape[2:])) for key, part in one.parts.items()}
+    last = QuantizedWeight(one.format, parts, shape, torch.bfloat16).dequantize(slice(8064, 8192))
+    for expert in (0, 32):
+        assert torch.equal(last[expert], one.dequantize()[0])

@@ -42,8 +42,12 @@ def check_config(config: Any) -> None:
     """Whether a model's attention is what this does.
 
     Raises:
-        ValueError: where it sees a window of each document only.
+        ValueError: where it sees a window of each document only, or has attention sinks.
     """
+    if config.model_type == "gpt_oss":
+        raise ValueError(
+            f"model.attention {NAME!r} has no attention sinks, and gpt_oss does: set --model.attention eager"
+        )
     if getattr(config, "use_sliding_window", getattr(config, "sliding_window", None)):
         raise ValueError(
             f"model.attention {NAME!r} sees whole documents and the model a window of {config.sliding_window} tokens: "
@@ -82,6 +86,8 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
+    if options.get("s_aux") is not None:
+        raise ValueError(f"model.attention {NAME!r} has no attention sinks, and the model does: set another one")
     output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)
     return output, None

@@ -22,6 +22,9 @@ WEIGHTS = ("*.safetensors", "*.json")
 # Fields that configurations read without a declaration.
 TAKEN_TOO = ("head_dim", "rope_theta", "rope_scaling")
 
+# What --model.quantize reads as it is, by what config.json calls its method.
+QUANTIZE = {"bitsandbytes": "nf4", "fp8": "fp8", "mxfp4": "mxfp4"}
+
 # What a GPU process takes beside tensors: its context, cuBLAS workspaces, the allocator's rounding.
 CONTEXT_BYTES = GIB
 
@@ -35,7 +38,8 @@ def read_config(name: str | None, architecture: dict[str, Any], quantize: bool =
         quantize: whether the experts are quantized; what config.json says of the checkpoint's own is then left out.
 
     Raises:
-        ValueError: where there is no such family, or a field is none of its configuration's.
+        ValueError: where there is no such family, or a field is none of its configuration's; where the checkpoint is
+            quantized and `quantize` is false.
     """
     if name is None:
         fields = dict(architecture)
@@ -46,9 +50,14 @@ def read_config(name: str | None, architecture: dict[str, Any], quantize: bool =
         if unknown := sorted(fields.keys() - known):
             raise ValueError(f"model.architecture has {', '.join(unknown)}, which no {family} has")
         return CONFIG_MAPPING[family](**fields)
-    return AutoConfig.from_pretrained(
+    config = AutoConfig.from_pretrained(
         name, trust_remote_code=False, **({"quantization_config": None} if quantize else {})
     )
+    if own := getattr(config, "quantization_config", None):
+        method = own["quant_method"]
+        remedy = f"set --model.quantize {QUANTIZE[method]}" if method in QUANTIZE else "give the 16-bit model"
+        raise ValueError(f"the weights of {name!r} are quantized (quantization_config in config.json: {method}): {remedy}")
+    return config
 
 
 def check_weights(name: str) -> None:

@@ -51,9 +51,10 @@ class MoELoRA(LightningModule):
         name: a hub name or a folder with the base's weights.
         init_seed: of the random base, apart from the run's own seed, so that an adapter finds its base again.
         dtype: of the base. bfloat16 needs `trainer.precision bf16-mixed`.
-        quantize: keep the experts' frozen weights in `nf4`, four bits a value: Qwen3-30B-A3B's take 16.8 GiB in place
-            of 57 with all else. Needs bitsandbytes; not with FSDP. A checkpoint whose experts bitsandbytes quantized
-            one by one is read as it is.
+        quantize: keep the experts' frozen weights in `nf4` or `mxfp4`, four bits a value, or `fp8`, eight. In nf4
+            Qwen3-30B-A3B takes 16.8 GiB in place of 57. Not with FSDP; nf4 needs bitsandbytes. A checkpoint whose
+            experts are in that format is read as it is: in nf4 as bitsandbytes quantizes them one by one, in fp8 as
+            Qwen3-30B-A3B-FP8's, in mxfp4 as gpt-oss's. Linear layers that are in fp8 there become dense.
         quantize_linear: a pretrained model's attention and other linear layers in nf4 as well, 1.2 GiB less.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
@@ -91,7 +92,7 @@ class MoELoRA(LightningModule):
         name: str | None = None,
         init_seed: int = 0,
         dtype: Literal["bfloat16", "float32"] = "float32",
-        quantize: Literal["nf4"] | None = None,
+        quantize: Literal["nf4", "fp8", "mxfp4"] | None = None,
         quantize_linear: bool = False,
         rank: PositiveInt = 16,
         alpha: PositiveInt = 32,

@@ -45,7 +45,7 @@ def parts_problem(
     wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     shape: tuple[int, ...],
 ) -> str | None:
-    """Why parts are not the wanted ones, each of a shape and a dtype, in words; None if they are."""
+    """Why parts are not the wanted ones, contiguous and each of a shape and a dtype, in words; None if they are."""
     if missing := wanted.keys() - parts.keys():
         return f"{format.name} lacks {', '.join(sorted(missing))}"
     for name, (size, dtype) in wanted.items():
@@ -53,6 +53,8 @@ def parts_problem(
         if found != (size, dtype):
             its = f"{format.name}'s {name} is {found[0]} in {found[1]}"
             return f"{its}, and {size} in {dtype} for {shape} in blocks of {format.block}"
+        if not parts[name].is_contiguous():
+            return f"{format.name}'s {name} is not contiguous"
     return None
 
 
@@ -68,7 +70,7 @@ class QuantizedWeight(Tensor):
     Args:
         format: how it is stored.
         parts: what it consists of, by name; experts first.
-        shape: (E, out, in).
+        shape: (E, out, in), or as the format has it.
         dtype: of what `dequantize` gives.
 
     Raises:

@@ -100,6 +100,14 @@ class QuantizedWeight(Tensor):
             part.share_memory_()
         return self
 
+    def pin_memory(self, *_: Any) -> "QuantizedWeight":
+        """A copy in page-locked memory of the host."""
+        return self._with({name: part.pin_memory() for name, part in self.parts.items()})
+
+    def is_pinned(self, *_: Any) -> bool:
+        """Whether all of it is in page-locked memory."""
+        return all(part.is_pinned() for part in self.parts.values())
+
     def _is_like(self, other: Any) -> bool:
         """Whether another weight consists of parts of the same shapes, dtypes and device."""
         if not isinstance(other, QuantizedWeight) or other.format != self.format:

@@ -16,9 +16,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from lightning_moe import QuantizedExpertsConfig, quantize_experts
 from lora.attention import NAME as VARLEN
 from lora.attention import check_config, register
-from lora.host_experts import on_host
+from lora.host_experts import move_but_experts, on_host
 
 GIB = 2**30
+CPU = torch.device("cpu")
 WEIGHTS = ("*.safetensors", "*.json")
 
 # Fields that configurations read without a declaration.
@@ -158,10 +159,14 @@ def build(
         check_config(config)
         register()
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, device_map={"": device}, attn_implementation=attention,
+        read_to = CPU if experts_on_host else device
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, device_map={"": read_to}, attn_implementation=attention,
             use_safetensors=True, trust_remote_code=False, quantization_config=quantization,
         )  # fmt: skip
+        if experts_on_host:
+            move_but_experts(model, device)
+        return model
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(init_seed)
         by_module = quantization is not None or experts_on_host

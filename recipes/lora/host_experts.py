@@ -6,13 +6,14 @@ most. Device memory of a copy belongs to the stream of the copies, which waits f
 it again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class HostExperts:
@@ -22,8 +23,8 @@ class HostExperts:
         num_bytes: of the weights on the host.
 
     Args:
-        blocks: of each layer, what its experts are in. Their frozen parameters of three dimensions are the experts'
-            weights; they are brought to the host, page-locked where the device is a GPU.
+        blocks: of each layer, what its experts are in. Parameters of three dimensions are the experts' weights; those
+            that do not train are brought to the host, page-locked where the device is a GPU.
         device: where they compute.
     """
 
@@ -119,7 +120,7 @@ class _Weights:
 
 
 def on_host(weight: Tensor, device: torch.device) -> nn.Parameter:
-    """A frozen weight in host memory, from where it can be copied to the device while that computes."""
+    """A weight, frozen now, in host memory, from where it can be copied to the device while that computes."""
     weight = weight.detach().cpu()
     if device.type == "cuda" and not weight.is_pinned():
         weight = weight.pin_memory()
@@ -133,12 +134,25 @@ def keep_on_host(layers: nn.ModuleList, device: torch.device) -> HostExperts:
         layers: decoder layers, whose MoE block is `mlp`. One without frozen experts stays as it is.
         device: where they compute.
     """
-    every: list[Any] = [layer.mlp for layer in layers]
-    blocks = [block for block in every if _Weights(block).tensors]
+    blocks = _blocks(layers)
     experts = HostExperts(blocks, device)
     for number, block in enumerate(blocks):
         block.forward = partial(_with_experts, experts, number, block.forward)
     return experts
+
+
+def move_but_experts(model: PreTrainedModel, device: torch.device) -> None:
+    """Moves a model to a device, and its experts' weights, which are frozen, to where they can be copied from."""
+    for layer in model.get_decoder().layers:
+        for parameter in layer.mlp.parameters():
+            parameter.requires_grad_(False)
+    with HostExperts(_blocks(model.get_decoder().layers), device).left_out():
+        model.to(device)  # type: ignore[arg-type]
+
+
+def _blocks(layers: Iterable[nn.Module]) -> list[Any]:
+    blocks: list[Any] = [layer.mlp for layer in layers]
+    return [block for block in blocks if _Weights(block).tensors]
 
 
 def _with_experts(experts: HostExperts, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

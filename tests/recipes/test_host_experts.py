@@ -41,11 +41,15 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Whatever computes with weights that are on the host gets no number."""
+    """Whatever computes with weights that are on the host, once they were on the device, gets no number."""
     put = host_experts._Weights.put
 
+    used = set()
+
     def put_poisoned(weights, tensors):
-        if tensors is weights.tensors:
+        if tensors is not weights.tensors and tensors[0].numel():
+            used.add(weights)
+        if tensors is weights.tensors and weights in used:
             tensors = [nn.Parameter(torch.full_like(one, float("nan")), requires_grad=False) for one in tensors]
         put(weights, tensors)
 
@@ -151,6 +155,19 @@ def fit(folder, *, steps=3, **options):
     run = trainer(folder, steps, MoEGateGradCallback(audit_every_n_steps=2), limit_val_batches=1)
     run.fit(network, data())
     return network
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "nf4"}], ids=["dense", "nf4"])
+def test_a_checkpoint_is_read_to_where_they_wait(options, tmp_path, request):
+    if options:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = module(FOUR_LAYERS).build_base()
+    base.save_pretrained(tmp_path / "base")
+    options |= {"init": "pretrained", "name": str(tmp_path / "base")}
+    resident = trained(fit(tmp_path, experts_on="device", **options))
+    request.getfixturevalue("poisoned")
+    on_host = trained(fit(tmp_path, experts_on="host", **options))
+    assert all(torch.equal(value, resident[name]) for name, value in on_host.items())
 
 
 @pytest.mark.parametrize("tile_tokens", [0, 16], ids=["whole", "in tiles"])

@@ -71,6 +71,16 @@ def test_values_are_those_of_the_cpu(nested):
         assert torch.equal(moved.dequantize(rows, columns).cpu(), weight.dequantize(rows, columns))
 
 
+def test_a_module_moves_it_there_and_back():
+    holder, weight = torch.nn.Module(), quantized(torch.randn(2, 64, 128, dtype=torch.bfloat16))
+    holder.weight, expected = torch.nn.Parameter(weight, requires_grad=False), weight.dequantize()
+    for device in ("cuda", "cpu"):
+        holder.to(device)
+        devices = {holder.weight.device.type, *(part.device.type for part in holder.weight.parts.values())}
+        assert devices == {device}
+        assert torch.equal(holder.weight.dequantize().cpu(), expected)
+
+
 @pytest.mark.parametrize("workspace_mib", [256, 1], ids=["at once", "in parts"])
 def test_results_are_the_bits_of_the_dense_weights(workspace_mib, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace_mib * 2**20)

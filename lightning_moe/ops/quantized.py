@@ -9,7 +9,6 @@ Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, a
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, Self, TypeGuard
 
 import torch

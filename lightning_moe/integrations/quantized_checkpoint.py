@@ -34,15 +34,23 @@ def find_quantized(model: PreTrainedModel, files: Iterable[str], experts: list[s
         experts: the names of the experts' parameters.
 
     Raises:
-        ValueError: with a tensor's name and the remedy, if the experts are quantized otherwise, partly, or lack a part.
+        ValueError: with a tensor's name and the remedy, if weights are quantized otherwise, lack a part, or only some
+            experts are quantized.
     """
     dtypes, states = _read_headers(files)
     matches = filter(None, map(COMPANION.fullmatch, dtypes))
     quantized = {match[1] for match in matches}
     parameters = _parameters(model, quantized | {key for key in dtypes if not COMPANION.fullmatch(key)})
     experts_keys = [key for key, parameter in parameters.items() if parameter in experts]
-    for key in experts_keys:
-        if key not in quantized and (quantized or dtypes[key] not in DENSE):
+    if not experts_keys and (odd := sorted(key for key in dtypes if dtypes[key] not in DENSE)):
+        raise ValueError(
+            f"the checkpoint has nothing that becomes {experts[0]}, and {odd[0]} in {dtypes[odd[0]]}: it is "
+            f"quantized, and not in bitsandbytes' nf4. {REMEDY}"
+        )
+    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for key, parameter in parameters.items():
+        is_dense = dtypes.get(key) in DENSE or parameter not in floating
+        if key not in quantized and (not is_dense or (quantized and parameter in experts)):
             raise ValueError(
                 f"{key} is {dtypes[key]} in a checkpoint with quantized weights, and not in bitsandbytes' nf4 with its "
                 f"{key}.absmax. {REMEDY}"

@@ -110,19 +110,25 @@ def find_quantized(
         format: that the experts are to have.
 
     Raises:
-        ValueError: with a tensor's name and the remedy, if the experts are quantized otherwise, partly, or lack a part.
+        ValueError: with a tensor's name and the remedy, if weights are quantized otherwise, lack a part, or only some
+            experts are quantized.
     """
     headers = _read_headers(files, [suffix for layout in layouts.values() for suffix in layout.read])
     formats = _read_formats(headers, layouts)
     parameters = _parameters(model, formats)
     experts_keys = {key for key, parameter in parameters.items() if parameter in experts}
+    described = {key: f"in {formats[key]}" if formats[key] else headers[key].dtype for key in formats}
+    if not experts_keys and (odd := sorted(key for key in formats if described[key] not in DENSE)):
+        raise ValueError(
+            f"the checkpoint has nothing that becomes {experts[0]}, and {odd[0]} is {described[odd[0]]}: it is "
+            f"quantized, and not as {format} can be read. {REMEDY}"
+        )
     found = {formats[key] for key in experts_keys}
     if len(found) == 1 and (other := found.pop()) not in (format, None):
         raise ValueError(
             f"{min(experts_keys)} is in {other} in the checkpoint, as all its experts, and {format} is asked for: ask "
             f'for what it has, QuantizedExpertsConfig("{other}") or, in the recipe, --model.quantize {other}'
         )
-    described = {key: f"in {formats[key]}" if formats[key] else headers[key].dtype for key in parameters}
     state = model.state_dict()
     may_be_dense = set(parameters) - (experts_keys if any(formats[key] for key in parameters) else set())
     # Dense ones last: of experts that are quantized in part, the other part says more.

@@ -88,8 +88,8 @@ class MXFP4:
             exponent = absmax.frexp().exponent - 1 - LARGEST_EXPONENT
             scale = torch.where(absmax.isfinite(), (exponent + BIAS).clamp(0, 254), NOT_A_NUMBER).to(torch.uint8)
             values = (blocks / powers(scale)[..., None]).flatten(1).contiguous()
-            codes = torch.bucketize(values.abs(), middles, out_int32=True) + 8 * values.signbit()
-            packed.append((codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8))
+            codes = torch.bucketize(values.abs(), middles, out_int32=True) | (values.signbit().int() << 3)
+            packed.append((codes[:, ::2] | (codes[:, 1::2] << 4)).to(torch.uint8))
             scales.append(scale)
         return {"packed": torch.stack(packed), "scales": torch.stack(scales)}
 

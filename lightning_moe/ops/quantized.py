@@ -9,7 +9,7 @@ Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, a
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def parts_problem(
     wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     shape: tuple[int, ...],
 ) -> str | None:
-    """Why parts are not the wanted ones, each of a shape and a dtype, in words; None if they are."""
+    """Why parts are not the wanted ones, contiguous and each of a shape and a dtype, in words; None if they are."""
     if missing := wanted.keys() - parts.keys():
         return f"{format.name} lacks {', '.join(sorted(missing))}"
     for name, (size, dtype) in wanted.items():
@@ -53,6 +53,8 @@ def parts_problem(
         if found != (size, dtype):
             its = f"{format.name}'s {name} is {found[0]} in {found[1]}"
             return f"{its}, and {size} in {dtype} for {shape} in blocks of {format.block}"
+        if not parts[name].is_contiguous():
+            return f"{format.name}'s {name} is not contiguous"
     return None
 
 
@@ -68,7 +70,7 @@ class QuantizedWeight(Tensor):
     Args:
         format: how it is stored.
         parts: what it consists of, by name; experts first.
-        shape: (E, out, in).
+        shape: (E, out, in), or as the format has it.
         dtype: of what `dequantize` gives.
 
     Raises:
@@ -107,7 +109,7 @@ class QuantizedWeight(Tensor):
 
     @data.setter
     def data(self, other: Tensor) -> None:
-        if not (isinstance(other, QuantizedWeight) and self._is_like(other._with(other.parts, self.dtype))):
+        if not self._has_parts_like(other):  # of any dtype, on any device: modules cast and move their weights so
             self._refuse("setting its data to another tensor")
         Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.parts = other.parts
@@ -118,14 +120,26 @@ class QuantizedWeight(Tensor):
             part.share_memory_()
         return self
 
+    def pin_memory(self, *_: Any) -> "QuantizedWeight":
+        """A copy in page-locked memory of the host."""
+        return self._with({name: part.pin_memory() for name, part in self.parts.items()})
+
+    def is_pinned(self, *_: Any) -> bool:
+        """Whether all of it is in page-locked memory."""
+        return all(part.is_pinned() for part in self.parts.values())
+
     def _is_like(self, other: Any) -> bool:
-        """Whether another weight consists of parts of the same shapes, dtypes and device."""
-        if not isinstance(other, QuantizedWeight) or other.format != self.format:
+        """Whether another weight has parts like its own, the same dtype, and is on the same device."""
+        return self._has_parts_like(other) and (self.dtype, self.device) == (other.dtype, other.device)
+
+    def _has_parts_like(self, other: Any) -> TypeGuard["QuantizedWeight"]:
+        """Whether another weight of the same format and shape consists of parts of the same shapes and dtypes."""
+        if not isinstance(other, QuantizedWeight) or (other.format, other.shape) != (self.format, self.shape):
             return False
         mine, its = (
             {name: (part.shape, part.dtype) for name, part in weight.parts.items()} for weight in (self, other)
         )
-        return mine == its and (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
+        return mine == its
 
     def _refuse(self, what: str) -> NoReturn:
         # No TypeError: Python would then add to a dense copy where it was asked to add in place.

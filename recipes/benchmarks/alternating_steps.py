@@ -34,7 +34,8 @@ from lora.module import MoELoRA
 Variant = Literal[
     "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
     "lightning_moe+full+offload", "lightning_moe+graph", "lightning_moe+nf4", "lightning_moe+nf4+offload",
-    "lightning_moe+nf4+full+offload", "lightning_moe+nf4+graph",
+    "lightning_moe+nf4+full+offload", "lightning_moe+nf4+graph", "lightning_moe+host+offload",
+    "lightning_moe+nf4+host", "lightning_moe+nf4+host+offload",
 ]  # fmt: skip
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
 HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "peak GiB", "losses"]
@@ -57,7 +58,28 @@ OPTIONS: dict[Variant, dict[str, Any]] = {
     "lightning_moe+nf4+offload": {"quantize": "nf4", "checkpointing": "selective", "offload": True},
     "lightning_moe+nf4+full+offload": {"quantize": "nf4", "checkpointing": "full", "offload": True},
     "lightning_moe+nf4+graph": {"quantize": "nf4", "checkpointing": "selective", "offload": False},
+    "lightning_moe+host+offload": {"experts_on": "host", "checkpointing": "selective", "offload": True},
+    "lightning_moe+nf4+host": {
+        "quantize": "nf4",
+        "experts_on": "host",
+        "checkpointing": "selective",
+        "offload": False,
+    },
+    "lightning_moe+nf4+host+offload": {
+        "quantize": "nf4",
+        "experts_on": "host",
+        "checkpointing": "selective",
+        "offload": True,
+    },
 }
+
+
+BASE_OPTIONS = ("quantize", "experts_on")
+
+
+def base_of(variant: Variant) -> tuple[Any, ...]:
+    """What tells the bases of the variants apart."""
+    return tuple(OPTIONS[variant].get(name) for name in BASE_OPTIONS)
 
 
 class OnSharedBase(MoELoRA):
@@ -163,16 +185,14 @@ def in_turn(
     tokens: int,
     rounds: int,
     options: dict[str, Any],
-    bases: dict[str | None, PreTrainedModel],
+    bases: dict[tuple[Any, ...], PreTrainedModel],
     precision: str,
     device: torch.device,
 ) -> dict[Variant, Measured]:
     """Steps of so many tokens of each, and nothing of them is held afterwards."""
     steps = 1 if tokens >= LONG else 2
     warmup = WARMUP_OF_GRAPHS // steps if any(variant.endswith("graph") for variant in variants) else 1
-    made = {
-        variant: make_step(variant, options, bases[OPTIONS[variant].get("quantize")], precision) for variant in variants
-    }
+    made = {variant: make_step(variant, options, bases[base_of(variant)], precision) for variant in variants}
     found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
     for number in range(rounds + warmup):
         batch = make_batch(tokens, options["architecture"]["vocab_size"], number, device)
@@ -211,7 +231,8 @@ def main(
         variants: in turn; ratios are to the first. `baseline+liger` is Transformers and PEFT with Transformers' own
             checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
             `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
-            memory, `+full` with nothing kept but layers' inputs, `+nf4` on a base of its own with quantized experts.
+            memory, `+full` with nothing kept but layers' inputs, `+nf4` on a base of its own with quantized experts,
+            `+host` on one whose experts wait in host memory.
         rounds: of two steps of each variant, of one from 8,192 tokens on, after those for warming up: four where a
             graph is among them, else one round.
         experts: LoRA on the experts too.
@@ -234,12 +255,10 @@ def main(
     if card_gib is not None and device.type == "cuda":
         share = (card_gib - 1) * 2**30 / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
-    bases = {
-        quantize: MoELoRA(**options | {"checkpointing": "none", "offload": False, "quantize": quantize})
-        .to(device)
-        .build_base()
-        for quantize in dict.fromkeys(OPTIONS[variant].get("quantize") for variant in variants)
-    }
+    bases = {}
+    for base in dict.fromkeys(map(base_of, variants)):
+        given = {name: value for name, value in zip(BASE_OPTIONS, base, strict=True) if value is not None}
+        bases[base] = MoELoRA(**options | {"checkpointing": "none", "offload": False} | given).to(device).build_base()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     precision = settings["trainer"].get("precision", "32-true")

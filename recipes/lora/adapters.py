@@ -110,4 +110,6 @@ def _weights(options: Mapping[str, Any]) -> dict[str, Any]:
     if chosen["init"] == "pretrained":
         return chosen | {"name": options.get("name")}
     architecture = {f"architecture.{name}": value for name, value in options.get("architecture", {}).items()}
-    return chosen | architecture | {"init_seed": options.get("init_seed")}
+    # Experts that go to the host are drawn one layer after the other, from other random numbers.
+    drawn = {"init_seed": options.get("init_seed"), "experts_on": options.get("experts_on") or "device"}
+    return chosen | architecture | drawn

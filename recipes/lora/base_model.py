@@ -4,19 +4,23 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import psutil
 import torch
 from huggingface_hub.errors import HFValidationError
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_moe import QuantizedExpertsConfig, quantize_experts
+from lora import packed_masks
 from lora.attention import NAME as VARLEN
 from lora.attention import check_config, register
+from lora.host_experts import move_but_experts, on_host
 
 GIB = 2**30
+CPU = torch.device("cpu")
 WEIGHTS = ("*.safetensors", "*.json")
 
 # Fields that configurations read without a declaration.
@@ -93,35 +97,47 @@ def check_weights(name: str) -> None:
         )
 
 
-def check_memory(
+def place_experts(
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     quantization: QuantizedExpertsConfig | None = None,
-) -> None:
-    """Whether the weights fit the device, those of the experts quantized if asked.
+    wanted: Literal["auto", "device", "host"] = "device",
+) -> bool:
+    """Whether the experts wait in host memory: if that is wanted or, with `auto`, if a GPU does not hold the weights.
 
     Raises:
-        ValueError: with the bytes that are wanted and free, or where its experts cannot be quantized.
+        ValueError: with the bytes that are wanted and free, or where the experts cannot be quantized.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    num_parameters = model.num_parameters()
-    wanted = num_parameters * dtype.itemsize
-    if quantization is not None:
-        num_values = sum(model.get_parameter(name).numel() for name in quantization.find_parameters(model))
-        wanted -= int(num_values * (dtype.itemsize - quantization.bytes_per_value))
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] - CONTEXT_BYTES
-    else:
-        free = psutil.virtual_memory().available
-    if wanted > free:
-        kept = str(dtype) if quantization is None else f"{dtype} and {quantization.format}"
-        remedy = "train a smaller model" if quantization else "quantize the experts (--model.quantize nf4)"
-        raise ValueError(
-            f"the weights take {wanted / GIB:.1f} GiB ({num_parameters / 1e9:.2f} billion parameters in {kept}) and "
-            f"{device} has {free / GIB:.1f} GiB free: end what else runs there, take a larger device, or {remedy}"
-        )
+    quantized = set() if quantization is None else set(quantization.find_parameters(model))
+    sizes = {
+        name: int(parameter.numel() * (quantization.bytes_per_value if name in quantized else dtype.itemsize))  # type: ignore[union-attr]
+        for name, parameter in model.named_parameters()
+    }
+    whole, experts = sum(sizes.values()), sum(sizes[name] for name in names_of_experts(model))
+    free_on_host = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] - CONTEXT_BYTES if device.type == "cuda" else free_on_host
+    waits = wanted == "host" or (wanted == "auto" and device.type == "cuda" and whole > free and experts > 0)
+    # Two layers' experts are on the device at a time.
+    needed = whole - experts + 2 * experts // config.num_hidden_layers if waits else whole
+    places = [(needed, str(device), free)] + [(experts, "host memory", free_on_host)] * waits
+    for size, place, room in places:
+        if size > room:
+            kept = str(dtype) if quantization is None else f"{dtype} and {quantization.format}"
+            remedy = "train a smaller model" if quantization else "quantize the experts (--model.quantize nf4)"
+            raise ValueError(
+                f"the weights take {whole / GIB:.1f} GiB ({model.num_parameters() / 1e9:.2f} billion parameters in "
+                f"{kept}), {size / GIB:.1f} of them on {place}, which has {room / GIB:.1f} GiB free: end what else "
+                f"runs there, take a larger device, or {remedy}"
+            )
+    return waits
+
+
+def names_of_experts(model: nn.Module) -> list[str]:
+    """Of the parameters that are one weight for all experts of a layer."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
 
 
 def build(
@@ -132,6 +148,7 @@ def build(
     attention: str,
     init_seed: int,
     quantization: QuantizedExpertsConfig | None = None,
+    experts_on_host: bool = False,
 ) -> PreTrainedModel:
     """The model, made or read shard by shard on its device.
 
@@ -143,6 +160,7 @@ def build(
         attention: a name that Transformers knows, or `varlen`.
         init_seed: of random weights; the run's own random state stays as it is.
         quantization: of the experts' weights, which are then never all there in `dtype`, and of what else it names.
+        experts_on_host: whether the experts' weights go to host memory, each as soon as it is made.
 
     Raises:
         ValueError: where the attention does not do what the model's own does.
@@ -151,22 +169,36 @@ def build(
         check_config(config)
         register()
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, device_map={"": device}, attn_implementation=attention,
+        read_to = CPU if experts_on_host else device
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, device_map={"": read_to}, attn_implementation=attention,
             use_safetensors=True, trust_remote_code=False, quantization_config=quantization,
         )  # fmt: skip
+        if experts_on_host:
+            move_but_experts(model, device)
+        return _with_separate_documents(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(init_seed)
-        with device if quantization is None else torch.device("meta"):
+        by_module = quantization is not None or experts_on_host
+        with torch.device("meta") if by_module else device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        if quantization is not None:
-            _make_quantized(model, device, quantization)
-        return model
+        if by_module:
+            _make_by_module(model, device, quantization, experts_on_host)
+        return _with_separate_documents(model)
 
 
-def _make_quantized(model: PreTrainedModel, device: torch.device, quantization: QuantizedExpertsConfig) -> None:
-    """Draws the weights module by module: the dense experts of one layer exist at a time."""
-    experts = {name.rpartition(".")[0] for name in quantization.find_parameters(model)}
+def _with_separate_documents(model: PreTrainedModel) -> PreTrainedModel:
+    if model.config.model_type == packed_masks.MODEL_TYPE:
+        packed_masks.separate_documents(model.get_decoder())
+    return model
+
+
+def _make_by_module(
+    model: PreTrainedModel, device: torch.device, quantization: QuantizedExpertsConfig | None, experts_on_host: bool
+) -> None:
+    """Draws the weights module by module: the dense experts of one layer are on the device at a time."""
+    names = names_of_experts(model) if quantization is None else quantization.find_parameters(model)
+    experts = {name.rpartition(".")[0] for name in names}
     modules = dict(model.named_modules())
     for name in modules.keys() - experts:
         modules[name].to_empty(device=device, recurse=False)
@@ -175,8 +207,12 @@ def _make_quantized(model: PreTrainedModel, device: torch.device, quantization: 
             module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             model._init_weights(module)
-        if name in experts:
+        if name in experts and quantization is not None:
             quantize_experts(module, quantization.format)
+        if name in experts and experts_on_host:
+            for stem, weight in list(module.named_parameters(recurse=False)):
+                if weight.ndim == 3:
+                    setattr(module, stem, on_host(weight, device))
     model.tie_weights()
 
 

@@ -1,5 +1,6 @@
 """MoELoRA: a Mixture-of-Experts language model with LoRA adapters as a LightningModule."""
 
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal, Self
 
@@ -7,6 +8,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import ParallelStrategy
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -17,7 +19,7 @@ from lightning_moe import CUDAGraphCallback, QuantizedExpertsConfig
 from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.attention import kernels_run
-from lora.base_model import apply_liger, build, check_memory, check_weights, read_config
+from lora.base_model import apply_liger, build, check_weights, place_experts, read_config
 from lora.checkpointing import (
     Mode,
     Recomputing,
@@ -26,6 +28,7 @@ from lora.checkpointing import (
     enable_checkpointing,
 )
 from lora.data import COUNTS, InstructionData
+from lora.host_experts import HostExperts, keep_on_host
 from lora.loss import losses
 from lora.sharding import check_strategy, rename_optimizer_state, shard
 
@@ -56,6 +59,9 @@ class MoELoRA(LightningModule):
             experts are in that format is read as it is: in nf4 as bitsandbytes quantizes them one by one, in fp8 as
             Qwen3-30B-A3B-FP8's, in mxfp4 as gpt-oss's. Linear layers that are in fp8 there become dense.
         quantize_linear: a pretrained model's attention and other linear layers in nf4 as well, 1.2 GiB less.
+        experts_on: where the frozen experts wait: on the `device`, or on the `host`, from where each layer's are copied
+            ahead of the computation in forward and in backward; `auto` is the host where a GPU does not hold them. One
+            GPU; not with `cuda_graph`.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
@@ -94,6 +100,7 @@ class MoELoRA(LightningModule):
         dtype: Literal["bfloat16", "float32"] = "float32",
         quantize: Literal["nf4", "fp8", "mxfp4"] | None = None,
         quantize_linear: bool = False,
+        experts_on: Literal["auto", "device", "host"] = "auto",
         rank: PositiveInt = 16,
         alpha: PositiveInt = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -133,6 +140,8 @@ class MoELoRA(LightningModule):
         self.network: PeftModel | None = None
         self._description: dict[str, str] = {}
         self.checkpointing: tuple[Mode, bool] = "none", False
+        self._experts_on_host = experts_on == "host"
+        self._host_experts: HostExperts | None = None
         self.strict_loading = False  # checkpoints hold the adapter only
 
     @property
@@ -180,7 +189,16 @@ class MoELoRA(LightningModule):
             config = read_config(self._name, self.hparams["architecture"], self.hparams["quantize"] is not None)
             check_names(config, self.hparams)
             device = self.trainer.strategy.root_device
-            check_memory(config, getattr(torch, self.hparams["dtype"]), device, self._quantization)
+            dtype, wanted = getattr(torch, self.hparams["dtype"]), self.hparams["experts_on"]
+            if wanted == "auto" and isinstance(self.trainer.strategy, ParallelStrategy):
+                wanted = "device"
+            self._experts_on_host = place_experts(config, dtype, device, self._quantization, wanted)
+            self.hparams["experts_on"] = "host" if self._experts_on_host else "device"
+            if self._experts_on_host and self.hparams["checkpointing"] == "none":
+                raise ValueError(
+                    "model.experts_on host has each layer's experts on the device twice in a step: without "
+                    "checkpointing all would stay there until backward. Set --model.checkpointing auto"
+                )
 
     def configure_model(self) -> None:
         """Builds the base, adds the adapters, and shards it where the strategy has a mesh for that; once."""
@@ -192,15 +210,19 @@ class MoELoRA(LightningModule):
         norms = apply_liger(base, options["liger"])
         self.network = add_adapters(base, options)
         self.network.train()  # a base that was read comes in eval mode
+        layers = base.get_decoder().layers
+        if self._experts_on_host:
+            self._host_experts = keep_on_host(layers, self.device)
         self.checkpointing = mode, offload = self._choose_checkpointing(base)
         enable_checkpointing(
-            base.get_decoder().layers, mode, offload=offload, tile_tokens=options["tile_tokens"],
+            layers, mode, offload=offload, tile_tokens=options["tile_tokens"],
             router=options["router_module"], is_random=draws_random_numbers(base),
         )  # fmt: skip
         base.losses = MethodType(losses, base)
         self._description = {
             "base": f"{self._name or 'random weights'}, {base.config.model_type}, {options['dtype']}"
             + (f", experts in {options['quantize']}" if options["quantize"] else "")
+            + ", experts in host memory" * self._experts_on_host
             + ", linear layers too" * getattr(base, "is_loaded_in_4bit", False),
             "norms and rotary embedding": norms,
             "recomputed in backward": RECOMPUTED[mode] + ", what is kept waits in host memory" * offload,
@@ -217,8 +239,9 @@ class MoELoRA(LightningModule):
         config = read_config(self._name, options["architecture"], options["quantize"] is not None)
         dtype = getattr(torch, options["dtype"])
         return build(
-            self._name, config, dtype, self.device, options["attention"], options["init_seed"], self._quantization
-        )
+            self._name, config, dtype, self.device, options["attention"], options["init_seed"], self._quantization,
+            self._experts_on_host,
+        )  # fmt: skip
 
     def _choose_checkpointing(self, base: PreTrainedModel) -> tuple[Mode, bool]:
         """The mode, and whether to offload, once it is known what memory the base leaves."""
@@ -237,6 +260,11 @@ class MoELoRA(LightningModule):
         # PEFT adds the update to the router's weight, and rounds the sum.
         rounds = ", small updates round away in bfloat16" * (self.hparams["dtype"] == "bfloat16")
         return said[self.hparams["router"]] + rounds * (self.hparams["router"] == "lora") + balance
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves or casts all but experts that wait in host memory."""
+        with self._host_experts.left_out() if self._host_experts is not None else nullcontext():
+            return super().to(*args, **kwargs)
 
     def cpu(self) -> Self:
         """Leaves the model where it is.

@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -45,6 +51,8 @@ def check_strategy(strategy: Strategy, options: Mapping[str, Any]) -> None:
             f"model.quantize {options['quantize']} is not sharded by FSDP: each GPU holds the whole model under "
             "--trainer.strategy ddp, or shard the 16-bit one: --model.quantize null"
         )
+    if isinstance(strategy, ParallelStrategy) and options["experts_on"] == "host":
+        raise ValueError("model.experts_on host is for one device: set --trainer.devices 1 --trainer.strategy auto")
     if options["optimizer"] == "adamw_8bit":
         if isinstance(strategy, ModelParallelStrategy) or strategy.root_device.type != "cuda":
             raise ValueError("model.optimizer adamw_8bit is bitsandbytes', for whole adapters on a GPU: take adamw")

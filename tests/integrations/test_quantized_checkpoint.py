@@ -18,6 +18,7 @@ functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes
 
 ROUTER = r".*\.mlp\.gate\.weight"
 FIRST = "model.layers.0.mlp.experts.0.gate_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 def large_qwen3():
@@ -208,6 +209,8 @@ REMEDY = "Load the 16-bit checkpoint"
         (with_dense(), f"^{FIRST} is BF16 in a checkpoint with quantized weights, .* {REMEDY}"),
         (with_dense(dtype=torch.uint8), f"^{FIRST} is U8 in a checkpoint with quantized weights, and not in nf4. "),
         (with_dense(dtype=torch.float8_e4m3fn), f"^{FIRST} is in fp8 in a .* and not in nf4. {REMEDY}"),
+        (with_dense(QUERY, torch.float8_e4m3fn), f"^{QUERY} is in fp8 .* {REMEDY}"),
+        (with_dense(QUERY, torch.int8), f"^{QUERY} is I8 .* {REMEDY}"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_before_any_weight_is_read(tmp_path, monkeypatch, change, message):
@@ -224,6 +227,34 @@ def test_experts_that_are_not_in_nf4_are_an_error(tmp_path, dtype):
     which, name = ((ATTENTION,), "BF16") if dtype == torch.bfloat16 else ((), "in fp8")
     write(large_qwen3(), tmp_path, which=which, change=with_dense(dtype=dtype))
     with pytest.raises(ValueError, match=f"^model.* is {name} in a checkpoint with quantized weights, .* {REMEDY}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_linear_layers_in_another_format_beside_dense_experts_are_an_error(tmp_path, dtype):
+    """Their values would be read without their scales."""
+    write(large_qwen3(), tmp_path, which=(), change=with_dense(QUERY, dtype))
+    with pytest.raises(ValueError, match=f"^{QUERY} is .* in a checkpoint with quantized weights, .* {REMEDY}"):
+        load(tmp_path)
+
+
+def test_experts_under_other_names_are_an_error_before_any_weight_is_read(tmp_path, monkeypatch):
+    """As in GPTQ, AWQ or MXFP4: Transformers would make up dense ones first."""
+
+    def change(tensors):
+        return {
+            key.replace(".weight", ".qweight") if ".experts." in key else key: tensor.int()
+            if ".experts." in key
+            else tensor
+            for key, tensor in tensors.items()
+        }
+
+    write(large_qwen3(), tmp_path, which=(), change=change)
+    read = "transformers.core_model_loading.spawn_materialize"
+    monkeypatch.setattr(read, lambda *_, **__: pytest.fail("a tensor is read"))
+    with pytest.raises(
+        ValueError, match=f"^the checkpoint has nothing that .*gate_up_proj, and .*qweight is I32: .* {REMEDY}"
+    ):
         load(tmp_path)
 
 

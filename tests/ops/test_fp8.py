@@ -115,6 +115,7 @@ def test_some_rows_and_columns_have_the_values_of_all():
             "values is .* in torch.uint8, and .*float8",
         ),
         (lambda parts: parts.update(scales=parts["scales"][:, :1]), r"scales is \(2, 1, 2\).* \(2, 2, 2\) .* of 128"),
+        (lambda parts: parts.update(scales=parts["scales"].mT.contiguous().mT), "scales is not contiguous"),
         (lambda parts: parts.update(scales=parts["scales"].bfloat16()), "scales is .* in torch.bfloat16"),
     ],
 )

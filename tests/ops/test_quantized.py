@@ -111,6 +111,20 @@ def test_a_module_moves_and_casts_what_something_else_refers_to(parameter):
     assert {part.device.type for part in holder.weight.parts.values()} == {"meta"}
 
 
+def test_a_module_moves_it_to_a_gpu_by_setting_its_data(parameter):
+    """Devices of dense tensors, as PyTorch sees them; nothing of a GPU is needed but the name."""
+    holder = nn.Module()
+    holder.weight = parameter
+    wrapper = {"dtype": parameter.dtype, "device": "cuda"}
+    on_gpu = torch.Tensor._make_wrapper_subclass(QuantizedWeight, parameter.shape, **wrapper)
+    on_gpu.format, on_gpu.parts = parameter.format, {name: part.to("meta") for name, part in parameter.parts.items()}
+    with torch.no_grad():
+        holder._apply(lambda _: on_gpu)
+    assert holder.weight is parameter
+    assert holder.weight.device.type == "cuda"
+    assert holder.weight.parts == on_gpu.parts
+
+
 def test_its_parts_are_shared_between_processes(parameter):
     holder, expected = nn.Module(), parameter.dequantize()
     holder.weight = parameter

@@ -84,6 +84,16 @@ def test_parts_are_those_that_the_cpu_makes(dtype, name):
         assert torch.equal(mine[part].cpu().view(torch.uint8), expected[part].view(torch.uint8))
 
 
+def test_a_module_moves_it_there_and_back(make):
+    holder, weight = torch.nn.Module(), make(torch.randn(2, 64, 128, dtype=torch.bfloat16))
+    holder.weight, expected = torch.nn.Parameter(weight, requires_grad=False), weight.dequantize()
+    for device in ("cuda", "cpu"):
+        holder.to(device)
+        devices = {holder.weight.device.type, *(part.device.type for part in holder.weight.parts.values())}
+        assert devices == {device}
+        assert torch.equal(holder.weight.dequantize().cpu(), expected)
+
+
 @pytest.mark.parametrize("workspace_mib", [256, 1], ids=["at once", "in parts"])
 def test_results_are_the_bits_of_the_dense_weights(workspace_mib, make, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace_mib * 2**20)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers.models import VOCABULARY, qwen3_config
 from lora import attention
+from lora.base_model import build
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 LENGTHS = (20, 33, 11)
@@ -179,3 +180,40 @@ def test_transformers_function_sees_to_what_it_alone_knows(monkeypatch):
     assert attend_by_transformers(monkeypatch, head_dim=320)
     with pytest.raises(ValueError, match="softcap"):
         attend_by_transformers(monkeypatch, softcap=30.0)
+
+
+def gpt_oss(build):
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return build(config).train()
+
+
+def test_packed_documents_of_gpt_oss_have_the_hidden_states_that_each_has_alone():
+    """Transformers' masks, which are not made by position, let them see each other."""
+    ours = gpt_oss(lambda config: build(None, config, torch.float32, torch.device("cpu"), "eager", 0))
+    own = gpt_oss(lambda config: AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    own.load_state_dict(ours.state_dict())
+    docs = documents()
+    apart, together = (hidden_states(network, docs).split(LENGTHS) for network in (ours, own))
+    for number, doc in enumerate(docs):
+        alone = hidden_states(own, [doc])
+        torch.testing.assert_close(apart[number], alone)
+        assert torch.allclose(together[number], alone, atol=1e-5) == (number == 0)
+
+
+def test_gpt_oss_generates_as_without_the_recipe_s_masks():
+    ours = gpt_oss(lambda config: build(None, config, torch.float32, torch.device("cpu"), "eager", 0)).eval()
+    own = gpt_oss(lambda config: AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
+    own.load_state_dict(ours.state_dict())
+    ids = torch.tensor([documents()[0]["input_ids"]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **options), own.generate(ids, **options))
+
+
+def test_sinks_are_not_passed_over():
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="has no attention sinks"):
+        attention.varlen_attention(torch.nn.Module(), query, query, query, None, s_aux=torch.zeros(2))

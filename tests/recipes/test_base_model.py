@@ -93,12 +93,12 @@ def test_the_room_that_quantized_experts_take_is_what_they_take():
     wanted = 2 * (model.num_parameters() - experts) + 0.5161 * experts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=wanted * 1.001))
-        base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, NF4)
-        with pytest.raises(ValueError, match=r"in torch.bfloat16\) .* or quantize the experts"):
-            base_model.check_memory(quantizable_config(), torch.bfloat16, CPU)
+        base_model.place_experts(quantizable_config(), torch.bfloat16, CPU, NF4)
+        with pytest.raises(ValueError, match=r"in torch.bfloat16\), .* or quantize the experts"):
+            base_model.place_experts(quantizable_config(), torch.bfloat16, CPU)
         patch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=wanted * 0.999))
         with pytest.raises(ValueError, match="in torch.bfloat16 and nf4"):
-            base_model.check_memory(quantizable_config(), torch.bfloat16, CPU, NF4)
+            base_model.place_experts(quantizable_config(), torch.bfloat16, CPU, NF4)
 
 
 def test_an_unknown_family_is_refused():
@@ -177,12 +177,11 @@ def test_a_sliding_window_is_refused_where_it_would_be_passed_over():
 
 def test_weights_that_do_not_fit_are_refused_with_both_sizes(monkeypatch):
     config = qwen3_config(hidden_size=2048, moe_intermediate_size=768, num_experts=128, vocab_size=151936)
-    base_model.check_memory(qwen3_config(), torch.float32, CPU)
+    base_model.place_experts(qwen3_config(), torch.float32, CPU)
     monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-    with pytest.raises(
-        ValueError, match=r"the weights take 3\.\d GiB \(1\.8\d billion parameters in torch.bfloat16\) and cpu has 1.0"
-    ):
-        base_model.check_memory(config, torch.bfloat16, CPU)
+    sizes = r"the weights take 3\.\d GiB \(1\.8\d billion .* torch.bfloat16\), 3\.\d of them on cpu, which has 1.0"
+    with pytest.raises(ValueError, match=sizes):
+        base_model.place_experts(config, torch.bfloat16, CPU)
 
 
 def test_ligers_kernels_are_refused_where_they_cannot_be_had():
@@ -214,3 +213,19 @@ def test_weights_that_could_hold_code_do_not_run_it(folder, tmp_path):
     with pytest.raises(OSError, match="no file named model.safetensors"):
         base_model.build(str(folder), config, torch.float32, CPU, "sdpa", 0)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("free", "where"), [(4.0, False), (2.6, True)], ids=["all fits", "two layers fit"])
+def test_experts_wait_on_the_host_where_a_gpu_does_not_hold_them(free, where, monkeypatch):
+    wide = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "vocab_size": 384}
+    config, gpu = qwen3_config(**wide, num_hidden_layers=3), torch.device("cuda")
+    room = int(free * 2**30) + base_model.CONTEXT_BYTES
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
+    assert base_model.place_experts(config, torch.bfloat16, gpu, wanted="auto") == where
+    assert base_model.place_experts(config, torch.bfloat16, gpu, wanted="host")
+    if where:
+        with pytest.raises(ValueError, match=r"3\.\d of them on cuda, which has 2.6"):
+            base_model.place_experts(config, torch.bfloat16, gpu, wanted="device")
+        monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+        with pytest.raises(ValueError, match=r"3\.\d of them on host memory, which has 1.0"):
+            base_model.place_experts(config, torch.bfloat16, gpu, wanted="auto")

@@ -112,15 +112,21 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
             name, dtype=torch.bfloat16, device_map={"": "cuda"}, quantization_config=QuantizedExpertsConfig("nf4")
         )
 
-    A checkpoint whose experts bitsandbytes quantized to nf4 one by one is loaded as it is: nothing is quantized again,
-    linear layers that it has in nf4 become bitsandbytes' own, with `linear` or without, and what it has dense stays
-    dense. Routers in nf4, as Transformers 4 and bitsandbytes made them, become dense. Transformers refuses
-    another configuration than the checkpoint's ("you are passing a QuantizedExpertsConfig"), so leave that one out:
+    A checkpoint whose experts are in the format already is loaded as it is, nothing is quantized again, and what it has
+    dense stays dense:
+
+    - nf4, as bitsandbytes quantized them one by one. Linear layers in nf4 become bitsandbytes' own, with `linear` or
+      without. Routers in nf4, as Transformers 4 and bitsandbytes made them, become dense.
+    - fp8, as Qwen3-30B-A3B-FP8 has them, with a scale for each block of 128 x 128. Linear layers in fp8 become dense.
+    - mxfp4, as gpt-oss has them.
+
+    Transformers refuses another configuration than the checkpoint's own ("you are passing a QuantizedExpertsConfig"), so
+    leave that one out:
 
         config = AutoConfig.from_pretrained(name, quantization_config=None)
         AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.bfloat16, device_map={"": "cuda"},
-            quantization_config=QuantizedExpertsConfig("nf4"),
+            quantization_config=QuantizedExpertsConfig("fp8"),
         )
 
     Args:

@@ -26,8 +26,8 @@ class FP8Checkpoint:
     """`....gate_proj.weight` (out, in) and `....gate_proj.weight_scale_inv`, a scale for each block; see `Layout`."""
 
     format = FP8.name
-    suffixes = ("", SCALE)
-    read = ()
+    suffixes: tuple[str, ...] = ("", SCALE)
+    read: tuple[str, ...] = ()
 
     def matrix_of(self, key: str, header: Header) -> str | None:
         """The name of the matrix that a tensor is of: its values by their dtype, its scales by their name."""
@@ -56,7 +56,7 @@ class FP8Checkpoint:
             raise ValueError(f"{name} is {values.shape} in the checkpoint, {shape} in the model")
         if len(shape) == 3 and out < shape[1] and out % FP8.block:
             raise ValueError(
-                f"{name} has {out} rows, and is joined with another matrix: a block of {FP8.block} rows would be of both"
+                f"{name} has {out} rows, and is joined with another matrix: a block of {FP8.block} rows is of both"
             )
 
     def join(

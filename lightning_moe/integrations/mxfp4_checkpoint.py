@@ -18,8 +18,8 @@ class MXFP4Checkpoint:
     """`....experts.gate_up_proj_blocks` (E, out, in / 32, 16) and `..._scales` (E, out, in / 32); see `Layout`."""
 
     format = MXFP4.name
-    suffixes = (BLOCKS, SCALES)
-    read = ()
+    suffixes: tuple[str, ...] = (BLOCKS, SCALES)
+    read: tuple[str, ...] = ()
 
     def matrix_of(self, key: str, header: Header) -> str | None:
         """The name of the weight that a tensor is of."""

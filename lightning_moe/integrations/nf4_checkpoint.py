@@ -23,8 +23,8 @@ class NF4Checkpoint:
     """`....gate_proj.weight` with its bytes, `....gate_proj.weight.absmax` and more beside it; see `Layout`."""
 
     format = NF4.name
-    suffixes = ("", *(f".{each}" for each in COMPANIONS))
-    read = (f".{QUANT_STATE}", f".{FP4_QUANT_STATE}")
+    suffixes: tuple[str, ...] = ("", *(f".{each}" for each in COMPANIONS))
+    read: tuple[str, ...] = (f".{QUANT_STATE}", f".{FP4_QUANT_STATE}")
 
     def matrix_of(self, key: str, header: Header) -> str | None:
         """The name of the matrix that a tensor beside its bytes is of."""

@@ -115,7 +115,7 @@ def find_quantized(
     """
     headers = _read_headers(files, [suffix for layout in layouts.values() for suffix in layout.read])
     formats = _read_formats(headers, layouts)
-    parameters = _parameters(model, formats)
+    parameters, converted = _parameters(model, formats)
     experts_keys = {key for key, parameter in parameters.items() if parameter in experts}
     described = {key: f"in {formats[key]}" if formats[key] else headers[key].dtype for key in formats}
     if not experts_keys and (odd := sorted(key for key in formats if described[key] not in DENSE)):
@@ -141,6 +141,8 @@ def find_quantized(
     quantized = sorted(key for key in parameters if formats[key])
     for key in quantized:
         shape = tuple(state[parameters[key]].shape)
+        if key in converted - experts_keys:
+            raise ValueError(f"{key} is in {format}, and Transformers splits or joins it while it is loaded. {REMEDY}")
         try:
             layouts[format].check(key, headers, shape, key in experts_keys and _is_transposed(model, parameters[key]))
         except ValueError as error:
@@ -164,29 +166,32 @@ def _read_headers(files: Iterable[str], read: list[str]) -> dict[str, Header]:
 
 def _read_formats(headers: Mapping[str, Header], layouts: Mapping[str, Layout]) -> dict[str, str | None]:
     """The format of each quantized matrix, by its name, and None for what else there is."""
-    matrices, others = {}, {}
+    matrices: dict[str, str | None] = {}
+    others: dict[str, str | None] = {}
     for key, header in headers.items():
-        found = {layout.matrix_of(key, header): layout.format for layout in layouts.values()}
-        found.pop(None, None)
-        if found:
-            matrices |= found
-        else:
-            others[key] = None
+        found = [(layout.matrix_of(key, header), layout.format) for layout in layouts.values()]
+        of_matrices = {name: format for name, format in found if name is not None}
+        matrices |= of_matrices
+        others |= {} if of_matrices else {key: None}
     return others | matrices
 
 
-def _parameters(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """The parameter of the model that each of a checkpoint's tensors goes into, where there is one."""
+def _parameters(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """The parameter of the model that each of a checkpoint's tensors goes into, where there is one.
+
+    And which of the tensors a converter of the model's makes something else of.
+    """
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     parameters = model.state_dict()
-    found = {}
+    found, converted = {}, set()
     for key in sorted(keys):
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if name in parameters or key in parameters:
             found[key] = name if name in parameters else key
-    return found
+            converted |= {key} if pattern and name in parameters else set()
+    return found, converted
 
 
 def _is_transposed(model: nn.Module, parameter: str) -> bool:

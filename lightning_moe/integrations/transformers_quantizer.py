@@ -74,7 +74,7 @@ class LoadingQuantizer(HfQuantizer):
         self.linear = linear_quantizer(pre_quantized=False) if quantization_config.linear else None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises ModuleNotFoundError without bitsandbytes for nf4, ValueError where experts would be moved to and fro."""
+        """Raises ModuleNotFoundError where nf4 lacks bitsandbytes, ValueError where experts would move to and fro."""
         if self.linear is not None or self.quantization_config.format == NF4.name:
             check_installed()
         device_map = kwargs.get("device_map")

@@ -60,7 +60,7 @@ def read_config(name: str | None, architecture: dict[str, Any], quantize: bool =
     if own := getattr(config, "quantization_config", None):
         method = own["quant_method"]
         remedy = f"set --model.quantize {QUANTIZE[method]}" if method in QUANTIZE else "give the 16-bit model"
-        raise ValueError(f"the weights of {name!r} are quantized (quantization_config in config.json: {method}): {remedy}")
+        raise ValueError(f"{name!r} has quantized weights (quantization_config in config.json: {method}): {remedy}")
     return config
 
 

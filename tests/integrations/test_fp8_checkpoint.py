@@ -21,10 +21,11 @@ from helpers.quantized_checkpoint import (
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from lightning_moe import QuantizedWeight, patch_moe
-from lightning_moe.integrations import transformers_quantizer
+from lightning_moe.integrations import quantized_checkpoint, transformers_quantizer
 from lightning_moe.integrations.fp8_checkpoint import FP8Checkpoint
 from lightning_moe.ops.fp8 import FP8
 
@@ -184,14 +185,25 @@ def test_fused_experts_are_an_error(tmp_path, monkeypatch):
     assert_refused(monkeypatch, tmp_path, "fp8", rf"down_proj is \(12, 256, 128\), and one matrix .*{REMEDY}")
 
 
+def test_what_transformers_takes_apart_is_an_error(tmp_path, monkeypatch):
+    """Such as one matrix for queries, keys and values: its scales would not follow."""
+
+    def mapping(model):
+        name = "self_attn.q_proj.weight"
+        return [*own(model), WeightConverter(name, name, [Transpose(0, 1)])]
+
+    own = quantized_checkpoint.get_model_conversion_mapping
+    monkeypatch.setattr(quantized_checkpoint, "get_model_conversion_mapping", mapping)
+    write_fp8(build(), tmp_path)
+    assert_refused(monkeypatch, tmp_path, "fp8", f"q_proj.weight is in fp8, and Transformers splits or .* {REMEDY}")
+
+
 @pytest.mark.parametrize("format", ["nf4", "mxfp4"])
 def test_another_format_than_the_file_s_names_the_one_to_ask_for(tmp_path, monkeypatch, format):
     if format == "nf4":
         pytest.importorskip("bitsandbytes")
     write_fp8(build(), tmp_path)
-    message = (
-        rf'weight is in fp8 .* and {format} is asked for: ask .* QuantizedExpertsConfig\("fp8"\) .*--model.quantize fp8$'
-    )
+    message = rf'is in fp8 .* and {format} is asked for: .* QuantizedExpertsConfig\("fp8"\) .* --model.quantize fp8$'
     assert_refused(monkeypatch, tmp_path, format, message)
 
 

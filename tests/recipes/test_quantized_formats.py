@@ -1,6 +1,7 @@
 """The recipe on checkpoints whose experts are in fp8 or mxfp4: trained as they are; what a user is told."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,14 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from lightning_moe import MoEGateGradCallback, QuantizedExpertsConfig, QuantizedWeight
 
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's use of jsonargparse, not ours
+
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in qwen3_lora.UNHELPFUL_WARNINGS),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),  # pytest's own arguments are in sys.argv
     pytest.mark.filterwarnings("ignore:MoEGateGradCallback logs nowhere"),
+    pytest.mark.filterwarnings("ignore:AdapterUpdateCheck"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]
@@ -130,7 +135,7 @@ def test_the_room_that_experts_in_fp8_take_is_a_byte_a_value(monkeypatch):
 def test_a_quantized_checkpoint_without_the_option_is_an_error_that_names_it(tmp_path, method, remedy):
     config = qwen3_config().to_dict() | {"quantization_config": {"quant_method": method}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"are quantized .* config.json: {method}.: {remedy}"):
+    with pytest.raises(ValueError, match=f"has quantized weights .* config.json: {method}.: {remedy}"):
         base_model.read_config(str(tmp_path), {})
     assert base_model.read_config(str(tmp_path), {}, quantize=True).quantization_config is None
 

@@ -120,8 +120,8 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
     - fp8, as Qwen3-30B-A3B-FP8 has them, with a scale for each block of 128 x 128. Linear layers in fp8 become dense.
     - mxfp4, as gpt-oss has them.
 
-    Transformers refuses another configuration than the checkpoint's own ("you are passing a QuantizedExpertsConfig"), so
-    leave that one out:
+    Transformers refuses another configuration than the checkpoint's own ("you are passing a QuantizedExpertsConfig"):
+    leave that one out.
 
         config = AutoConfig.from_pretrained(name, quantization_config=None)
         AutoModelForCausalLM.from_pretrained(

@@ -16,6 +16,7 @@ ELSEWHERE = {
     ("lightning_moe/ops/quantized.py", "_to_copy"),
 }
 NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # documented
+SUFFIXES = {"_blocks", "_scales", "_scale_inv"}  # of tensors' names in checkpoints
 OURS = re.compile("gategrad|lightning_moe")  # in the names that we put on others' objects
 PRIVATE = re.compile(r"(?<![\w\]}])_[a-zA-Z]\w*")
 
@@ -69,7 +70,7 @@ def is_private(name):
 
 def private_names(trees):
     """(path, name) of every private name that a tree of modules reads and does not define."""
-    own = NAMED_TUPLES.union(*map(defined, trees.values()))
+    own = (NAMED_TUPLES | SUFFIXES).union(*map(defined, trees.values()))
     return {
         (path, name)
         for path, tree in trees.items()

@@ -212,7 +212,7 @@ class MoELoRA(LightningModule):
         self.network.train()  # a base that was read comes in eval mode
         layers = base.get_decoder().layers
         if self._experts_on_host:
-            self._host_experts = keep_on_host(layers, self.device)
+            self._host_experts = keep_on_host(layers, base.device)
         self.checkpointing = mode, offload = self._choose_checkpointing(base)
         enable_checkpointing(
             layers, mode, offload=offload, tile_tokens=options["tile_tokens"],

@@ -211,9 +211,9 @@ def test_gpt_oss_s_masks_beside_a_cache_are_those_of_transformers():
     cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=network.config)}
     ids, positions = torch.tensor([documents()[0]["input_ids"]]), torch.arange(LENGTHS[0])[None]
     with torch.no_grad():
-        whole = network(input_ids=ids, position_ids=positions).logits[:, -1:]
-        network(input_ids=ids[:, :-1], position_ids=positions[:, :-1], **cache)
-        last = network(input_ids=ids[:, -1:], position_ids=positions[:, -1:], **cache).logits
+        whole = network(input_ids=ids, position_ids=positions).logits[:, -2:]
+        network(input_ids=ids[:, :-2], position_ids=positions[:, :-2], **cache)
+        last = network(input_ids=ids[:, -2:], position_ids=positions[:, -2:], **cache).logits
     torch.testing.assert_close(last, whole)
 
 

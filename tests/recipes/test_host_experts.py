@@ -6,8 +6,10 @@ import lora.module
 import pytest
 import torch
 from helpers.recipe import ARCHITECTURE, data, module, trained, trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lora import host_experts
 from lora.host_experts import HostExperts, keep_on_host
+from lora.sharding import check_strategy
 from qwen3_lora import UNHELPFUL_WARNINGS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -188,19 +190,18 @@ def test_training_is_that_of_resident_experts(options, tile_tokens, tmp_path, re
     assert on_host._host_experts.num_bytes > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"checkpointing": "none"}, "Set --model.checkpointing auto"),
-        ({"checkpointing": "full", "strategy": "ddp"}, "is for one device"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_the_model_is_built(options, words, tmp_path):
-    strategy = options.pop("strategy", "auto")
-    network = module(experts_on="host", **options)
-    with pytest.raises(ValueError, match=words):
-        trainer(tmp_path, 1, strategy=strategy).fit(network, data())
+def test_without_checkpointing_it_is_refused_before_the_model_is_built(tmp_path):
+    network = module(experts_on="host")
+    with pytest.raises(ValueError, match=r"Set --model.checkpointing auto"):
+        trainer(tmp_path, 1).fit(network, data())
     assert network.network is None
+
+
+def test_several_devices_are_refused():
+    options = {"quantize": None, "experts_on": "host", "optimizer": "adamw"}
+    check_strategy(SingleDeviceStrategy("cpu"), options)
+    with pytest.raises(ValueError, match="model.experts_on host is for one device"):
+        check_strategy(DDPStrategy(), options)
 
 
 NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -127,6 +127,8 @@ def place_experts(
         if size > room:
             kept = str(dtype) if quantization is None else f"{dtype} and {quantization.format}"
             remedy = "train a smaller model" if quantization else "quantize the experts (--model.quantize nf4)"
+            if device.type == "cuda" and not waits:
+                remedy = f"have the experts wait in host memory (--model.experts_on host), or {remedy}"
             raise ValueError(
                 f"the weights take {whole / GIB:.1f} GiB ({model.num_parameters() / 1e9:.2f} billion parameters in "
                 f"{kept}), {size / GIB:.1f} of them on {place}, which has {room / GIB:.1f} GiB free: end what else "

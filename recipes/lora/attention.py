@@ -22,6 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lora.kept_results import ATTENTION, keeping, watch_attention
 
 NAME = "varlen"
+# What models hand over that changes the result, and no kernel here knows; `sdpa` of Transformers 5.17 passes over it.
+UNKNOWN = {"s_aux": "attention sinks", "softcap": "cap on the scores"}
 
 # Tokens times key-value heads that one kernel call works on: more fill the card no better and take memory.
 TOKEN_HEADS_IN_FLIGHT = 131_072
@@ -86,8 +88,9 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    if options.get("s_aux") is not None:
-        raise ValueError(f"model.attention {NAME!r} has no attention sinks, and the model does: set another one")
+    for name, what in UNKNOWN.items():
+        if options.get(name) is not None:
+            raise ValueError(f"model.attention {NAME!r} has no {what} ({name}), and the model does: set another one")
     output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)
     return output, None

@@ -695,17 +695,27 @@ def dequantize_nf4(
 
 
 @triton.jit
+def _row_blocks(first_column, num_rows, num_columns, num_groups, BLOCK: tl.constexpr, BG: tl.constexpr):
+    """What a program makes dense: of some of an expert's rows a block each, its columns, and which of them are wanted.
+
+    A row's values in a block share a scale.
+    """
+    group = tl.program_id(0) * BG + tl.arange(0, BG)
+    row, block = group // num_groups, first_column // BLOCK + group % num_groups
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    valid = row < num_rows
+    mask = valid[:, None] & (column >= first_column) & (column < first_column + num_columns)
+    return row, block, valid, column, mask
+
+
+@triton.jit
 def _dequantize_fp8_kernel(
     values, scales, out, first_row, first_column, num_rows, num_columns, num_groups, rows_per_expert, row_width,
     scale_rows, scale_columns, BLOCK: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
-    # Of values in a row, a block's width: they share a scale.
-    group = tl.program_id(0) * BG + tl.arange(0, BG)
-    row, block = group // num_groups, first_column // BLOCK + group % num_groups
-    its_row, valid = first_row + row, row < num_rows
-    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = valid[:, None] & (column >= first_column) & (column < first_column + num_columns)
+    row, block, valid, column, mask = _row_blocks(first_column, num_rows, num_columns, num_groups, BLOCK, BG)
+    its_row = first_row + row
     source = values + (expert * rows_per_expert + its_row)[:, None] * row_width
     byte = tl.load(source + column, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scales + (expert * scale_rows + its_row // BLOCK) * scale_columns + block, mask=valid, other=0.0)
@@ -742,17 +752,14 @@ def _dequantize_mxfp4_kernel(
     blocks_per_row, BLOCK: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) * BG + tl.arange(0, BG)
-    row, block = group // num_groups, first_column // BLOCK + group % num_groups
-    its_row, valid = expert * rows_per_expert + first_row + row, row < num_rows
+    row, block, valid, column, mask = _row_blocks(first_column, num_rows, num_columns, num_groups, BLOCK, BG)
+    its_row = expert * rows_per_expert + first_row + row
     pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     byte = tl.load(packed + its_row[:, None] * pairs_per_row + pair, mask=valid[:, None], other=0).to(tl.int32)
     scale = tl.load(scales + its_row * blocks_per_row + block, mask=valid, other=0).to(tl.int32)
     power = tl.where(scale == 255, float("nan"), tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True))[:, None]
     both = tl.join(_e2m1(byte & 15) * power, _e2m1(byte >> 4) * power)
     dense = both.reshape(BG, BLOCK).to(out.dtype.element_ty)
-    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = valid[:, None] & (column >= first_column) & (column < first_column + num_columns)
     tl.store(out + (expert * num_rows + row)[:, None] * num_columns + (column - first_column), dense, mask=mask)
 
 

@@ -200,9 +200,12 @@ def _make_by_module(
 ) -> None:
     """Draws the weights module by module: the dense experts of one layer are on the device at a time."""
     names = names_of_experts(model) if quantization is None else quantization.find_parameters(model)
-    experts = {name.rpartition(".")[0] for name in names}
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        path, _, stem = name.rpartition(".")
+        experts.setdefault(path, []).append(stem)
     modules = dict(model.named_modules())
-    for name in modules.keys() - experts:
+    for name in modules.keys() - experts.keys():
         modules[name].to_empty(device=device, recurse=False)
     for name, module in reversed(modules.items()):  # some draw their children's weights anew
         if name in experts:
@@ -211,10 +214,8 @@ def _make_by_module(
             model._init_weights(module)
         if name in experts and quantization is not None:
             quantize_experts(module, quantization.format)
-        if name in experts and experts_on_host:
-            for stem, weight in list(module.named_parameters(recurse=False)):
-                if weight.ndim == 3:
-                    setattr(module, stem, on_host(weight, device))
+        for stem in experts.get(name, ()) if experts_on_host else ():
+            setattr(module, stem, on_host(getattr(module, stem), device))
     model.tie_weights()
 
 

@@ -143,10 +143,10 @@ def keep_on_host(layers: nn.ModuleList, device: torch.device) -> HostExperts:
 
 def move_but_experts(model: PreTrainedModel, device: torch.device) -> None:
     """Moves a model to a device, and its experts' weights, which are frozen, to where they can be copied from."""
-    for layer in model.get_decoder().layers:
-        for parameter in layer.mlp.parameters():
-            parameter.requires_grad_(False)
-    with HostExperts(_blocks(model.get_decoder().layers), device).left_out():
+    layers = model.get_decoder().layers
+    for layer in layers:
+        layer.mlp.requires_grad_(False)
+    with HostExperts(_blocks(layers), device).left_out():
         model.to(device)  # type: ignore[arg-type]
 
 

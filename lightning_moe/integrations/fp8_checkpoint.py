@@ -31,7 +31,9 @@ class FP8Checkpoint:
 
     def matrix_of(self, key: str, header: Header) -> str | None:
         """The name of the matrix that a tensor is of: its values by their dtype, its scales by their name."""
-        return key if header.dtype == VALUES_DTYPE else key.removesuffix(SCALE) if key.endswith(SCALE) else None
+        if header.dtype == VALUES_DTYPE:
+            return key
+        return key.removesuffix(SCALE) if key.endswith(SCALE) else None
 
     def check(self, name: str, headers: Mapping[str, Header], shape: tuple[int, ...], is_transposed: bool) -> None:
         """Raises ValueError if a tensor is missing, or of a shape or dtype that `FP8` does not take."""

@@ -8,6 +8,7 @@ Read in Transformers 5.17 to 5.24: `HfQuantizer` with its hooks `_process_model_
 """
 
 import re
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ LAYOUTS: dict[str, Layout] = {layout.format: layout for layout in (NF4Checkpoint
 SHARE_OF_MEMORY = 0.9
 
 
-class LoadedQuantizedConfig(QuantizationConfigMixin):
+class LoadedQuantizedConfig(QuantizationConfigMixin, ABC):
     """What becomes of a model's parameters while it is loaded.
 
     Attributes:
@@ -52,13 +53,13 @@ class LoadedQuantizedConfig(QuantizationConfigMixin):
     linear: bool
     bytes_per_value: float
 
+    @abstractmethod
     def find_parameters(self, model: nn.Module) -> list[str]:
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """What takes the weight's place."""
-        raise NotImplementedError
 
 
 @register_quantizer(METHOD)

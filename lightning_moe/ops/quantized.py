@@ -70,7 +70,7 @@ class QuantizedWeight(Tensor):
     Args:
         format: how it is stored.
         parts: what it consists of, by name; experts first.
-        shape: (E, out, in), or as the format has it.
+        shape: (E, out, in); (E, in, out) for an `MXFP4` that is transposed.
         dtype: of what `dequantize` gives.
 
     Raises:

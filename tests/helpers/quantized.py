@@ -1,13 +1,19 @@
 """Quantized weights for tests: of nf4, each value's nearest level, block by block, without bitsandbytes."""
 
+import importlib.util
 from functools import partial
 
+import pytest
 import torch
 
 from lightning_moe.ops.fp8 import FP8
 from lightning_moe.ops.mxfp4 import MXFP4
 from lightning_moe.ops.nf4 import NF4, NF4_LEVELS, tables
 from lightning_moe.ops.quantized import QuantizedWeight
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, which makes nf4, is not installed"
+)
 
 
 def quantized(weight, nested=True):

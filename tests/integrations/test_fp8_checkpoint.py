@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import bitsandbytes_checkpoint
 from helpers.models import experts_modules, qwen3
+from helpers.quantized import needs_bitsandbytes
 from helpers.quantized_checkpoint import (
     ATTENTION,
     EXPERTS,
@@ -29,9 +30,6 @@ from lightning_moe.integrations import quantized_checkpoint, transformers_quanti
 from lightning_moe.integrations.fp8_checkpoint import FP8Checkpoint
 from lightning_moe.ops.fp8 import FP8
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, which makes nf4, is not installed"
-)
 NUM_EXPERTS = 12
 FIRST = "model.layers.0.mlp.experts.0.gate_proj.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -198,10 +196,8 @@ def test_what_transformers_takes_apart_is_an_error(tmp_path, monkeypatch):
     assert_refused(monkeypatch, tmp_path, "fp8", f"q_proj.weight is in fp8, and Transformers splits or .* {REMEDY}")
 
 
-@pytest.mark.parametrize("format", ["nf4", "mxfp4"])
+@pytest.mark.parametrize("format", [pytest.param("nf4", marks=needs_bitsandbytes), "mxfp4"])
 def test_another_format_than_the_file_s_names_the_one_to_ask_for(tmp_path, monkeypatch, format):
-    if format == "nf4":
-        pytest.importorskip("bitsandbytes")
     write_fp8(build(), tmp_path)
     message = rf'is in fp8 .* and {format} is asked for: .* QuantizedExpertsConfig\("fp8"\) .* --model.quantize fp8$'
     assert_refused(monkeypatch, tmp_path, format, message)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.models import SIZES, experts_modules, qwen3
+from helpers.quantized import needs_bitsandbytes
 from helpers.quantized_checkpoint import (
     assert_refused,
     assert_same_values,
@@ -116,10 +117,8 @@ def test_experts_that_are_dense_in_part_are_an_error(tmp_path, monkeypatch):
     assert_refused(monkeypatch, tmp_path, "mxfp4", message)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp8"])
+@pytest.mark.parametrize("format", [pytest.param("nf4", marks=needs_bitsandbytes), "fp8"])
 def test_another_format_than_the_file_s_names_the_one_to_ask_for(tmp_path, monkeypatch, format):
-    if format == "nf4":
-        pytest.importorskip("bitsandbytes")
     write_mxfp4(build(), tmp_path)
     message = rf"is in mxfp4 .* and {format} is asked for: ask .* --model.quantize mxfp4$"
     assert_refused(monkeypatch, tmp_path, format, message)

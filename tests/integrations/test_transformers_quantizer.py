@@ -8,15 +8,13 @@ import json
 import pytest
 import torch
 from helpers.models import experts_modules, gpt_oss, llama4, mixtral, qwen3, tokens, with_expert_lora
+from helpers.quantized import needs_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from lightning_moe import QuantizedExpertsConfig, QuantizedWeight, patch_moe, quantization, quantize_experts
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, which makes nf4, is not installed"
-)
 NUM_EXPERTS, NUM_LAYERS = 4, 2
 
 

@@ -61,7 +61,8 @@ class FP8:
             padded = F.pad(expert.float(), (0, -width % self.block, 0, -out % self.block))
             blocks = padded.unflatten(1, (-1, self.block)).unflatten(0, (-1, self.block))
             # No smaller than any normal number, so that a block of zeros is divided by something.
-            scale = (blocks.abs().amax((1, 3)) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+            # Times the inverse: a division by a number is that on a GPU, and on a CPU it is not.
+            scale = (blocks.abs().amax((1, 3)) * (1 / LARGEST)).clamp_min(torch.finfo(torch.float32).tiny)
             values.append((expert.float() / scale[row[:, None], column]).to(torch.float8_e4m3fn))
             scales.append(scale)
         return {"values": torch.stack(values), "scales": torch.stack(scales)}

@@ -563,8 +563,9 @@ def test_every_code_and_scale_has_the_bits_of_the_reference(name, dtype, monkeyp
     """Subnormal numbers, the ends of the range, and what is no number."""
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
     if name == "fp8":
-        scales = normal(1, 6, 2) * torch.tensor([2.0**-140, 2.0**-126, 2.0**-20, 1, 2.0**100, 2.0**125])[:, None]
-        parts = {"values": codes.repeat(1, 6 * 128, 1).view(torch.float8_e4m3fn), "scales": scales.to(DEVICE)}
+        powers = torch.tensor([2.0**-140, 2.0**-126, 2.0**-20, 1, 2.0**100, 2.0**125], device=DEVICE)
+        scales = normal(1, 6, 2) * powers[:, None]
+        parts = {"values": codes.repeat(1, 6 * 128, 1).view(torch.float8_e4m3fn), "scales": scales}
         weight = QuantizedWeight(FP8(), parts, (1, 6 * 128, 256), dtype)
     else:
         parts = {"packed": codes.repeat(1, 256, 1), "scales": codes.view(1, 256, 1).repeat(1, 1, 16)}

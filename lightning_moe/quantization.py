@@ -1,6 +1,5 @@
 """Experts' weights in fewer bits, in memory or while a checkpoint is loaded; `ops.quantized` has what they become."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,46 +7,39 @@ from transformers.quantizers.auto import register_quantization_config
 
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations import bitsandbytes_nf4
-from lightning_moe.integrations.transformers_experts import read_spec
+from lightning_moe.integrations.transformers_experts import read_flags, read_spec
 from lightning_moe.integrations.transformers_quantizer import METHOD, LoadedQuantizedConfig
 from lightning_moe.ops.fp8 import FP8
 from lightning_moe.ops.mxfp4 import MXFP4
 from lightning_moe.ops.nf4 import NF4
-from lightning_moe.ops.quantized import Format, QuantizedWeight
+from lightning_moe.ops.quantized import QuantizedWeight
 
-FORMATS: dict[str, Format] = {format.name: format for format in (NF4(), FP8(), MXFP4())}
-
-
-def _encode_nf4(weight: Tensor) -> dict[str, Tensor]:
-    bitsandbytes_nf4.check_installed()
-    return bitsandbytes_nf4.encode(weight)
+FORMATS: dict[str, NF4 | FP8 | MXFP4] = {format.name: format for format in (NF4(), FP8(), MXFP4())}
 
 
-# What makes the parts of a weight of each format.
-ENCODERS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
-    NF4.name: _encode_nf4,
-    FP8.name: FP8().encode,
-    MXFP4.name: MXFP4().encode,
-}
-
-
-def quantize(weight: Tensor, format: str) -> QuantizedWeight:
-    """A frozen (E, out, in) weight in fewer bits, on its device.
+def quantize(weight: Tensor, format: str, is_transposed: bool = False) -> QuantizedWeight:
+    """A frozen weight in fewer bits, on its device.
 
     Args:
-        weight: floating.
+        weight: (E, out, in), floating.
         format: `nf4`, bitsandbytes' four bits with blocks of 64 values and nested absmax: 0.516 bytes a value, 9.2 %
             off a normal distribution; `mxfp4`, four bits with a power of two for each 32: 0.531 bytes, 11.5 %; `fp8`,
             float8_e4m3fn with a scale for each 128 x 128: 1 byte, 2.6 %.
+        is_transposed: whether the weight is (E, in, out), as gpt-oss's. The 32 values of `mxfp4` lie along `in`.
 
     Raises:
         ValueError: on another format, or a shape that it does not take.
         ModuleNotFoundError: where bitsandbytes, which makes nf4, is not installed.
     """
-    check_format(format)
-    if problem := FORMATS[format].shape_problem(tuple(weight.shape)):
+    chosen = choose_format(format, is_transposed)
+    if problem := chosen.shape_problem(tuple(weight.shape)):
         raise ValueError(f"a weight cannot be quantized to {format}: {problem}")
-    return QuantizedWeight(FORMATS[format], ENCODERS[format](weight), tuple(weight.shape), weight.dtype)
+    if isinstance(chosen, NF4):
+        bitsandbytes_nf4.check_installed()
+        parts = bitsandbytes_nf4.encode(weight)
+    else:
+        parts = chosen.encode(weight)
+    return QuantizedWeight(chosen, parts, tuple(weight.shape), weight.dtype)
 
 
 def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:
@@ -75,7 +67,8 @@ def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:
         module = model.get_submodule(path)
         weight = getattr(module, stem)
         if not isinstance(weight, QuantizedWeight):
-            setattr(module, stem, nn.Parameter(quantize(weight, format), requires_grad=False))
+            packed = quantize(weight, format, read_flags(module).is_transposed)
+            setattr(module, stem, nn.Parameter(packed, requires_grad=False))
     return names
 
 
@@ -90,7 +83,9 @@ def find_quantizable(model: nn.Module, format: str) -> list[str]:
         raise ValueError(f"experts that would stay dense: {'; '.join(dense)}")
     names = [f"{layer.name}.{stem}" for layer in layers for stem in read_spec(layer.module).stems]
     for name in names:
-        if problem := FORMATS[format].shape_problem(tuple(model.get_parameter(name).shape)):
+        is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
+        shape = tuple(model.get_parameter(name).shape)
+        if problem := choose_format(format, is_transposed).shape_problem(shape):
             raise ValueError(f"{name} cannot be quantized to {format}: {problem}")
     return names
 
@@ -99,6 +94,12 @@ def check_format(format: str) -> None:
     """Raises ValueError on a format that there is not."""
     if format not in FORMATS:
         raise ValueError(f"experts can be quantized to {', '.join(FORMATS)}, not to {format!r}")
+
+
+def choose_format(name: str, is_transposed: bool) -> NF4 | FP8 | MXFP4:
+    """The format of that name, of weights (E, out, in) or, transposed, (E, in, out); ValueError if there is none."""
+    check_format(name)
+    return MXFP4(is_transposed) if name == MXFP4.name else FORMATS[name]
 
 
 @register_quantization_config(METHOD)
@@ -155,6 +156,6 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
         return find_quantizable(model, self.format)
 
-    def quantize(self, weight: Tensor) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, is_transposed: bool) -> QuantizedWeight:
         """What takes the weight's place."""
-        return quantize(weight, self.format)
+        return quantize(weight, self.format, is_transposed)

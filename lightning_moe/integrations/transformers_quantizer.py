@@ -26,6 +26,7 @@ from lightning_moe.integrations.fp8_checkpoint import FP8Checkpoint
 from lightning_moe.integrations.mxfp4_checkpoint import MXFP4Checkpoint
 from lightning_moe.integrations.nf4_checkpoint import NF4Checkpoint
 from lightning_moe.integrations.quantized_checkpoint import Layout, find_quantized, fusing
+from lightning_moe.integrations.transformers_experts import read_flags
 from lightning_moe.ops.nf4 import NF4
 from lightning_moe.ops.quantized import QuantizedWeight
 
@@ -58,8 +59,8 @@ class LoadedQuantizedConfig(QuantizationConfigMixin, ABC):
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """What takes the weight's place."""
+    def quantize(self, weight: Tensor, is_transposed: bool) -> QuantizedWeight:
+        """What takes the place of a weight (E, out, in) or, transposed, (E, in, out)."""
 
 
 @register_quantizer(METHOD)
@@ -189,7 +190,8 @@ class Quantize(ConversionOps):
                 wanted = model.get_parameter(name).shape
                 if weight.shape != wanted:
                     raise ValueError(f"{name} is {tuple(weight.shape)} in the checkpoint, {tuple(wanted)} in the model")
-                quantized = self.quantizer.quantization_config.quantize(weight)
+                is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
+                quantized = self.quantizer.quantization_config.quantize(weight, is_transposed)
                 converted[name] = nn.Parameter(quantized, requires_grad=False)
             elif self.quantizer.param_needs_quantization(model, name):
                 linear: Any = self.quantizer.linear

@@ -18,7 +18,7 @@ from helpers.quantized_checkpoint import (
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from lightning_moe import QuantizedWeight
+from lightning_moe import QuantizedWeight, quantize_experts
 from lightning_moe.integrations import transformers_quantizer
 from lightning_moe.ops.mxfp4 import MXFP4
 
@@ -58,6 +58,24 @@ def test_loaded_bytes_are_those_of_the_file(tmp_path, monkeypatch):
             assert torch.equal(weight.parts["scales"], tensors[f"{name}_scales"])
             assert weight.nbytes == sum(tensors[f"{name}_{each}"].nbytes for each in ("blocks", "scales"))
             assert torch.equal(getattr(module, f"{stem}_bias"), tensors[f"{name}_bias"])
+
+
+@pytest.mark.parametrize("place", ["in memory", "while loading"])
+def test_16_bit_weights_are_quantized_to_the_layout_of_the_file(tmp_path, place):
+    """Blocks along what is summed over, in a weight that is not square."""
+    model = build(hidden_size=96).bfloat16()
+    dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if place == "in memory":
+        quantize_experts(model, "mxfp4")
+    else:
+        model.save_pretrained(tmp_path)
+        model = load(tmp_path, "mxfp4")
+    for number in range(2):
+        for stem in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{number}.mlp.experts.{stem}"
+            weight, expected = model.get_parameter(name), MXFP4(is_transposed=True).encode(dense[name])
+            assert weight.format == MXFP4(is_transposed=True)
+            assert all(torch.equal(weight.parts[part], values) for part, values in expected.items())
 
 
 def test_a_training_step_is_that_of_the_dense_model(tmp_path):

@@ -1,18 +1,17 @@
 """Variable-length attention: the recipe's attention function, which Transformers reaches by the name `varlen`.
 
-A batch is one row of documents end to end. One document runs through PyTorch's scaled_dot_product_attention. Several
-run through `varlen_attn`, without the (tokens x tokens) mask that Transformers' `sdpa` would build. A very long one
-runs a few heads at a time, because what backward needs beside its results grows with the heads in flight.
+A batch is one row of documents end to end. One document runs through PyTorch's scaled_dot_product_attention. Several,
+and those of layers with a sliding window or sinks, run through `varlen_attn`, without the (tokens x tokens) mask that
+Transformers' `sdpa` would build. A very long one runs a few heads at a time, because what backward needs beside its
+results grows with the heads in flight.
 """
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
@@ -20,11 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora.kept_results import ATTENTION, keeping, watch_attention
+from lora.sink_attention import attend_documents, masked_attention
 
 NAME = "varlen"
-# What models hand over that changes the result, and no kernel here knows; `sdpa` of Transformers 5.17 passes over it.
-UNKNOWN = {"s_aux": "attention sinks", "softcap": "cap on the scores"}
-
 # Tokens times key-value heads that one kernel call works on: more fill the card no better and take memory.
 TOKEN_HEADS_IN_FLIGHT = 131_072
 
@@ -41,18 +38,10 @@ class _NoteKernel(TorchDispatchMode):
 
 
 def check_config(config: Any) -> None:
-    """Whether a model's attention is what this does.
-
-    Raises:
-        ValueError: where it sees a window of each document only, or has attention sinks.
-    """
-    if config.model_type == "gpt_oss":
+    """Raises ValueError where a model's attention is not what this does: where it sees chunks of a document only."""
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
-            f"model.attention {NAME!r} has no attention sinks, and gpt_oss does: set --model.attention eager"
-        )
-    if getattr(config, "use_sliding_window", getattr(config, "sliding_window", None)):
-        raise ValueError(
-            f"model.attention {NAME!r} sees whole documents and the model a window of {config.sliding_window} tokens: "
+            f"model.attention {NAME!r} sees whole documents or windows of them, and layers of the model see chunks: "
             "set --model.attention sdpa"
         )
 
@@ -88,9 +77,10 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    for name, what in UNKNOWN.items():
-        if options.get(name) is not None:
-            raise ValueError(f"model.attention {NAME!r} has no {what} ({name}), and the model does: set another one")
+    if options.get("softcap") is not None:  # which `sdpa` of Transformers 5.17 passes over
+        raise ValueError(
+            f"model.attention {NAME!r} has no cap on the scores (softcap), and the model does: set another"
+        )
     output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)
     return output, None
@@ -106,31 +96,30 @@ def _attend(
     max_length_q: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    num_documents = 1 if cu_seq_lens_q is None else cu_seq_lens_q.numel() - 1
-    if attention_mask is not None or num_documents == 1:
-        if attention_mask is None and (_is_long(query, key) or _is_plain(module, query, key, value, options)):
-            return heads_in_turn(query, key, value, options.get("scaling"))
-        return _kept(sdpa_attention_forward, module, query, key, value, attention_mask, **options)[0]
-    assert cu_seq_lens_q is not None
-    assert max_length_q is not None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        packed = _kept(
-            varlen_attn, queries, keys, values, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-            scale=options.get("scaling"), window_size=(-1, 0), **GROUPED_QUERIES,
-        )  # fmt: skip
-        assert isinstance(packed, Tensor)
-        return packed[None]
-    lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]  # `fill_up` adds empty documents
-    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [_kept(sdpa_attention_forward, module, q, k, v, None, **options)[0] for q, k, v in documents]
-    return torch.cat(attended, dim=1)
-
-
-# torch 2.11 takes fewer key-value heads as they are; later versions want to be told.
-GROUPED_QUERIES: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+    window, sinks = options.get("sliding_window"), options.get("s_aux")
+    is_windowed = sinks is not None or (window is not None and window < key.shape[2])
+    num_documents = 1 if cu_seq_lens_q is None or attention_mask is not None else cu_seq_lens_q.numel() - 1
+    alone = masked_attention if is_windowed else sdpa_attention_forward
+    if num_documents > 1 or is_windowed:
+        is_whole = attention_mask is None and query.shape[0] == 1 and key.shape[2] == query.shape[2]
+        if is_whole and _has_kernel(query) and not options.get("dropout"):
+            queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            tokens = len(queries)
+            if cu_seq_lens_q is None:
+                cu_seq_lens_q = torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=query.device)
+            return _kept(
+                attend_documents, queries, keys, values, cu_seq_lens_q, max_length_q or tokens,
+                options.get("scaling"), window if is_windowed else None, sinks,
+            )[None]  # fmt: skip
+    if num_documents > 1:
+        assert cu_seq_lens_q is not None
+        lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]  # `fill_up` adds empty documents
+        documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat([_kept(alone, module, q, k, v, None, **options)[0] for q, k, v in documents], dim=1)
+    is_plain = attention_mask is None and not is_windowed
+    if is_plain and (_is_long(query, key) or _is_plain(module, query, key, value, options)):
+        return heads_in_turn(query, key, value, options.get("scaling"))
+    return _kept(alone, module, query, key, value, attention_mask, **options)[0]
 
 
 def _mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
@@ -138,10 +127,13 @@ def _mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | N
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
 
 
+def _has_kernel(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
 def _is_long(query: Tensor, key: Tensor) -> bool:
     tokens = query.shape[2]
-    has_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return has_kernel and key.shape[2] == tokens and tokens * key.shape[1] > TOKEN_HEADS_IN_FLIGHT
+    return _has_kernel(query) and key.shape[2] == tokens and tokens * key.shape[1] > TOKEN_HEADS_IN_FLIGHT
 
 
 def _is_plain(module: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:

@@ -178,7 +178,7 @@ def build(
         )  # fmt: skip
         if experts_on_host:
             move_but_experts(model, device)
-        return _with_separate_documents(model)
+        return _with_separate_documents(model, attention)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(init_seed)
         by_module = quantization is not None or experts_on_host
@@ -186,11 +186,11 @@ def build(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if by_module:
             _make_by_module(model, device, quantization, experts_on_host)
-        return _with_separate_documents(model)
+        return _with_separate_documents(model, attention)
 
 
-def _with_separate_documents(model: PreTrainedModel) -> PreTrainedModel:
-    if model.config.model_type == packed_masks.MODEL_TYPE:
+def _with_separate_documents(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    if model.config.model_type == packed_masks.MODEL_TYPE and attention != VARLEN:  # which needs no masks
         packed_masks.separate_documents(model.get_decoder())
     return model
 

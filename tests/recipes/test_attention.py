@@ -8,7 +8,12 @@ import torch
 from helpers.models import VOCABULARY, qwen3_config
 from lora import attention
 from lora.base_model import build
+from lora.checkpointing import enable_checkpointing
+from lora.kept_results import ATTENTION
+from lora.sink_attention import attend_documents, masked_attention
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, GptOssConfig
 from transformers.data.data_collator import DataCollatorWithFlattening
 
@@ -205,8 +210,54 @@ def test_packed_documents_of_gpt_oss_have_the_hidden_states_that_each_has_alone(
         assert torch.allclose(together[number], alone, atol=1e-5) == (number == 0)
 
 
-def test_gpt_oss_s_masks_beside_a_cache_are_those_of_transformers():
-    network = gpt_oss(lambda config: build(None, config, torch.float32, torch.device("cpu"), "eager", 0)).eval()
+@pytest.mark.parametrize("documents_", [LENGTHS, (64,)], ids=["three documents", "one"])
+def test_gpt_oss_has_the_hidden_states_and_gradients_of_transformers_attention(documents_):
+    """Windows of 8 tokens in one layer, none in the other, and sinks in both."""
+    ours, eager = (
+        gpt_oss(lambda config, name=name: build(None, config, torch.float32, torch.device("cpu"), name, 0))
+        for name in (attention.NAME, "eager")
+    )
+    with torch.no_grad():
+        for network in (ours, eager):
+            for number, layer in enumerate(network.model.layers):
+                layer.self_attn.sinks.copy_(torch.tensor([1.0, -0.5]) + number)
+    states = [hidden_states(network, documents(lengths=documents_)) for network in (ours, eager)]
+    grads = [torch.autograd.grad(state.square().sum(), list(network.model.layers.parameters()))
+             for state, network in zip(states, (ours, eager), strict=True)]  # fmt: skip
+    torch.testing.assert_close(*states, atol=2e-5, rtol=1e-5)
+    names = [name for name, _ in ours.model.layers.named_parameters()]
+    for name, mine, theirs in zip(names, *grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5 * float(theirs.abs().max()) + 1e-7, rtol=1e-3, msg=name)
+        assert theirs.abs().max() > 1e-5 or "bias" in name
+    with torch.no_grad():  # what the tolerance has to tell apart
+        ours.model.layers[0].self_attn.sinks.add_(0.1)
+        ours.model.layers[0].self_attn.sliding_window, full = None, hidden_states(ours, documents(lengths=documents_))
+        wide = hidden_states(ours, documents(lengths=documents_))
+    for wrong in (full, wide):
+        assert not torch.allclose(wrong, states[1], atol=2e-4, rtol=1e-3)
+
+
+def windowed(implementation):
+    attention.register()
+    torch.manual_seed(0)
+    config = qwen3_config()
+    config.use_sliding_window, config.sliding_window = True, 8
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
+
+
+def test_a_window_is_that_of_transformers_attention():
+    doc = documents()[:1]
+    mine, theirs, whole = (
+        hidden_states(network, doc) for network in (windowed(attention.NAME), windowed("sdpa"), model())
+    )
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mine, whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", attention.NAME])
+def test_gpt_oss_s_masks_beside_a_cache_are_those_of_transformers(implementation):
+    network = gpt_oss(lambda config: build(None, config, torch.float32, torch.device("cpu"), implementation, 0)).eval()
     names = inspect.signature(type(network.model).forward).parameters
     cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=network.config)}
     ids, positions = torch.tensor([documents()[0]["input_ids"]]), torch.arange(LENGTHS[0])[None]
@@ -217,7 +268,76 @@ def test_gpt_oss_s_masks_beside_a_cache_are_those_of_transformers():
     torch.testing.assert_close(last, whole)
 
 
-def test_sinks_are_not_passed_over():
-    query = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="has no attention sinks"):
-        attention.varlen_attention(torch.nn.Module(), query, query, query, None, s_aux=torch.zeros(2))
+class CountAttention(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+def attention_inputs(tokens=300, dtype=torch.bfloat16, device="cuda"):
+    """Queries of 16 heads, keys and values of 2, sinks, and a gradient of the output."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (tokens, 16, 64), (tokens, 2, 64), (tokens, 2, 64), (16,), (tokens, 16, 64)
+    made = [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in made[:4]], made[4]
+
+
+def by_masks(query, key, value, sinks, lengths, window):
+    """Document by document, in float64."""
+    rows = [tensor.double().transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)]
+    each = [
+        masked_attention(nn.Module(), *row, None, s_aux=sinks.double(), sliding_window=window)[0][0]
+        for row in zip(*rows, strict=True)
+    ]
+    return torch.cat(each)
+
+
+@on_gpu
+@pytest.mark.parametrize("window", [None, 1, 40], ids=["all", "itself", "40"])
+def test_sinks_and_windows_on_a_gpu_are_those_of_a_mask(window):
+    """Of the largest value, an error of eight roundings to bfloat16, and no larger than the masks' own in bfloat16."""
+    lengths = (120, 53, 127)
+    leaves, grad = attention_inputs()
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+    results = [attend_documents(*leaves[:3], ends, 127, None, window, leaves[3])]
+    results.append(by_masks(*leaves, lengths, window))
+    found = [[result, *torch.autograd.grad(result, leaves, grad.to(result.dtype))] for result in results]
+    for mine, exact in zip(*found, strict=True):
+        exact = exact.double()
+        assert (mine.double() - exact).abs().max() < 2**-6 * exact.abs().max()
+        assert (exact - exact.roll(1, 0)).abs().max() > 2**-3 * exact.abs().max()
+    without = by_masks(*leaves[:3], torch.full_like(leaves[3], -1e4), lengths, window)
+    assert (without - results[1]).abs().max() > 2**-3
+
+
+@on_gpu
+def test_gpt_oss_s_attention_runs_once_where_its_results_are_kept():
+    """FlashAttention's backward adds up in any order: of the largest gradient, eight roundings to bfloat16."""
+    found, device = [], torch.device("cuda", torch.cuda.current_device())
+    for mode in ("none", "selective"):
+        network = gpt_oss(lambda config: build(None, config, torch.bfloat16, device, attention.NAME, 0))
+        enable_checkpointing(network.model.layers, mode, router="mlp.router", is_random=False)
+        with CountAttention() as calls:
+            hidden_states(network, documents()).float().square().sum().backward()
+        found.append(({name: parameter.grad for name, parameter in network.model.named_parameters()}, calls.number))
+    (want, number), (grads, number_again) = found
+    assert number_again == number == 2
+    for name, exact in want.items():
+        torch.testing.assert_close(grads[name], exact, atol=2**-6 * float(exact.abs().max()), rtol=0, msg=name)
+        assert exact.abs().max() > 0 or "bias" in name
+
+
+@on_gpu
+def test_gpt_oss_on_a_gpu_has_the_hidden_states_of_transformers_attention():
+    docs, device = documents(), torch.device("cuda", torch.cuda.current_device())
+    networks = [
+        gpt_oss(lambda config, name=name: build(None, config, torch.bfloat16, device, name, 0))
+        for name in (attention.NAME, "eager")
+    ]
+    mine, theirs = (hidden_states(network, docs).float() for network in networks)
+    torch.testing.assert_close(mine, theirs, atol=0.1, rtol=0.1)
+    assert not torch.allclose(mine.roll(1, 0), theirs, atol=0.1, rtol=0.1)

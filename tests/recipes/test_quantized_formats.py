@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]
 CPU = torch.device("cpu")
-GPT_OSS = Path(qwen3_lora.__file__).parent / "configs" / "gpt_oss_20b.yaml"
+GPT_OSS, GPT_OSS_120B = (
+    Path(qwen3_lora.__file__).parent / "configs" / f"gpt_oss_{size}.yaml" for size in ("20b", "120b")
+)
 
 
 def write_gpt_oss(folder):
@@ -94,18 +96,25 @@ def logged(folder):
 
 
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
-def test_gpt_oss_20b_builds_on_the_meta_device():
-    """With the sizes of the real model: 20.91 billion parameters, 12.8 GiB."""
-    config = base_model.read_config(None, yaml.safe_load(GPT_OSS.read_text())["model"]["architecture"])
+@pytest.mark.parametrize(
+    ("overlays", "parameters", "gib"), [(1, 20_914_757_184, 12.82), (2, 116_829_156_672, 60.77)], ids=["20b", "120b"]
+)
+def test_gpt_oss_builds_on_the_meta_device(overlays, parameters, gib):
+    """With the sizes of the real models."""
+    architecture = {}
+    for file in (GPT_OSS, GPT_OSS_120B)[:overlays]:
+        architecture |= yaml.safe_load(file.read_text())["model"]["architecture"]
+    config = base_model.read_config(None, architecture)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() == 20_914_757_184
-    free = SimpleNamespace(available=12.83 * 2**30)
+    assert model.num_parameters() == parameters
+    free = SimpleNamespace(available=(gib + 0.01) * 2**30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_model.psutil, "virtual_memory", lambda: free)
         base_model.place_experts(config, torch.bfloat16, CPU, QuantizedExpertsConfig("mxfp4"))
-        free.available = 12.81 * 2**30
-        with pytest.raises(ValueError, match=r"12.8 GiB \(20.91 billion parameters in torch.bfloat16 and mxfp4\)"):
+        free.available = (gib - 0.01) * 2**30
+        expected = rf"{gib:.1f} GiB \({parameters / 1e9:.2f} billion parameters in torch.bfloat16 and mxfp4\)"
+        with pytest.raises(ValueError, match=expected):
             base_model.place_experts(config, torch.bfloat16, CPU, QuantizedExpertsConfig("mxfp4"))
 
 
@@ -145,9 +154,3 @@ def test_the_wrong_option_names_the_right_one(tmp_path):
     network = module(dtype="bfloat16", quantize="mxfp4", init="pretrained", name=str(tmp_path))
     with pytest.raises(ValueError, match="in the recipe, --model.quantize fp8$"):
         trainer(tmp_path / "run", 1, precision="bf16-mixed").fit(network, data())
-
-
-def test_attention_with_sinks_is_refused_by_the_recipe_s_own(tmp_path):
-    config = GptOssConfig()
-    with pytest.raises(ValueError, match="has no attention sinks, and gpt_oss does: set --model.attention eager"):
-        base_model.build(None, config, torch.float32, CPU, "varlen", 0)

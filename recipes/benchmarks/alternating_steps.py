@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -31,55 +32,40 @@ sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.attention import register
 from lora.module import MoELoRA
 
-Variant = Literal[
-    "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
-    "lightning_moe+full+offload", "lightning_moe+graph", "lightning_moe+nf4", "lightning_moe+nf4+offload",
-    "lightning_moe+nf4+full+offload", "lightning_moe+nf4+graph", "lightning_moe+host+offload",
-    "lightning_moe+nf4+host", "lightning_moe+nf4+host+offload",
-]  # fmt: skip
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
-HEADERS = ["tokens", "variant", "s per step", "above weights GiB", "peak GiB", "losses"]
+HEADERS = ["card GiB", "tokens", "variant", "s per step", "above weights GiB", "peak GiB", "losses"]
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 LONG = 8192  # from here on the host runs ahead within one step
-# Transformers' own checkpointing is put on by the benchmark. Captured, `sdpa` would make a full mask.
-BASELINE = {
-    "attention": "sdpa", "fused_lora": False, "checkpointing": "none", "offload": False,
-    "tile_tokens": 0,
-}  # fmt: skip
-OPTIONS: dict[Variant, dict[str, Any]] = {
-    "baseline+liger": BASELINE,
-    "baseline+liger+selective": {**BASELINE, "attention": "varlen", "checkpointing": "selective"},
-    "baseline+liger+graph": {**BASELINE, "attention": "varlen"},
+# What each part of a variant's name sets. Transformers' own checkpointing is put on by the benchmark.
+PARTS: dict[str, dict[str, Any]] = {
+    "baseline": {
+        "attention": "sdpa", "fused_lora": False, "checkpointing": "none", "offload": False, "tile_tokens": 0,
+    },
     "lightning_moe": {"checkpointing": "selective", "offload": False},
-    "lightning_moe+offload": {"checkpointing": "selective", "offload": True},
-    "lightning_moe+full+offload": {"checkpointing": "full", "offload": True},
-    "lightning_moe+graph": {"checkpointing": "selective", "offload": False},
-    "lightning_moe+nf4": {"quantize": "nf4", "checkpointing": "selective", "offload": False},
-    "lightning_moe+nf4+offload": {"quantize": "nf4", "checkpointing": "selective", "offload": True},
-    "lightning_moe+nf4+full+offload": {"quantize": "nf4", "checkpointing": "full", "offload": True},
-    "lightning_moe+nf4+graph": {"quantize": "nf4", "checkpointing": "selective", "offload": False},
-    "lightning_moe+host+offload": {"experts_on": "host", "checkpointing": "selective", "offload": True},
-    "lightning_moe+nf4+host": {
-        "quantize": "nf4",
-        "experts_on": "host",
-        "checkpointing": "selective",
-        "offload": False,
-    },
-    "lightning_moe+nf4+host+offload": {
-        "quantize": "nf4",
-        "experts_on": "host",
-        "checkpointing": "selective",
-        "offload": True,
-    },
-}
-
-
+    "liger": {},
+    "selective": {"attention": "varlen", "checkpointing": "selective"},
+    "full": {"checkpointing": "full"},
+    "offload": {"offload": True},
+    "graph": {"attention": "varlen"},  # captured, `sdpa` would make a full mask
+    "nf4": {"quantize": "nf4"},
+    "fp8": {"quantize": "fp8"},
+    "mxfp4": {"quantize": "mxfp4"},
+    "host": {"experts_on": "host"},
+}  # fmt: skip
 BASE_OPTIONS = ("quantize", "experts_on")
 
 
-def base_of(variant: Variant) -> tuple[Any, ...]:
+def options_of(variant: str) -> dict[str, Any]:
+    """What a variant sets of the recipe's model. Raises ValueError on one that there is not."""
+    parts = variant.split("+")
+    if parts[0] not in ("baseline", "lightning_moe") or not PARTS.keys() >= set(parts):
+        raise ValueError(f"no variant {variant!r}: baseline or lightning_moe, with {', +'.join(list(PARTS)[2:])}")
+    return {name: value for part in parts for name, value in PARTS[part].items()}
+
+
+def base_of(variant: str) -> tuple[Any, ...]:
     """What tells the bases of the variants apart."""
-    return tuple(OPTIONS[variant].get(name) for name in BASE_OPTIONS)
+    return tuple(options_of(variant).get(name) for name in BASE_OPTIONS)
 
 
 class OnSharedBase(MoELoRA):
@@ -103,15 +89,15 @@ class OnSharedBase(MoELoRA):
 
 
 def make_step(
-    variant: Variant, options: dict[str, Any], shared: PreTrainedModel, precision: str
+    variant: str, options: dict[str, Any], shared: PreTrainedModel, precision: str
 ) -> tuple[Callable[[dict[str, Any]], Tensor], GraphedFunction | None]:
     """A whole training step of a batch, and what is captured of it."""
-    module = OnSharedBase(**(options | OPTIONS[variant]))
+    module = OnSharedBase(**(options | options_of(variant)))
     module.__dict__["shared"] = shared
     torch.manual_seed(0)  # the same adapters in each
     module.configure_model()
     assert module.network is not None
-    if OPTIONS[variant] | {"attention": None} == BASELINE | {"attention": None}:
+    if variant.startswith("baseline") and "selective" not in variant:
         saves = {} if "graph" not in variant else {"preserve_rng_state": False}
         base: Any = module.network.get_base_model()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **saves})
@@ -170,6 +156,29 @@ def timed(
     return seconds, above / 2**30, (outside + torch.cuda.max_memory_reserved()) / 2**30, value
 
 
+def limit_memory(card_gib: float, device: torch.device) -> None:
+    """Lets PyTorch have a GiB less than a smaller GPU has."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        share = (card_gib - 1) * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
+def link_speed(device: torch.device) -> float:
+    """GB/s of copies from page-locked host memory to the GPU: of the faster of two."""
+    source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device, pin_memory=False)
+    seconds = []
+    for _ in range(2):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(perf_counter() - start)
+    return source.nbytes / min(seconds) / 1e9
+
+
 class Measured(NamedTuple):
     """Of a variant's steps: the median of the seconds, the most of the GiB, each loss, and why there is no graph."""
 
@@ -181,19 +190,19 @@ class Measured(NamedTuple):
 
 
 def in_turn(
-    variants: tuple[Variant, ...],
+    variants: tuple[str, ...],
     tokens: int,
     rounds: int,
     options: dict[str, Any],
     bases: dict[tuple[Any, ...], PreTrainedModel],
     precision: str,
     device: torch.device,
-) -> dict[Variant, Measured]:
+) -> dict[str, Measured]:
     """Steps of so many tokens of each, and nothing of them is held afterwards."""
     steps = 1 if tokens >= LONG else 2
     warmup = WARMUP_OF_GRAPHS // steps if any(variant.endswith("graph") for variant in variants) else 1
     made = {variant: make_step(variant, options, bases[base_of(variant)], precision) for variant in variants}
-    found: dict[Variant, list[tuple[float, ...]]] = {variant: [] for variant in variants}
+    found: dict[str, list[tuple[float, ...]]] = {variant: [] for variant in variants}
     for number in range(rounds + warmup):
         batch = make_batch(tokens, options["architecture"]["vocab_size"], number, device)
         for variant, (step, graphed) in made.items():
@@ -214,13 +223,13 @@ def in_turn(
 def main(
     recipe: Path = TINY,
     lengths: tuple[int, ...] = (128, 256),
-    variants: tuple[Variant, ...] = ("baseline+liger", "lightning_moe", "lightning_moe+graph"),
+    variants: tuple[str, ...] = ("baseline+liger", "lightning_moe", "lightning_moe+graph"),
     rounds: int = 4,
     experts: bool = False,
     layers: int | None = None,
     rank: int | None = None,
     optimizer: Literal["adamw", "adamw_8bit"] | None = None,
-    card_gib: float | None = None,
+    cards: tuple[float, ...] = (),
     out: Path | None = None,
 ) -> None:
     """Compares training steps.
@@ -231,16 +240,16 @@ def main(
         variants: in turn; ratios are to the first. `baseline+liger` is Transformers and PEFT with Transformers' own
             checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
             `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
-            memory, `+full` with nothing kept but layers' inputs, `+nf4` on a base of its own with quantized experts,
-            `+host` on one whose experts wait in host memory.
+            memory, `+full` with nothing kept but layers' inputs, `+nf4`, `+fp8` or `+mxfp4` on a base of its own with
+            quantized experts, `+host` on one whose experts wait in host memory.
         rounds: of two steps of each variant, of one from 8,192 tokens on, after those for warming up: four where a
             graph is among them, else one round.
         experts: LoRA on the experts too.
         layers: of the model, where not all of them.
         rank: of the adapters, where not the recipe's.
         optimizer: where not the recipe's.
-        card_gib: of a smaller GPU: PyTorch gets a GiB less than that, which is for the context and modules. The
-            variants then run one after the other, not in turn.
+        cards: GiB of smaller GPUs, in turn: PyTorch gets a GiB less than that, which is for the context and modules.
+            The variants then run one after the other; one that runs out of memory is said not to fit.
         out: a folder for alternating_steps.md.
     """
     settings = yaml.safe_load(recipe.read_text())
@@ -252,33 +261,43 @@ def main(
         print("Without a GPU or liger-kernel all variants have Transformers' own norms.")
     given = {"rank": rank, "optimizer": optimizer}
     options |= {name: value for name, value in given.items() if value is not None}
-    if card_gib is not None and device.type == "cuda":
-        share = (card_gib - 1) * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(share)
+    if cards:
+        limit_memory(max(cards), device)
     bases = {}
     for base in dict.fromkeys(map(base_of, variants)):
         given = {name: value for name, value in zip(BASE_OPTIONS, base, strict=True) if value is not None}
         bases[base] = MoELoRA(**options | {"checkpointing": "none", "offload": False} | given).to(device).build_base()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if any("host" in variant for variant in variants):
+            print(f"Page-locked host memory is copied to the GPU with {link_speed(device):.1f} GB/s.")
     precision = settings["trainer"].get("precision", "32-true")
     # What others hold between their steps would be held on the smaller GPU, too.
-    together = [variants] if card_gib is None else [(variant,) for variant in variants]
+    together = [(variant,) for variant in variants] if cards else [variants]
     rows = []
     with Progress(transient=True) as progress:
-        task = progress.add_task("lengths", total=len(lengths) * len(together))
-        for tokens in lengths:
+        task = progress.add_task("lengths", total=len(lengths) * len(together) * max(1, len(cards)))
+        for card, tokens in product(cards or (None,), lengths):
             first = None
+            if card is not None:
+                limit_memory(card, device)
             for some in together:
-                for variant, measured in in_turn(some, tokens, rounds, options, bases, precision, device).items():
+                named = [f"{card or '-'}", f"{tokens:,}"]
+                try:
+                    found = in_turn(some, tokens, rounds, options, bases, precision, device)
+                except torch.OutOfMemoryError:
+                    rows += [[*named, variant, "does not fit", "", "", ""] for variant in some]
+                    found = {}
+                for variant, measured in found.items():
                     first = first or measured
                     rows.append([
-                        f"{tokens:,}", variant + measured.missing,
+                        *named, variant + measured.missing,
                         f"{measured.seconds:.4f} ({measured.seconds / first.seconds:.2f})",
                         f"{measured.above:.2f} ({measured.above / first.above:.2f})", f"{measured.peak:.2f}",
                         " ".join(f"{loss:.4f}" for loss in measured.losses),
                     ])  # fmt: skip
-                    progress.console.print(*rows[-1], sep=" | ", markup=False, soft_wrap=True)
+                for row in rows[-len(some) :]:
+                    progress.console.print(*row, sep=" | ", markup=False, soft_wrap=True)
                 progress.advance(task)
     table = (f"Training steps in turn, {recipe.stem}", provenance(__file__, "transformers", "peft"), HEADERS, rows)
     show(*table)

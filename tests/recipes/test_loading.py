@@ -3,7 +3,9 @@
 import loading
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+
+from lightning_moe import QuantizedExpertsConfig
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 SMALL = {
@@ -19,6 +21,22 @@ def test_the_checkpoint_has_every_weight(tmp_path):
     assert largest == max(file.stat().st_size for file in files)
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize(("format", "config"), [
+    ("fp8", Qwen3MoeConfig(**SMALL | {"moe_intermediate_size": 128})),
+    ("mxfp4", GptOssConfig(**{name: SMALL[name] for name in SMALL if "moe" not in name and name != "num_experts"},
+                           intermediate_size=64, num_local_experts=4)),
+])  # fmt: skip
+def test_a_quantized_checkpoint_is_one_that_is_read_as_it_is(format, config, tmp_path):
+    loading.write_checkpoint(config, tmp_path, torch.device("cpu"), format)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=QuantizedExpertsConfig(format), output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.hf_quantizer.pre_quantized
+    weight = model.model.layers[1].mlp.experts.down_proj
+    assert 0.005 < weight.dequantize().float().std() < 0.1
 
 
 def test_the_host_s_peak_is_seen():

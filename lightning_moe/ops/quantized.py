@@ -122,7 +122,8 @@ class QuantizedWeight(Tensor):
 
     def pin_memory(self, *_: Any) -> "QuantizedWeight":
         """A copy in page-locked memory of the host."""
-        return self._with({name: part.pin_memory() for name, part in self.parts.items()})
+        pinned = {name: torch.empty_like(part, device="cpu", pin_memory=True) for name, part in self.parts.items()}
+        return self._with({name: part.copy_(self.parts[name]) for name, part in pinned.items()})
 
     def is_pinned(self, *_: Any) -> bool:
         """Whether all of it is in page-locked memory."""

@@ -248,8 +248,8 @@ def main(
         layers: of the model, where not all of them.
         rank: of the adapters, where not the recipe's.
         optimizer: where not the recipe's.
-        cards: GiB of smaller GPUs, in turn: PyTorch gets a GiB less than that, which is for the context and modules.
-            The variants then run one after the other; one that runs out of memory is said not to fit.
+        cards: GiB of smaller GPUs, in turn: in the steps PyTorch gets a GiB less than that, which is for the context
+            and modules. The variants then run one after the other; one that runs out of memory is said not to fit.
         out: a folder for alternating_steps.md.
     """
     settings = yaml.safe_load(recipe.read_text())
@@ -261,8 +261,6 @@ def main(
         print("Without a GPU or liger-kernel all variants have Transformers' own norms.")
     given = {"rank": rank, "optimizer": optimizer}
     options |= {name: value for name, value in given.items() if value is not None}
-    if cards:
-        limit_memory(max(cards), device)
     bases = {}
     for base in dict.fromkeys(map(base_of, variants)):
         given = {name: value for name, value in zip(BASE_OPTIONS, base, strict=True) if value is not None}

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_moe import QuantizedWeight
+
 
 class HostExperts:
     """The experts' weights of a model's layers, which wait in host memory.
@@ -121,10 +123,16 @@ class _Weights:
 
 def on_host(weight: Tensor, device: torch.device) -> nn.Parameter:
     """A weight, frozen now, in host memory, from where it can be copied to the device while that computes."""
-    weight = weight.detach().cpu()
-    if device.type == "cuda" and not weight.is_pinned():
-        weight = weight.pin_memory()
+    weight = weight.detach()
+    if device.type != "cuda":
+        weight = weight.cpu()
+    elif not weight.is_pinned():
+        weight = weight.pin_memory() if isinstance(weight, QuantizedWeight) else _pinned(weight)
     return nn.Parameter(weight, requires_grad=False)
+
+
+def _pinned(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight)  # without a copy in other memory
 
 
 def keep_on_host(layers: nn.ModuleList, device: torch.device) -> HostExperts:

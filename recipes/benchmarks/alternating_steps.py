@@ -31,6 +31,7 @@ from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
 sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.attention import register
 from lora.module import MoELoRA
+from qwen3_lora import ALLOCATOR
 
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
 HEADERS = ["card GiB", "tokens", "variant", "s per step", "above weights GiB", "peak GiB", "losses"]
@@ -156,13 +157,26 @@ def timed(
     return seconds, above / 2**30, (outside + torch.cuda.max_memory_reserved()) / 2**30, value
 
 
-def limit_memory(card_gib: float, device: torch.device) -> None:
-    """Lets PyTorch have a GiB less than a smaller GPU has."""
+def make_bases(
+    variants: tuple[str, ...], options: dict[str, Any], device: torch.device
+) -> dict[tuple[Any, ...], PreTrainedModel]:
+    """The base of each variant, with all of the GPU's memory; some share one."""
+    limit_memory(None, device)
+    bases = {}
+    for base in dict.fromkeys(map(base_of, variants)):
+        given = {name: value for name, value in zip(BASE_OPTIONS, base, strict=True) if value is not None}
+        module = MoELoRA(**copy.deepcopy(options) | {"checkpointing": "none", "offload": False} | given)
+        bases[base] = module.to(device).build_base()
+    return bases
+
+
+def limit_memory(card_gib: float | None, device: torch.device) -> None:
+    """Lets PyTorch have a GiB less than a smaller GPU has, and nothing of what it keeps for later; None for all."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-        share = (card_gib - 1) * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(share)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if card_gib is None else (card_gib - 1) * 2**30 / total)
 
 
 def link_speed(device: torch.device) -> float:
@@ -261,25 +275,19 @@ def main(
         print("Without a GPU or liger-kernel all variants have Transformers' own norms.")
     given = {"rank": rank, "optimizer": optimizer}
     options |= {name: value for name, value in given.items() if value is not None}
-    bases = {}
-    for base in dict.fromkeys(map(base_of, variants)):
-        given = {name: value for name, value in zip(BASE_OPTIONS, base, strict=True) if value is not None}
-        bases[base] = MoELoRA(**options | {"checkpointing": "none", "offload": False} | given).to(device).build_base()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        if any("host" in variant for variant in variants):
-            print(f"Page-locked host memory is copied to the GPU with {link_speed(device):.1f} GB/s.")
+    if device.type == "cuda" and any("host" in variant for variant in variants):
+        print(f"Page-locked host memory is copied to the GPU with {link_speed(device):.1f} GB/s.")
     precision = settings["trainer"].get("precision", "32-true")
-    # What others hold between their steps would be held on the smaller GPU, too.
+    # What others hold would be held on the smaller GPU, too.
     together = [(variant,) for variant in variants] if cards else [variants]
+    first: dict[tuple[float | None, int], Measured] = {}
     rows = []
     with Progress(transient=True) as progress:
         task = progress.add_task("lengths", total=len(lengths) * len(together) * max(1, len(cards)))
-        for card, tokens in product(cards or (None,), lengths):
-            first = None
-            if card is not None:
+        for some in together:
+            bases = make_bases(some, options, device)
+            for card, tokens in product(cards or (None,), lengths):
                 limit_memory(card, device)
-            for some in together:
                 named = [f"{card or '-'}", f"{tokens:,}"]
                 try:
                     found = in_turn(some, tokens, rounds, options, bases, precision, device)
@@ -287,16 +295,17 @@ def main(
                     rows += [[*named, variant, "does not fit", "", "", ""] for variant in some]
                     found = {}
                 for variant, measured in found.items():
-                    first = first or measured
+                    to = first.setdefault((card, tokens), measured)
                     rows.append([
                         *named, variant + measured.missing,
-                        f"{measured.seconds:.4f} ({measured.seconds / first.seconds:.2f})",
-                        f"{measured.above:.2f} ({measured.above / first.above:.2f})", f"{measured.peak:.2f}",
+                        f"{measured.seconds:.4f} ({measured.seconds / to.seconds:.2f})",
+                        f"{measured.above:.2f} ({measured.above / to.above:.2f})", f"{measured.peak:.2f}",
                         " ".join(f"{loss:.4f}" for loss in measured.losses),
                     ])  # fmt: skip
                 for row in rows[-len(some) :]:
                     progress.console.print(*row, sep=" | ", markup=False, soft_wrap=True)
                 progress.advance(task)
+            del bases
     table = (f"Training steps in turn, {recipe.stem}", provenance(__file__, "transformers", "peft"), HEADERS, rows)
     show(*table)
     if out is not None:
@@ -304,5 +313,5 @@ def main(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the recipe does
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
     auto_cli(main, as_positional=False)

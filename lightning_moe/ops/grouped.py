@@ -18,8 +18,10 @@ from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 
-# Rows that the plain paths gather, or recompute an activation for, at once.
+# Rows that the plain paths gather at once.
 CHUNK_ROWS = 2**16
+# What the plain paths run an activation on at once, in float32: what it makes on the way is several times as large.
+ACTIVATION_BYTES = 2**26
 # The narrower side up to which a sum of outer products is a kernel's work: a low rank's.
 NARROW = 256
 
@@ -185,7 +187,14 @@ def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
     """The activation of h, row by row: (R, N) to (R, I)."""
     kind = FUSED_ACTIVATIONS.get(activation)
     out: Any = launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
-    return activation(pre_activation) if out is NO_KERNEL else out
+    if out is not NO_KERNEL:
+        return out
+    parts = pre_activation.split(_rows_at_a_time(pre_activation))
+    return activation(pre_activation) if len(parts) == 1 else torch.cat([activation(part) for part in parts])
+
+
+def _rows_at_a_time(pre_activation: Tensor) -> int:
+    return max(1, ACTIVATION_BYTES // (4 * max(1, pre_activation.shape[1])))
 
 
 def activation_backward(
@@ -227,8 +236,9 @@ def activation_backward(
         row_weights = row_weights.index_select(0, pairs)
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = row_weights.new_empty(row_weights.shape[0], dtype=torch.float32)
-    for start in range(0, row_weights.shape[0], CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
+    num_rows = _rows_at_a_time(pre_activation)
+    for start in range(0, row_weights.shape[0], num_rows):
+        part = slice(start, start + num_rows)
         scale = row_weights[part].to(torch.float32).unsqueeze(-1)
         activated, grad_h = _differentiated(activation, pre_activation[part], scale * grad_unscaled[part])
         inner[part] = (activated.to(torch.float32) * grad_unscaled[part]).sum(-1)

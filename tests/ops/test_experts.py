@@ -489,6 +489,7 @@ def test_long_gathers_are_cut_too(monkeypatch):
     problem = make_problem("gpt_oss", gates="mixed")
     expected = run(problem)
     monkeypatch.setattr(kernels_module, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(kernels_module, "ACTIVATION_BYTES", 1000)
     assert_agrees(run(problem), expected)
 
 

@@ -192,6 +192,7 @@ def segment_gradients(problem, saved=None, **options):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels_module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(kernels_module, "ACTIVATION_BYTES", 16 * 7)  # of rows of any width there: one to a few
     monkeypatch.setattr(passes, "MIN_BUFFER_COLUMNS", 4)
 
 

@@ -189,7 +189,11 @@ def test_grouped_outer_gathers_one_side(side, chunk_rows, monkeypatch):
 def test_activation_backward_in_pieces_and_over_its_input(activation, monkeypatch):
     h, grad, gates = normal(10, 16), normal(10, 8, seed=1), normal(10, seed=2)
     whole = activation_backward(activation, h, grad.clone(), gates, needs="gated a")
-    monkeypatch.setattr(kernels, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(kernels, "ACTIVATION_BYTES", 3 * 16 * 4)
+    seen = []
+    pieces_of = lambda part: seen.append(len(part)) or activation(part)  # noqa: E731
+    assert relative_error(kernels.activate(pieces_of, h), activation(h)) <= FLOAT32_TOLERANCE
+    assert seen == [3, 3, 3, 1]
     pieces = activation_backward(activation, h, grad, gates, needs="gated a", overwrite=True)
     assert all(relative_error(piece, part) <= FLOAT32_TOLERANCE for piece, part in zip(pieces, whole, strict=True))
     assert pieces[0].data_ptr() == h.data_ptr() != whole[0].data_ptr()

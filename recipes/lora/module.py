@@ -61,7 +61,7 @@ class MoELoRA(LightningModule):
         quantize_linear: a pretrained model's attention and other linear layers in nf4 as well, 1.2 GiB less.
         experts_on: where the frozen experts wait: on the `device`, or on the `host`, from where each layer's are copied
             ahead of the computation in forward and in backward; `auto` is the host where a GPU does not hold them. One
-            GPU; not with `cuda_graph`. No GPU has run it yet.
+            GPU; not with `cuda_graph`.
         rank: LoRA's rank.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         target_modules: the linear layers that get an adapter.
@@ -100,7 +100,7 @@ class MoELoRA(LightningModule):
         dtype: Literal["bfloat16", "float32"] = "float32",
         quantize: Literal["nf4", "fp8", "mxfp4"] | None = None,
         quantize_linear: bool = False,
-        experts_on: Literal["device", "host", "auto"] = "device",
+        experts_on: Literal["device", "host", "auto"] = "auto",
         rank: PositiveInt = 16,
         alpha: PositiveInt = 32,
         target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -168,11 +168,12 @@ def test_a_mistyped_folder_is_named(tmp_path):
         base_model.check_weights(str(tmp_path / "nowhere"))
 
 
-def test_a_sliding_window_is_refused_where_it_would_be_passed_over():
-    config = qwen3_config(use_sliding_window=True, sliding_window=8)
-    with pytest.raises(ValueError, match=r"a window of 8 tokens: set --model.attention sdpa"):
-        base_model.build(None, config, torch.float32, CPU, "varlen", 0)
-    assert base_model.build(None, config, torch.float32, CPU, "sdpa", 0).config.sliding_window == 8
+def test_attention_to_chunks_is_refused():
+    config = qwen3_config(layer_types=["chunked_attention", "full_attention"])
+    with pytest.raises(ValueError, match="layers of the model see chunks: set --model.attention sdpa"):
+        base_model.build(None, config, torch.float32, torch.device("cpu"), "varlen", 0)
+    windows = qwen3_config(use_sliding_window=True, sliding_window=8)
+    base_model.build(None, windows, torch.float32, torch.device("cpu"), "varlen", 0)
 
 
 def test_weights_that_do_not_fit_are_refused_with_both_sizes(monkeypatch):

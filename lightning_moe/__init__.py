@@ -11,6 +11,7 @@ from lightning_moe.ops.quantized import QuantizedWeight
 
 try:
     from lightning_moe.adapters.export import export_adapter
+    from lightning_moe.adapters.verify import verify_adapter
     from lightning_moe.callbacks.adapter_export import AdapterExport
     from lightning_moe.callbacks.adapter_updates import AdapterUpdateCheck
     from lightning_moe.callbacks.cuda_graph import CUDAGraphCallback
@@ -66,4 +67,5 @@ __all__ = [
     "register_experts",
     "replayed_bytes",
     "unpatch_moe",
+    "verify_adapter",
 ]

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_moe.adapters.export import Layout, check_export, describe_adapters, export_adapter
 from lightning_moe.adapters.files import CHECKPOINT_KEY
+from lightning_moe.adapters.reference_logits import ReferenceLogits
+from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations.sharding import is_sharded
+from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
+from lightning_moe.integrations.transformers_experts import is_decorated
 
 
 class AdapterExport(Callback):
@@ -19,7 +24,8 @@ class AdapterExport(Callback):
 
     The folder of the fused layout, as PEFT writes it, is `adapter`, that of the other `adapter_per_expert`; where an
     earlier run has taken a name, `-1` and so on is added. Checkpoints get a description of the adapter, so that
-    `python -m lightning_moe export CHECKPOINT FOLDER` needs no base model.
+    `python -m lightning_moe export CHECKPOINT FOLDER` needs no base model. Where each rank holds the whole model, the
+    trained model's logits for a few fixed tokens are kept in each adapter's folder, for `verify_adapter`.
 
     Attributes:
         folders: what was written, by layout; empty before the end of a fit.
@@ -66,6 +72,35 @@ class AdapterExport(Callback):
             self.folders[layout] = _free(parent / ("adapter" if layout == "fused" else f"adapter_{layout}"))
             export_adapter(pl_module, self.folders[layout], layout)
             rank_zero_info(f"AdapterExport: {layout} adapter in {self.folders[layout]}")
+        if self.folders:
+            self._keep_logits(trainer, pl_module)
+
+    def _keep_logits(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The trained model's logits, beside each adapter. Failing here costs the logits only."""
+        if not _computes_alone(trainer, pl_module):
+            rank_zero_info(
+                "AdapterExport: the trained model's logits are not kept, since it may take all ranks to compute them: "
+                "the adapter cannot be verified"
+            )
+            return
+        try:
+            with trainer.precision_plugin.forward_context():
+                logits = ReferenceLogits.compute(pl_module)
+            for folder in self.folders.values():
+                logits.save(folder)
+        except Exception as error:  # of a model that is not ours to know
+            rank_zero_warn(
+                "AdapterExport: the adapter is written, but the trained model's logits could not be kept, so it cannot "
+                f"be verified: {error!r}"
+            )
+
+
+def _computes_alone(trainer: Trainer, model: LightningModule) -> bool:
+    """Whether one rank's forward waits for no other."""
+    if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy) or is_sharded(model):
+        return False
+    layers: list[Any] = [layer.module for layer in find_moe_layers(model)]
+    return not any(is_decorated(layer) and is_expert_parallel(layer) for layer in layers)
 
 
 def _free(folder: Path) -> Path:

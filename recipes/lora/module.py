@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lightning_moe import CUDAGraphCallback, QuantizedExpertsConfig
+from lightning_moe import CUDAGraphCallback, QuantizedExpertsConfig, verify_adapter
 from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.attention import kernels_run
@@ -391,3 +391,25 @@ class MoELoRA(LightningModule):
         answer = data.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         assert isinstance(answer, str)
         return answer
+
+    def verify(self, folder: str) -> str:
+        """Whether an exported adapter, loaded by PEFT onto a second base, computes as this model: in words.
+
+        Where the device has no room for that base, what to run elsewhere.
+        """
+        options = self.hparams
+        config = read_config(self._name, options["architecture"], options["quantize"] is not None)
+        dtype = getattr(torch, options["dtype"])
+        try:
+            place_experts(config, dtype, self.device, self._quantization)
+            has_room = not self._experts_on_host
+        except ValueError:
+            has_room = False
+        if not has_room:
+            command = f": python -m lightning_moe verify {folder} --base {self._name}" if self._name else ""
+            return f"not verified, there is no room here for a second base{command}"
+        if self._name:
+            return str(verify_adapter(folder, self._name, dtype=dtype, device=self.device))
+        base = self.build_base()
+        base.set_attn_implementation("eager")
+        return str(verify_adapter(folder, base))

@@ -32,8 +32,9 @@ class RunReport(Callback):
     A run that an exception or Ctrl-C ends gets a summary too, of what there is by then.
 
     The LightningModule offers `network` and `generate(data, prompt)`, returns what it logs as `train/loss` from
-    `training_step` by that name, and may offer rows of its own as `description`, by their names; the data module offers
-    `held_out` and `report()`. The answer is to the first prompt held out that is not empty.
+    `training_step` by that name, and may offer rows of its own as `description`, by their names, and `verify(folder)`,
+    in words whether an exported adapter is right. The data module offers `held_out` and `report()`. The answer is to
+    the first prompt held out that is not empty.
     """
 
     def __init__(self) -> None:
@@ -106,7 +107,7 @@ class RunReport(Callback):
     def _summarize(self, trainer: Trainer, module: LightningModule, outcome: str) -> None:
         path = self._folder / "report" / "summary.md"
         rows = [("run", outcome), *self._training_rows(trainer), *_model_rows(trainer, module), *self._sample_rows()]
-        rows += [*_file_rows(trainer), ("report", os.path.relpath(path))]
+        rows += [*_file_rows(trainer, module), ("report", os.path.relpath(path))]
         table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
         table.add_column()
         table.add_column(overflow="fold")
@@ -165,7 +166,7 @@ def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str
     yield "versions", ", ".join(f"{package} {version(package)}" for package in PACKAGES)
 
 
-def _file_rows(trainer: Trainer) -> Iterator[tuple[str, str]]:
+def _file_rows(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     for logger in trainer.loggers:
         yield type(logger).__name__, os.path.relpath(logger.log_dir or logger.save_dir or ".")
     callback = trainer.checkpoint_callback
@@ -174,6 +175,15 @@ def _file_rows(trainer: Trainer) -> Iterator[tuple[str, str]]:
     for exporter in _of_type(trainer, AdapterExport):
         for layout, folder in exporter.folders.items():
             yield f"PEFT adapter, {layout}", os.path.relpath(folder)
+            if hasattr(module, "verify"):
+                yield "verified", _verify(module, os.path.relpath(folder))
+
+
+def _verify(module: Any, folder: str) -> str:
+    try:
+        return str(module.verify(folder))
+    except Exception as error:  # the adapter is written, and a report is no reason for a run to fail
+        return f"not verified: {error}"
 
 
 def _of_type(trainer: Trainer, kind: type[C]) -> list[C]:

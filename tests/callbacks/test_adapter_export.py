@@ -4,12 +4,15 @@ import pytest
 import torch
 from helpers.models import Tiny, gpt_oss, qwen3, with_attention_lora, with_expert_lora
 from helpers.training import LIGHTNING_WARNINGS, fit, trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
-from lightning_moe import AdapterExport, export_adapter
+from lightning_moe import AdapterExport, MoEGateGradCallback, export_adapter, verify_adapter
 from lightning_moe.adapters.files import CONFIG, WEIGHTS
+from lightning_moe.adapters.reference_logits import REFERENCE, ReferenceLogits
 from lightning_moe.cli import main
 
 pytestmark = LIGHTNING_WARNINGS
@@ -86,3 +89,86 @@ def test_a_model_without_expert_adapters_has_one_too(tmp_path):
     callback = AdapterExport(("fused", "per_expert"))
     fit(tmp_path, Tiny(lambda: with_attention_lora(qwen3())), callback, max_steps=1)
     assert is_same_adapter(*callback.folders.values())
+
+
+# The trained model's logits
+
+
+def in_bfloat16():
+    model = with_expert_lora(qwen3().bfloat16())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def test_the_trained_models_logits_are_kept_beside_each_adapter(tmp_path):
+    callback = AdapterExport(("fused", "per_expert"))
+    fit(tmp_path, Tiny(expert_lora), MoEGateGradCallback(), callback)
+    for folder in callback.folders.values():
+        found = verify_adapter(folder, qwen3())
+        assert found.ok
+        assert found.error < found.tolerance < 0.1 < found.effect
+    untrained = verify_adapter(
+        callback.folders["fused"], qwen3(), reference=keep(tmp_path / "untrained", expert_lora())
+    )
+    assert untrained.outcome == "differs"  # they are those of the end of training
+
+
+def keep(folder, model):
+    folder.mkdir()
+    ReferenceLogits.compute(model).save(folder)
+    return folder
+
+
+def test_they_are_computed_in_the_trainers_precision(tmp_path):
+    callback = AdapterExport()
+    fit(tmp_path, Tiny(in_bfloat16), callback, precision="bf16-mixed")
+    assert ReferenceLogits.read(callback.folders["fused"]).dtype == torch.bfloat16
+    assert verify_adapter(callback.folders["fused"], qwen3().bfloat16()).ok
+
+
+class Modes(Callback):
+    """Whether each module trains, and each parameter."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.network.base_model.model.lm_head.eval()
+
+    def on_train_end(self, trainer, pl_module):
+        self.seen = [m.training for m in pl_module.modules()], [p.requires_grad for p in pl_module.parameters()]
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    before, after = Modes(), Modes()
+    fit(tmp_path, Tiny(expert_lora), before, AdapterExport(), after)
+    assert after.seen == before.seen
+    assert {True, False} == set(after.seen[0]) == set(after.seen[1])
+
+
+def test_a_model_that_cannot_compute_them_loses_nothing(tmp_path):
+    class Refuses(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.network.base_model.model.model.forward = lambda *_, **__: 1 / 0
+
+    module, callback = Tiny(expert_lora), AdapterExport()
+    with pytest.warns(UserWarning, match="adapter is written, but the trained model's logits could not be kept"):
+        fit(tmp_path, module, Refuses(), callback)
+    assert (callback.folders["fused"] / WEIGHTS).is_file()
+    assert not (callback.folders["fused"] / REFERENCE).exists()
+    assert module.network.training
+
+
+@pytest.mark.parametrize("reason", ["strategy", "shards", "experts"])
+def test_they_are_not_computed_where_that_takes_all_ranks(tmp_path, monkeypatch, caplog, reason):
+    class Other(SingleDeviceStrategy):
+        pass
+
+    names = {"strategy": "SingleDeviceStrategy", "shards": "is_sharded", "experts": "is_expert_parallel"}
+    instead = {"strategy": Other, "shards": lambda _: True, "experts": lambda _: True}[reason]
+    callback = AdapterExport()
+    module = Tiny(expert_lora)
+    monkeypatch.setattr(f"lightning_moe.callbacks.adapter_export.{names[reason]}", instead)
+    fit(tmp_path, module, callback)
+    assert (callback.folders["fused"] / WEIGHTS).is_file()
+    assert not (callback.folders["fused"] / REFERENCE).exists()
+    assert "logits are not kept, since it may take all ranks" in caplog.text

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lora.data import num_documents, num_tokens
 from qwen3_lora import UNHELPFUL_WARNINGS
 
-from lightning_moe import MoEGateGradCallback
+from lightning_moe import AdapterExport, MoEGateGradCallback
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in UNHELPFUL_WARNINGS),
@@ -189,3 +189,41 @@ def test_throughput_counts_tokens_of_each_batch(accumulate, tmp_path, monkeypatc
     assert last["train/device/batches_per_sec"] == pytest.approx(1)
     assert last["train/device/items_per_sec"] == pytest.approx(sum(batches[-3:]) / 3)
     assert len(set(batches)) > 1
+
+
+# Verifying the exported adapter
+
+
+def exported(folder, **options):
+    """A module after a short fit with adapters far from zero, and its adapter's folder."""
+    export = AdapterExport()
+    network = module(experts=True, learning_rate=0.1, **options)
+    precision = "bf16-mixed" if options.get("dtype") == "bfloat16" else "32-true"
+    trainer(folder, 3, MoEGateGradCallback(), export, precision=precision).fit(network, data())
+    return network, str(export.folders["fused"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_adapter_is_verified_on_a_second_base(dtype, tmp_path):
+    network, folder = exported(tmp_path, dtype=dtype)
+    assert network.verify(folder).startswith("yes, it computes as the trained model: ")
+    network.hparams["init_seed"] = 1
+    assert network.verify(folder).startswith("no, the base is not the one that was trained on")
+
+
+def test_a_base_from_a_folder_is_loaded_by_transformers_alone(tmp_path):
+    module().build_base().save_pretrained(tmp_path / "base")
+    network, folder = exported(tmp_path, init="pretrained", name=str(tmp_path / "base"))
+    network.build_base = lambda: 1 / 0
+    assert network.verify(folder).startswith("yes, it computes as the trained model: ")
+
+
+def test_without_room_for_a_second_base_the_command_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no room")
+
+    monkeypatch.setattr("lora.module.place_experts", refuse)
+    assert module().verify("adapter") == "not verified, there is no room here for a second base"
+    module().build_base().save_pretrained(tmp_path)
+    said = module(init="pretrained", name=str(tmp_path)).verify("adapter")
+    assert said.endswith(f"second base: python -m lightning_moe verify adapter --base {tmp_path}")

@@ -182,6 +182,10 @@ def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
     assert f"{on_experts:,}" in printed
     for words in ("PEFT adapter, fused", "PEFT adapter, per_expert"):
         assert words in printed
+    summary = (tmp_path / "ours" / "log" / "version_0" / "report" / "summary.md").read_text()
+    assert (
+        summary.count("| verified | yes, it computes as the trained model: ") == 3
+    )  # the configuration has one exporter of its own
     not_updated = logged(tmp_path / "ours", "adapters/experts_not_updated")
     assert len(not_updated) == 3  # from the tenth step on
     assert max(not_updated) <= 32
@@ -325,6 +329,7 @@ def test_a_report_is_left(twenty_steps):
         "tokens per second",
         "most loaded expert",
         "| varlen, scaled_dot_product",
+        "| verified | yes, it computes as the trained model: ",
         "--ckpt_path",
         "](../expert_load.png)",
     ):

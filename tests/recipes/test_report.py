@@ -123,12 +123,27 @@ def test_the_report_of_a_run(tmp_path, capsys, monkeypatch):
     assert rows["answer wanted"] == "[/that] \\| &lt;b&gt;<br>and this"
     assert (rows["answer before"], rows["answer after"]) == ("[/answer] 0 \\| &lt;b&gt;�", "[/answer] 1 \\| &lt;b&gt;�")
     assert rows["PEFT adapter, fused"] == "adapter"
+    assert "verified" not in rows
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     for words in ("3 documents [of] them", "[/answer] 1 | <b>�", *rows):
         assert words in printed
     option, checkpoint = rows["to go on"].split()
     assert option == "--ckpt_path"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(("verify", "row"), [
+    (lambda folder: f"yes, {folder} is right", "yes, adapter is right"),
+    (lambda folder: 1 / 0, "not verified: division by zero"),
+])  # fmt: skip
+def test_what_the_module_says_of_its_adapters_is_a_row(tmp_path, monkeypatch, verify, row):
+    monkeypatch.chdir(tmp_path)
+    module = Trained()
+    module.verify = verify
+    run(tmp_path, module)
+    rows = summary(tmp_path)
+    assert rows["run"] == "4 steps"
+    assert rows["verified"] == row
 
 
 def test_numbers_of_the_rows_are_those_of_the_log(tmp_path):

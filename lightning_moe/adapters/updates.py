@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -100,6 +101,12 @@ def find_updates(adapter: Adapter, model: PreTrainedModel, shapes: Mapping[str, 
         raise ValueError(
             f"the adapter is for the family {adapter.model_type}, and the base is {model.config.model_type}: give the "
             "base that it was trained on"
+        )
+    trained = getattr(transformers, (adapter.config.get("auto_mapping") or {}).get("base_model_class", ""), None)
+    if trained is not None and trained is not type(model):
+        raise ValueError(
+            f"the adapter is for {trained.__name__}, and the base is {type(model).__name__}: give the base that it was "
+            "trained on"
         )
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     places = find_places(model, shapes)

@@ -16,7 +16,7 @@ def round_stochastic(tensor: Tensor, dtype: torch.dtype, generator: torch.Genera
     """
     nearest = tensor.to(dtype)
     error = tensor - nearest.to(tensor.dtype)
-    other = torch.nextafter(nearest, torch.copysign(torch.full_like(nearest, torch.inf), error))
+    other = torch.nextafter(nearest, torch.copysign(torch.full_like(error, torch.inf), error).to(dtype))
     step = other.to(tensor.dtype) - nearest.to(tensor.dtype)
     draw = torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
     return torch.where(draw * step.abs() < error.abs(), other, nearest)

@@ -27,10 +27,11 @@ from lightning_moe.adapters.base_files import (
     write_shard,
 )
 from lightning_moe.adapters.source import read_adapter
-from lightning_moe.adapters.updates import Update, as_matrices, find_updates
+from lightning_moe.adapters.updates import find_updates
 from lightning_moe.integrations.checkpoint_names import build_on_meta
 from lightning_moe.integrations.peft_targets import module_names
 from lightning_moe.ops.rounding import round_stochastic
+from lightning_moe.ops.weight_update import Update, as_matrices
 
 Round = Callable[..., Tensor]
 Rounding = Literal["nearest", "stochastic"]

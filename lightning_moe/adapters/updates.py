@@ -5,8 +5,7 @@ Both sides are brought to the parameters of the model that the base's config.jso
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -29,61 +28,7 @@ from lightning_moe.integrations.peft_targets import (
     tied_parameters,
 )
 from lightning_moe.ops.low_rank import LowRank
-
-
-class Piece(NamedTuple):
-    """A low-rank update of some matrices of a tensor, from some row on.
-
-    Attributes:
-        matrix: the first one.
-        row: the first one.
-        factors: a (E, r, columns) and b (E, rows, r) of E matrices.
-    """
-
-    matrix: int
-    row: int
-    factors: LowRank
-
-
-@dataclass
-class Update:
-    """What becomes of a tensor that is seen as matrices (E, rows, columns); see `as_matrices`.
-
-    Attributes:
-        whole: what is put in its place; None where the tensor stays.
-        pieces: what is added then.
-    """
-
-    whole: Tensor | None = None
-    pieces: list[Piece] = field(default_factory=list)
-
-    def apply(self, weight: Tensor, matrix: int, row: int) -> Tensor:
-        """The new values of some rows of one matrix, in float32.
-
-        Args:
-            weight: these rows of the base, (rows, columns), float32.
-            matrix: which.
-            row: the first of them.
-        """
-        new = weight if self.whole is None else self.whole[matrix, row : row + len(weight)].float()
-        for piece in self.pieces:
-            a, b, scaling = piece.factors.a, piece.factors.b, piece.factors.scaling
-            start, stop = max(row, piece.row), min(row + len(weight), piece.row + b.shape[1])
-            if 0 <= matrix - piece.matrix < len(b) and start < stop:
-                left = b[matrix - piece.matrix, start - piece.row : stop - piece.row].float()
-                product = (left @ a[matrix - piece.matrix].float()) * scaling
-                new = new.clone() if new is weight else new
-                new[start - row : stop - row] += product
-        return new
-
-
-def as_matrices(shape: Iterable[int]) -> tuple[int, int, int]:
-    """The shape of a tensor that is seen as matrices: experts, or one; rows; columns."""
-    shape = tuple(shape)
-    if len(shape) == 3:
-        return shape
-    rows = shape[0] if len(shape) > 1 else 1
-    return 1, rows, torch.Size(shape).numel() // max(rows, 1)
+from lightning_moe.ops.weight_update import Piece, Update, as_matrices, transpose
 
 
 def find_updates(adapter: Adapter, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Update]:
@@ -102,7 +47,7 @@ def find_updates(adapter: Adapter, model: PreTrainedModel, shapes: Mapping[str, 
             f"the adapter is for the family {adapter.model_type}, and the base is {model.config.model_type}: give the "
             "base that it was trained on"
         )
-    trained = getattr(transformers, (adapter.config.get("auto_mapping") or {}).get("base_model_class", ""), None)
+    trained = getattr(transformers, str((adapter.config.get("auto_mapping") or {}).get("base_model_class")), None)
     if trained is not None and trained is not type(model):
         raise ValueError(
             f"the adapter is for {trained.__name__}, and the base is {type(model).__name__}: give the base that it was "
@@ -159,11 +104,7 @@ def _read_parameters(
     updates: dict[str, Update] = {}
     rest = dict(adapter.tensors)
     for path, target in targets.pairs.items():
-        a, b = next(
-            (rest.pop(path + first), rest.pop(path + second, None))
-            for first, second in (LINEAR, EMBEDDING)
-            if path + first in rest
-        )
+        a, b = (rest.pop(path + LINEAR[i], rest.pop(path + EMBEDDING[i], None)) for i in range(2))
         update = updates.setdefault(target.place.parameter, Update())
         update.pieces.append(_read_piece(path, a, b, target, parameters[target.place.parameter]))
         if (own := rest.pop(f"{path}.base_layer.weight", None)) is not None:  # PEFT saves an adapted embedding's own
@@ -203,7 +144,7 @@ def _read_targets_by_name(adapter: Adapter, model: PreTrainedModel, config: Any,
     )
 
 
-def _read_piece(path: str, a: Tensor, b: Tensor | None, target: Target, shape: tuple[int, ...]) -> Piece:
+def _read_piece(path: str, a: Tensor | None, b: Tensor | None, target: Target, shape: tuple[int, ...]) -> Piece:
     """A pair of matrices as an update of the parameter."""
     matrices, rows, columns = as_matrices(shape)
     count, expert = target.num_experts, target.place.expert
@@ -211,14 +152,16 @@ def _read_piece(path: str, a: Tensor, b: Tensor | None, target: Target, shape: t
         matrices, rows = int(expert < matrices), rows // target.place.parts
     wanted = (rows, columns) if not target.is_transposed else (columns, rows)
     wanted_a, wanted_b = (target.rank * count, wanted[1]), (wanted[0], target.rank * count)
-    if b is None or count != matrices or tuple(a.shape) != wanted_a or tuple(b.shape) != wanted_b:
+    if a is None or b is None:
+        raise ValueError(f"the adapter has one matrix of {path} without the other: it is not complete")
+    if count != matrices or tuple(a.shape) != wanted_a or tuple(b.shape) != wanted_b:
         raise ValueError(
-            f"the adapter's matrices of {path} are {tuple(a.shape)} and {None if b is None else tuple(b.shape)}, and "
-            f"{wanted_a} and {wanted_b} would fit the base and the config: it was trained on a model of other sizes"
+            f"the adapter's matrices of {path} are {tuple(a.shape)} and {tuple(b.shape)}, and {wanted_a} and "
+            f"{wanted_b} would fit the base and the config: it was trained on a model of other sizes"
         )
     factors = LowRank(split_a(a, count), split_b(b, count), target.scaling)
     if target.is_transposed:
-        factors = LowRank(factors.b.mT, factors.a.mT, target.scaling)
+        factors = transpose(factors)
     return Piece(expert or 0, target.place.part * rows, factors)
 
 
@@ -231,36 +174,15 @@ def _put(update: Update, key: str, tensor: Tensor, shape: tuple[int, ...]) -> No
 def _restrict(update: Update, key: str, place: Place, whole: tuple[int, ...], shape: tuple[int, ...]) -> Update:
     """A parameter's update as that of the tensor which is there in a base."""
     matrices, all_rows, columns = as_matrices(whole)
-    rows = all_rows // place.parts
-    first, count = (0, matrices) if place.expert is None else (place.expert, 1)
-    straight = whole if place.expert is None else (rows, columns)
+    height = all_rows // place.parts
+    experts = range(matrices) if place.expert is None else range(place.expert, place.expert + 1)
+    rows = range(place.part * height, (place.part + 1) * height)
+    straight = whole if place.expert is None else (height, columns)
     is_transposed = place.is_transposed and shape != straight  # Transformers transposes only what does not fit
-    if shape != ((*straight[:-2], *straight[:-3:-1]) if is_transposed else straight) or first >= matrices:
+    if shape != ((*straight[:-2], *straight[:-3:-1]) if is_transposed else straight) or experts.stop > matrices:
         raise ValueError(f"the base's {key} is {shape}, and its config.json makes it {straight}: they do not agree")
-    start = place.part * rows
-    out = Update(None if update.whole is None else update.whole[first : first + count, start : start + rows])
-    for piece in update.pieces:
-        matrix, stop_matrix = max(first, piece.matrix), min(first + count, piece.matrix + len(piece.factors.b))
-        row, stop_row = max(start, piece.row), min(start + rows, piece.row + piece.factors.b.shape[1])
-        if matrix >= stop_matrix or row >= stop_row:
-            continue
-        own = slice(matrix - piece.matrix, stop_matrix - piece.matrix)
-        b = piece.factors.b[own, row - piece.row : stop_row - piece.row]
-        out.pieces.append(Piece(matrix - first, row - start, LowRank(piece.factors.a[own], b, piece.factors.scaling)))
-    return _transpose(out, key, rows) if is_transposed else out
-
-
-def _transpose(update: Update, key: str, rows: int) -> Update:
-    """The update of a tensor that has these rows as columns."""
-    if any(piece.factors.b.shape[1] != rows for piece in update.pieces):
-        raise ValueError(
-            f"the base has {key} transposed, and the adapter changes some of its rows: use the fused layout"
-        )
-    pieces = [
-        piece._replace(factors=LowRank(piece.factors.b.mT, piece.factors.a.mT, piece.factors.scaling))
-        for piece in update.pieces
-    ]
-    return Update(None if update.whole is None else update.whole.mT, pieces)
+    part = update.restrict(experts, rows)
+    return part.transpose(height) if is_transposed else part
 
 
 def _listed(names: Iterable[str]) -> str:

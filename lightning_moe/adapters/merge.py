@@ -36,8 +36,8 @@ from lightning_moe.ops.weight_update import Update, as_matrices
 Round = Callable[..., Tensor]
 Rounding = Literal["nearest", "stochastic"]
 GIB = 2**30
-# Values of one block: a few float32 copies of it are in memory at a time, and in the processor's caches.
-BLOCK = 2**21
+# Values of one block: the few float32 copies of it that are made stay in a processor's caches.
+BLOCK = 2**18
 
 
 @dataclass

@@ -11,6 +11,7 @@ from lightning_moe.ops.quantized import QuantizedWeight
 
 try:
     from lightning_moe.adapters.export import export_adapter
+    from lightning_moe.adapters.merge import MergeReport, merge_adapter
     from lightning_moe.adapters.verify import verify_adapter
     from lightning_moe.callbacks.adapter_export import AdapterExport
     from lightning_moe.callbacks.adapter_updates import AdapterUpdateCheck
@@ -51,6 +52,7 @@ __all__ = [
     "LayerReport",
     "LowRank",
     "MemoryMonitor",
+    "MergeReport",
     "MoEGateGradCallback",
     "PatchReport",
     "QuantizedExpertsConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "export_adapter",
     "gategrad",
     "measure_moe_activations",
+    "merge_adapter",
     "moe_experts",
     "patch_moe",
     "plot_expert_load",

@@ -349,21 +349,28 @@ def test_unknown_fields_of_a_description_are_ignored(checkpoint, tmp_path):
     assert (tmp_path / "adapter" / WEIGHTS).exists()
 
 
+def refused(arguments, capsys):
+    """The one line that the command ends with, and the status of bad input."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 @pytest.mark.parametrize("failing", ["save_file", "os.replace"])
-def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, failing):
+def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, failing, capsys):
     def fail(*_, **__):
         raise SafetensorError("No space left") if failing == "save_file" else OSError("No space left")
 
     monkeypatch.setattr(f"lightning_moe.adapters.files.{failing}", fail)
-    with pytest.raises(SystemExit, match="No space left"):
-        main(["export", str(checkpoint), str(tmp_path / "adapter")])
+    assert "No space left" in refused(["export", str(checkpoint), str(tmp_path / "adapter")], capsys)
     assert not list((tmp_path / "adapter").iterdir())
 
 
-def test_a_file_in_the_folders_place_is_an_error(checkpoint, tmp_path):
+def test_a_file_in_the_folders_place_is_an_error(checkpoint, tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="is a file: name a folder"):
-        main(["export", str(checkpoint), str(tmp_path / "file")])
+    assert "is a file: name a folder" in refused(["export", str(checkpoint), str(tmp_path / "file")], capsys)
 
 
 def test_two_peft_models_are_an_error(tmp_path):
@@ -395,15 +402,16 @@ def test_files_that_are_no_checkpoints_are_errors(tmp_path):
 
 
 def test_the_command_line_exits_with_the_reason(tmp_path, capsys, checkpoint):
-    with pytest.raises(SystemExit, match="lightning_moe export: .*No such file"):
-        main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "adapter")])
+    said = refused(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "adapter")], capsys)
+    assert said.startswith("lightning-moe export: ")
+    assert "No such file" in said
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert "per_expert" in capsys.readouterr().out
     main(["export", str(checkpoint), str(tmp_path / "adapter"), "--layout", "per_expert"])
     assert "per_expert adapter written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds adapter_model.safetensors and adapter_config.json already"):
-        main(["export", str(checkpoint), str(tmp_path / "adapter")])
+    said = refused(["export", str(checkpoint), str(tmp_path / "adapter")], capsys)
+    assert "holds adapter_model.safetensors and adapter_config.json already" in said
 
 
 # What cannot be exported

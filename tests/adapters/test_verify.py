@@ -403,4 +403,4 @@ def test_the_command_says_yes_no_or_what_is_missing(exported, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit, match="^2$"):
         main(["verify", str(tmp_path / "nowhere"), "--base", base])
-    assert capsys.readouterr().err.startswith(f"lightning_moe verify: {tmp_path / 'nowhere'} holds neither an adapter")
+    assert capsys.readouterr().err.startswith(f"lightning-moe verify: {tmp_path / 'nowhere'} holds neither an adapter")

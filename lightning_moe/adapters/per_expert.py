@@ -1,11 +1,11 @@
 """The per_expert layout: plain LoRA on the model as the hub has it, a pair of matrices for each expert's projections.
 
-It keeps to what every program reads, whatever was trained: one rank, one `lora_alpha`, no patterns, all three projections
-of each adapted layer, modules by the names in the hub's checkpoints, and a configuration that restricts nothing.
+It keeps to what every program reads, whatever was trained: one rank, one `lora_alpha`, no patterns, all three
+projections of each adapted layer, the modules' names in the hub's checkpoints, a configuration that restricts nothing.
 
-`target_modules` holds the last part of the names of the modules that have tensors, as a list: SGLang takes no pattern, and
-PEFT on Transformers 5 makes such names of one. In layers without tensors PEFT adapts modules of these names too, and
-`init_lora_weights: true` has it start them at zero.
+`target_modules` lists the last parts of the names of the modules that have tensors. A pattern could leave out modules
+without tensors, but PEFT on Transformers 5 turns a pattern back into such a list, and llama.cpp and vLLM go by the
+tensors' names. In modules without tensors PEFT's adapter adds zero, as `init_lora_weights: true` has its B at zero.
 """
 
 import warnings
@@ -24,15 +24,16 @@ from lightning_moe.integrations.expert_names import is_known_to_peft, name_on_hu
 from lightning_moe.integrations.peft_experts import split_a, split_b
 
 PREFIX = "base_model.model."
-# What decides which modules PEFT adapts and how they start: the file's tensors say the first, and their values the rest.
-UNRESTRICTED = {
+# Options that say which modules are adapted, how they scale and how they start; here the tensors say it.
+UNRESTRICTED: dict[str, Any] = {
     "alpha_pattern": {}, "corda_config": None, "eva_config": None, "exclude_modules": None, "init_lora_weights": True,
     "layers_pattern": None, "layers_to_transform": None, "rank_pattern": {}, "target_parameters": None,
     "use_rslora": False,
 }  # fmt: skip
 CARRIED = {
-    "auto_mapping", "base_model_name_or_path", "bias", "inference_mode", "lora_alpha", "lora_dropout", "modules_to_save",
-    "peft_type", "peft_version", "r", "revision", "target_modules", "task_type", "trainable_token_indices",
+    "auto_mapping", "base_model_name_or_path", "bias", "inference_mode", "lora_alpha", "lora_dropout",
+    "modules_to_save", "peft_type", "peft_version", "r", "revision", "target_modules", "task_type",
+    "trainable_token_indices",
 }  # fmt: skip
 INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")  # which leave the base's weights as they are
 REMEDY = "use layout='fused' for PEFT, or merge the adapter into the model"
@@ -46,35 +47,34 @@ def check_per_expert(description: Description, config: dict[str, Any]) -> None:
         config: PEFT's adapter_config.json.
     """
     defaults = LoraConfig().to_dict()
-    unknown = config.keys() - UNRESTRICTED.keys() - CARRIED
-    for option in sorted(name for name in unknown if (config[name] or None) != (defaults.get(name) or None)):
-        raise ValueError(
-            f"the per_expert layout is plain LoRA and has no place for {option}={config[option]!r}: {REMEDY}"
-        )
+    for option in sorted(config.keys() - UNRESTRICTED.keys() - CARRIED):
+        if (config[option] or None) != (defaults.get(option) or None):
+            what = f"{option}={config[option]!r}"
+            raise ValueError(f"the per_expert layout is plain LoRA and has no place for {what}: {REMEDY}")
     if (init := config.get("init_lora_weights", True)) not in INITIALIZATIONS:
-        raise ValueError(f"init_lora_weights={init!r} changes the base model, and the per_expert layout is for the base as "
-                         "it was: train without it, or merge the adapter into the model")  # fmt: skip
-    names = names_before_fusion(description.model_type)
+        raise ValueError(
+            f"init_lora_weights={init!r} may change the base, and the per_expert layout is for the base as it was: "
+            "train without it, or merge the adapter into the model"
+        )
+    names, experts = names_before_fusion(description.model_type), set()
     for path, parameter, num_experts in description.experts:
         if _is_plain(parameter, num_experts):
             continue
         if names is None:
             raise ValueError(
-                f"the per_expert layout is not known for the model type {description.model_type!r}: Transformers has no "
-                f"table of its experts' names from before they were fused; {REMEDY}"
+                f"the per_expert layout is not known for the model type {description.model_type!r}: Transformers has "
+                f"no table of its experts' names from before they were fused; {REMEDY}"
             )
         if parameter not in names:
             raise ValueError(f"the per_expert layout has no place for an adapter on {path}.{parameter}: {REMEDY}")
-    experts = {f"{PREFIX}{path}" for path, parameter, count in description.experts if not _is_plain(parameter, count)}
+        experts.add(f"{PREFIX}{path}")
     for key in description.tensors:
-        module, is_lora, _ = key.partition(".lora_")
-        name = (f"{module}.weight" if is_lora else key).removeprefix(PREFIX)
-        on_hub = name_on_hub(description.model_type, name)
-        is_refused = on_hub is None or not (
-            is_lora or on_hub == name
-        )  # PEFT turns back the names of LoRA's tensors alone
-        if is_refused and module not in experts:
-            raise ValueError(f"the per_expert layout has no place for {name}: {REMEDY}")
+        if (module := _module(key)) not in experts:
+            name = (f"{module}.weight" if _side(key) else key).removeprefix(PREFIX)
+            on_hub = name_on_hub(description.model_type, name)
+            # PEFT on Transformers 5 turns the names of LoRA's tensors back, and no others.
+            if on_hub is None or not (_side(key) or on_hub == name):
+                raise ValueError(f"the per_expert layout has no place for an adapter on {name}: {REMEDY}")
 
 
 def to_per_expert(
@@ -104,15 +104,11 @@ def to_per_expert(
     rest = {key: _scaled(key, tensor, factors) for key, tensor in tensors.items()}
     experts = dict(_experts(rest, description))
     others = {_key_on_hub(key, description.model_type): tensor for key, tensor in rest.items()}
-    _warn_if_peft_misreads(description, set(others), are_renamed=others.keys() != rest.keys())
+    _warn_if_peft_misreads(description, others, are_renamed=others.keys() != rest.keys())
     out = others | experts
     rank = max((tensor.shape[0] for key, tensor in out.items() if _side(key) == "A"), default=config["r"])
     alpha = scaling * rank
-    own = {
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "target_modules": sorted(_leaves(out)),
-    }
+    own = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "target_modules": sorted(_leaves(out))}
     return {key: _padded(key, tensor, rank) for key, tensor in out.items()}, config | UNRESTRICTED | own
 
 
@@ -134,27 +130,27 @@ def _module(key: str) -> str:
     return key.partition(".lora_")[0]
 
 
+def _side(key: str) -> str:
+    """Which of LoRA's pair a tensor is: A, B, or neither."""
+    return key.partition(".lora_")[2].removeprefix("embedding_")[:1]
+
+
 def _leaves(keys: Iterable[str]) -> set[str]:
     """The last parts of the names of the modules that have an adapter."""
-    return {_module(key).rpartition(".")[2] for key in keys if ".lora_" in key}
+    return {_module(key).rpartition(".")[2] for key in keys if _side(key)}
 
 
 def _key_on_hub(key: str, model_type: str) -> str:
-    module, is_lora, end = key.partition(".lora_")
-    if not is_lora:
+    if not _side(key):
         return key
+    module = _module(key)
     on_hub = str(name_on_hub(model_type, f"{module}.weight".removeprefix(PREFIX)))
-    return f"{PREFIX}{on_hub.removesuffix('.weight')}.lora_{end}"
-
-
-def _side(key: str) -> str:
-    """Which of a pair a tensor is: A, B or neither."""
-    return key.partition(".lora_")[2].removeprefix("embedding_")[:1]
+    return PREFIX + on_hub.removesuffix(".weight") + key.removeprefix(module)
 
 
 def _scaled(key: str, tensor: Tensor, factors: dict[str, float]) -> Tensor:
     factor = factors[_module(key)] if _side(key) == "B" else 1.0
-    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
+    return tensor if factor == 1.0 else tensor * factor
 
 
 def _padded(key: str, tensor: Tensor, rank: int) -> Tensor:
@@ -168,59 +164,55 @@ def _padded(key: str, tensor: Tensor, rank: int) -> Tensor:
 
 def _experts(rest: dict[str, Tensor], description: Description) -> Iterator[tuple[str, Tensor]]:
     """The pairs of all experts' projections, which `rest` loses. A projection that has no adapter gets one of zeros."""
-    pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
     for path, parameter, num_experts in description.experts:
         if _is_plain(parameter, num_experts):
             continue
-        found: list[Any] = [rest.pop(f"{PREFIX}{path}.lora_{side}.weight", None) for side in "AB"]
-        if any(half is None or half.dim() != 2 or half.shape[side] % num_experts for side, half in enumerate(found)):
+        pair: list[Any] = [rest.pop(f"{PREFIX}{path}.lora_{side}.weight", None) for side in "AB"]
+        if any(half is None or half.dim() != 2 or half.shape[side] % num_experts for side, half in enumerate(pair)):
             raise ValueError(f"the adapter's matrices for the {num_experts} experts of {path} are not there")
-        pairs[path.replace(".base_layer", "")][parameter] = (
-            split_a(found[0], num_experts),
-            split_b(found[1], num_experts),
-        )
+        a, b = split_a(pair[0], num_experts), split_b(pair[1], num_experts)
+        layers[path.replace(".base_layer", "")][parameter] = a, b
     names = names_before_fusion(description.model_type) or {}
     console = Console(stderr=True)
     for module, adapted in track(
-        pairs.items(), "splitting experts", console=console, transient=True, disable=not console.is_terminal
+        layers.items(), "splitting experts", console=console, transient=True, disable=not console.is_terminal
     ):
         if "gate_up_proj" not in adapted:
             a, b = adapted["down_proj"]
-            adapted["gate_up_proj"] = (
-                b.new_zeros(*a.shape[:2], b.shape[1]),
-                a.new_zeros(len(b), 2 * a.shape[2], b.shape[2]),
-            )
+            adapted["gate_up_proj"] = _zeros(a, a.shape[1], b.shape[1]), _zeros(a, 2 * a.shape[2], a.shape[1])
         if "down_proj" not in adapted:
             a, b = adapted["gate_up_proj"]
-            adapted["down_proj"] = (
-                b.new_zeros(*a.shape[:2], b.shape[1] // 2),
-                a.new_zeros(len(b), a.shape[2], b.shape[2]),
-            )
+            adapted["down_proj"] = _zeros(a, a.shape[1], b.shape[1] // 2), _zeros(a, a.shape[2], a.shape[1])
         for parameter, (a, b) in adapted.items():
             for expert in range(len(a)):
                 parts = b[expert].chunk(len(names[parameter]))  # rows of one parameter, which share A
                 for name, part in zip(names[parameter], parts, strict=True):
-                    on_hub = name_on_hub(description.model_type, f"{module}.{expert}.{name}.weight")
-                    key = f"{PREFIX}{str(on_hub).removesuffix('.weight')}"
-                    yield f"{key}.lora_A.weight", a[expert].clone()
-                    yield f"{key}.lora_B.weight", part.clone()
+                    key = f"{PREFIX}{module}.{expert}.{name}"
+                    yield _key_on_hub(f"{key}.lora_A.weight", description.model_type), a[expert].clone()
+                    yield _key_on_hub(f"{key}.lora_B.weight", description.model_type), part.clone()
 
 
-def _warn_if_peft_misreads(description: Description, others: set[str], *, are_renamed: bool) -> None:
+def _zeros(factors: Tensor, *shape: int) -> Tensor:
+    """Zeros of that shape for each expert."""
+    return factors.new_zeros(len(factors), *shape)
+
+
+def _warn_if_peft_misreads(description: Description, others: Iterable[str], *, are_renamed: bool) -> None:
     """Where PEFT on Transformers 5 does not turn the names back, or takes other layers for experts.
 
     Args:
         description: of the adapter.
         others: the keys of what is not on experts.
-        are_renamed: whether some of those have another name in the model.
+        are_renamed: whether some of those are other than in the model.
     """
     if is_known_to_peft(description.model_type):
         names = names_before_fusion(description.model_type) or {}
         clash = _leaves(others) & {name for parts in names.values() for name in parts}
-        reason = f"takes {', '.join(sorted(clash))} for experts'" if clash else None
+        reason = f"takes {', '.join(sorted(clash))} on other layers for experts'" if clash else None
     else:
-        are_renamed |= bool(description.experts)
-        reason = f"has no table for {description.model_type!r}" if are_renamed else None
+        is_converted = are_renamed or bool(description.experts)
+        reason = f"has no table for {description.model_type!r}" if is_converted else None
     if reason:
         warnings.warn(
             f"PEFT on Transformers 5 {reason} and would misread the per_expert layout: keep the fused one for PEFT",

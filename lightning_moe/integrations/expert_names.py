@@ -1,8 +1,9 @@
 """Hub names: what the hub's checkpoints, older Transformers and other programs call a family's parameters.
 
 Transformers 5 fused each layer's experts and renamed some modules. Its own table says what they were called before:
-`get_checkpoint_conversion_mapping`, and the patterns and `reverse_transform` of its entries, read in 5.17 to 5.24. PEFT's
-table of the families whose hub names it turns back is private: `_MODEL_TO_CONVERSION_PATTERN`, read in 0.21.0 to 0.21.2.
+`get_checkpoint_conversion_mapping`, and the patterns and `reverse_transform` of its entries, read in 5.17 to 5.24.
+PEFT's table of the families whose hub names it turns back is private: `_MODEL_TO_CONVERSION_PATTERN`, read in 0.21.0
+to 0.21.2.
 """
 
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 from peft.utils import transformers_weight_conversion
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, WeightTransform
 
 
 def names_before_fusion(model_type: str) -> dict[str, list[str]] | None:
@@ -31,7 +32,7 @@ def name_on_hub(model_type: str, name: str) -> str | None:
     """A parameter's name in the hub's checkpoints; None where they do not hold it in one piece.
 
     Args:
-        model_type: Transformers' name of the family. Of one without `names_before_fusion` no name is known to differ.
+        model_type: Transformers' name of the family. Without `names_before_fusion`, no name is taken to differ.
         name: in the model, such as `model.layers.0.mlp.gate.weight`; of one expert's projection, with its index and its
             name before fusion: `model.layers.0.mlp.experts.5.w2.weight`.
     """
@@ -56,7 +57,7 @@ def _mapping(model_type: str) -> tuple[Any, ...]:
 
 
 @cache
-def _renamings_to_hub(model_type: str) -> tuple[WeightRenaming, ...]:
+def _renamings_to_hub(model_type: str) -> tuple[WeightTransform, ...]:
     """In the order of Transformers' own saving, which leaves changed prefixes out too."""
     entries = [e for e in _mapping(model_type) if isinstance(e, WeightRenaming) and not isinstance(e, PrefixChange)]
     return tuple(entry.reverse_transform() for entry in reversed(entries))

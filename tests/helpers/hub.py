@@ -1,4 +1,4 @@
-"""A reader of adapters that knows neither PEFT nor fused experts: `W += scaling * B @ A`, by name, on the hub's tensors."""
+"""Reads adapters without PEFT and without fused experts: `W += scaling * B @ A`, by name, on the hub's tensors."""
 
 import json
 
@@ -18,7 +18,7 @@ def hub_tensors(model):
 def add_adapter(tensors, folder):
     """The tensors with an adapter in them.
 
-    As strict as the strictest program: one rank, one scaling from `r` and `lora_alpha` alone, every tensor of the file used.
+    As strict as the strictest program: one rank, a scaling from `r` and `lora_alpha` alone, every tensor used.
     """
     config = json.loads((folder / CONFIG).read_text())
     adapter = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()}

@@ -100,7 +100,7 @@ def to_per_expert(
                 "export_adapter instead"
             )
         if tensors[key].dim() < 2:
-            raise ValueError(f"{key} is no matrix")
+            raise ValueError(f"the adapter's {key} is not a matrix")
     rest = {key: _scaled(key, tensor, factors) for key, tensor in tensors.items()}
     experts = dict(_experts(rest, description))
     others = {_key_on_hub(key, description.model_type): tensor for key, tensor in rest.items()}

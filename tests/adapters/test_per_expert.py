@@ -8,22 +8,16 @@ import re
 import pytest
 import torch
 from helpers import families
+from helpers.adapter_cases import CASES, EXPERTS, MODELS, SIZES, adapted, lora, phimoe
 from helpers.hub import PREFIX, add_adapter, hub_tensors, load_hub
 from helpers.models import EXPERT_TARGETS, Tiny, expert_lora_config, gpt_oss, mixtral, qwen3, tokens, with_expert_lora
 from helpers.reference import relative_error
 from helpers.training import LIGHTNING_WARNINGS, trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from lightning_moe import AdapterExport, export_adapter
 from lightning_moe.adapters.export import check_export, describe_adapters, export_checkpoint
@@ -36,74 +30,7 @@ pytestmark = [
     *LIGHTNING_WARNINGS,
 ]
 
-GATE_UP, DOWN = EXPERT_TARGETS
 ATTENTION = ["q_proj", "v_proj"]
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "pad_token_id": 0,
-}  # fmt: skip
-
-
-def deepseek():
-    """Its first layer is dense, the others have shared experts beside the routed ones."""
-    torch.manual_seed(0)
-    own = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16}
-    own |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES | own))
-
-
-def phimoe():
-    """Its router has another name on the hub."""
-    torch.manual_seed(0)
-    return PhimoeForCausalLM(PhimoeConfig(**SIZES, num_local_experts=4)).eval()
-
-
-def lora(**options):
-    options = {"r": 4, "target_modules": [], "init_lora_weights": False} | options
-    return lambda: LoraConfig(**options)
-
-
-EXPERTS = list(EXPERT_TARGETS)
-CASES = {
-    "gate_up": lora(target_parameters=[GATE_UP]),
-    "down": lora(target_parameters=[DOWN]),
-    "both": lora(target_parameters=EXPERTS, target_modules=["o_proj"]),
-    "rslora": lora(target_parameters=EXPERTS, target_modules=["o_proj"], use_rslora=True, r=3, lora_alpha=5),
-    "attention_rslora": lora(target_modules=["o_proj"], use_rslora=True),
-    "patterns": lora(
-        target_parameters=EXPERTS, target_modules=["o_proj"],
-        rank_pattern={"gate_up_proj": 6, "o_proj": 2}, alpha_pattern={"gate_up_proj": 5, "down_proj": 3, "o_proj": 7},
-    ),
-    "patterns_rslora": lora(
-        target_parameters=EXPERTS, target_modules=["o_proj"], use_rslora=True,
-        rank_pattern={"gate_up_proj": 6, "o_proj": 2}, alpha_pattern={"down_proj": 3},
-    ),
-    "router": lora(target_parameters=[*EXPERTS, "mlp.gate.weight"], rank_pattern={"gate.weight": 2}),
-    "router_alone": lora(target_parameters=["mlp.gate.weight"]),
-    "restricted": lora(
-        target_parameters=EXPERTS, target_modules=["o_proj", "v_proj"], layers_to_transform=[1],
-        layers_pattern="layers", exclude_modules=r".*v_proj|.*experts.*",
-    ),
-    "some_layers": lora(target_parameters=[f"layers.1.{GATE_UP}", f"layers.1.{DOWN}"]),
-    "layers_differ": lora(target_parameters=[f"layers.1.{DOWN}", f"layers.2.{GATE_UP}"], r=3),
-    "peft_joins_gate_and_up": lora(target_modules=["gate_proj", "up_proj", "down_proj", "o_proj"]),
-    "all_linear": lora(target_modules="all-linear"),
-    "attention_by_pattern": lora(target_modules=r".*layers\.1\..*o_proj"),
-}  # fmt: skip
-MODELS = {
-    "qwen3": lambda: qwen3(num_hidden_layers=3),
-    "mixtral": lambda: mixtral(num_hidden_layers=3),
-    "deepseek": deepseek,
-}
-MIXTRALS_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-def adapted(build, case):
-    config = CASES[case]()
-    if build is MODELS["mixtral"] and case == "peft_joins_gate_and_up":
-        config.target_modules = {MIXTRALS_NAMES.get(name, name) for name in config.target_modules}
-    torch.manual_seed(1)
-    return get_peft_model(build(), config)
 
 
 def outputs(model):
@@ -180,7 +107,7 @@ def test_the_comparison_sees_a_wrong_reading(tmp_path):
 def test_each_scaling_is_folded_into_b(tmp_path):
     """The expected numbers come from the definition: alpha / r, and half of it where the pattern says so."""
     torch.manual_seed(1)
-    config = lora(target_modules=ATTENTION, rank_pattern={"q_proj": 8}, lora_alpha=16)()
+    config = lora(target_modules=ATTENTION, rank_pattern={"q_proj": 8}, lora_alpha=16)
     model = get_peft_model(qwen3(), config)
     export_adapter(model, tmp_path, "per_expert")
     tensors, config = parts(tmp_path)
@@ -205,7 +132,7 @@ def test_a_router_has_its_plain_name(tmp_path, name):
     build = {**MODELS, "phimoe": phimoe}[name]
     router = "mlp.router.weight" if name == "phimoe" else "mlp.gate.weight"
     torch.manual_seed(1)
-    model = get_peft_model(build(), lora(target_parameters=[router])())
+    model = get_peft_model(build(), lora(target_parameters=[router]))
     if name == "phimoe":
         with pytest.warns(UserWarning, match="has no table for 'phimoe'"):
             export_adapter(model, tmp_path, "per_expert")
@@ -219,7 +146,7 @@ def test_a_router_has_its_plain_name(tmp_path, name):
 
 
 def test_trained_modules_go_along(tmp_path):
-    config = lora(target_parameters=EXPERTS, target_modules=ATTENTION, modules_to_save=["mlp.gate", "lm_head"])()
+    config = lora(target_parameters=EXPERTS, target_modules=ATTENTION, modules_to_save=["mlp.gate", "lm_head"])
     model = get_peft_model(qwen3(), config)
     for name, module in model.named_modules():
         if name.endswith("modules_to_save.default"):
@@ -235,7 +162,7 @@ def test_a_dense_layer_beside_experts_keeps_its_adapter(tmp_path):
     model, base = (shared_expert_model() for _ in range(2))
     torch.manual_seed(1)
     names = ["shared_expert.gate_proj", "shared_expert.down_proj"]
-    model = get_peft_model(model, lora(target_parameters=EXPERTS, target_modules=names)())
+    model = get_peft_model(model, lora(target_parameters=EXPERTS, target_modules=names))
     with pytest.warns(UserWarning, match="has no table for 'qwen2_moe'"):
         export_adapter(model, tmp_path, "per_expert")
     assert_obeys_the_rules(tmp_path, base)
@@ -251,7 +178,7 @@ def test_a_dense_layer_that_peft_would_take_for_experts_is_warned_of(tmp_path):
     torch.manual_seed(0)
     own = {"num_experts": 4, "shared_expert_intermediate_size": 16, "layer_types": ["full_attention"] * 3}
     model = Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES | own))
-    config = lora(target_parameters=[*EXPERTS, "mlp.shared_expert.up_proj.weight"])()
+    config = lora(target_parameters=[*EXPERTS, "mlp.shared_expert.up_proj.weight"])
     with pytest.warns(UserWarning, match="takes up_proj on other layers for experts'"):
         export_adapter(get_peft_model(model, config), tmp_path, "per_expert")
 
@@ -262,7 +189,7 @@ def test_an_embeddings_adapter_is_padded_too(tmp_path):
     config = lora(
         target_modules=["embed_tokens", "o_proj"], rank_pattern={"o_proj": 6}, alpha_pattern={"embed_tokens": 2}
     )
-    model = get_peft_model(qwen3(), config())
+    model = get_peft_model(qwen3(), config)
     export_adapter(model, tmp_path, "per_expert")
     tensors, _ = parts(tmp_path)
     key = f"{PREFIX}model.embed_tokens.lora_embedding_"
@@ -288,7 +215,7 @@ def mixed(model):
     config = lora(
         target_modules=attention, target_parameters=parameters,
         rank_pattern={"down_proj": 3, "weight": 5, ".*q_proj": 2}, alpha_pattern={"gate_up_proj": 5, "weight": 3},
-    )()  # fmt: skip
+    )  # fmt: skip
     return get_peft_model(model, config)
 
 
@@ -330,25 +257,25 @@ def test_names_on_the_hub(model_type, name, on_hub):
 
 
 def with_router_trained():
-    return get_peft_model(mixtral(), lora(target_modules=ATTENTION, modules_to_save=["mlp.gate"])())
+    return get_peft_model(mixtral(), lora(target_modules=ATTENTION, modules_to_save=["mlp.gate"]))
 
 
 REFUSED = {
     "family": (lambda: with_expert_lora(gpt_oss()), "not known for the model type 'gpt_oss'"),
     "parameter": (
-        lambda: get_peft_model(gpt_oss(), lora(target_parameters=["mlp.experts.down_proj_bias"])()),
+        lambda: get_peft_model(gpt_oss(), lora(target_parameters=["mlp.experts.down_proj_bias"])),
         "not known for the model type 'gpt_oss'",
     ),
     "dora": (
-        lambda: get_peft_model(qwen3(), lora(target_modules=ATTENTION, use_dora=True)()),
+        lambda: get_peft_model(qwen3(), lora(target_modules=ATTENTION, use_dora=True)),
         "no place for use_dora=True",
     ),
     "lora_bias": (
-        lambda: get_peft_model(qwen3(attention_bias=True), lora(target_modules=ATTENTION, lora_bias=True)()),
+        lambda: get_peft_model(qwen3(attention_bias=True), lora(target_modules=ATTENTION, lora_bias=True)),
         "no place for lora_bias=True",
     ),
     "pissa": (
-        lambda: get_peft_model(qwen3(), lora(target_modules=ATTENTION, init_lora_weights="pissa")()),
+        lambda: get_peft_model(qwen3(), lora(target_modules=ATTENTION, init_lora_weights="pissa")),
         "init_lora_weights='pissa' may change the base",
     ),
     "renamed_module": (with_router_trained, r"no place for an adapter on model.layers.0.mlp.gate.weight"),
@@ -371,7 +298,7 @@ def test_a_parameter_that_is_no_projection_is_an_error():
     model = qwen3()
     for layer in model.model.layers:
         layer.mlp.experts.scale = nn.Parameter(torch.ones(8, 2, 2))
-    model = get_peft_model(model, lora(target_parameters=["mlp.experts.scale"])())
+    model = get_peft_model(model, lora(target_parameters=["mlp.experts.scale"]))
     with pytest.raises(ValueError, match=r"no place for an adapter on model.layers.0.mlp.experts.scale"):
         check_export(model, "per_expert")
 

@@ -63,9 +63,10 @@ def export_adapter(
     Args:
         model: a PEFT model, or a module that holds one, patched or not.
         folder: made if it is not there. Files of an earlier export are not overwritten.
-        layout: `"fused"` as PEFT writes it, or `"per_expert"` with two-dimensional matrices for each expert. PEFT reads
-            the latter back for the families that it has a table of, and warns of missing keys where only some layers'
-            experts have an adapter; a family that it would misread is warned about here.
+        layout: `"fused"` as PEFT writes it on Transformers 5, or `"per_expert"`: plain LoRA on the model as the hub has
+            it, for PEFT on Transformers 4, vLLM, SGLang and llama.cpp. PEFT on Transformers 5 reads the latter for the
+            families that it has a table of; a family that it would misread is warned about here. lightning_moe's
+            README says which program reads which.
         adapter: which, where the model has more than one.
 
     Raises:

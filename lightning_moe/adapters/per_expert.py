@@ -30,7 +30,7 @@ UNRESTRICTED: dict[str, Any] = {
     "layers_pattern": None, "layers_to_transform": None, "rank_pattern": {}, "target_parameters": None,
     "use_rslora": False,
 }  # fmt: skip
-CARRIED = {
+CARRIED = {  # the others have to be at their defaults, and are left out: older versions of PEFT warn of newer options
     "auto_mapping", "base_model_name_or_path", "bias", "inference_mode", "lora_alpha", "lora_dropout",
     "modules_to_save", "peft_type", "peft_version", "r", "revision", "target_modules", "task_type",
     "trainable_token_indices",
@@ -109,7 +109,8 @@ def to_per_expert(
     rank = max((tensor.shape[0] for key, tensor in out.items() if _side(key) == "A"), default=config["r"])
     alpha = scaling * rank
     own = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "target_modules": sorted(_leaves(out))}
-    return {key: _padded(key, tensor, rank) for key, tensor in out.items()}, config | UNRESTRICTED | own
+    carried = {option: config[option] for option in sorted(CARRIED & config.keys())}
+    return {key: _padded(key, tensor, rank) for key, tensor in out.items()}, carried | UNRESTRICTED | own
 
 
 def _is_plain(parameter: str, num_experts: int) -> bool:

@@ -22,6 +22,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from lightning_moe import AdapterExport, export_adapter
 from lightning_moe.adapters.export import check_export, describe_adapters, export_checkpoint
 from lightning_moe.adapters.files import CHECKPOINT_KEY, CONFIG, WEIGHTS
+from lightning_moe.adapters.per_expert import CARRIED, UNRESTRICTED
 from lightning_moe.integrations.expert_names import name_on_hub, names_before_fusion
 
 pytestmark = [
@@ -62,6 +63,9 @@ def assert_obeys_the_rules(folder, base):
         assert {name for name in weights if name.startswith(f"{layer}.experts.")} <= modules
     assert config["target_modules"] == sorted({module.rpartition(".")[2] for module in modules})
     assert (config["init_lora_weights"], config["use_rslora"]) == (True, False)
+    assert (
+        config.keys() <= CARRIED | UNRESTRICTED.keys()
+    )  # older versions of PEFT warn of options that they do not know
     restricting = ["rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules"]
     assert not any(config[name] for name in [*restricting, "target_parameters"])
 
@@ -118,6 +122,16 @@ def test_each_scaling_is_folded_into_b(tmp_path):
         b = tensors[f"{PREFIX}{prefix}.{name}.lora_B.weight"]
         assert torch.equal(b[:, : own.r["default"]], own.lora_B["default"].weight * factor)
         assert not b[:, own.r["default"] :].any()
+
+
+def test_one_scaling_for_all_leaves_the_tensors_as_they_are(tmp_path):
+    """rslora is alpha / sqrt(r), so of rank 4 its alpha is twice as large without it."""
+    model = adapted(MODELS["qwen3"], "attention_rslora")
+    export_adapter(model, tmp_path, "per_expert")
+    tensors, config = parts(tmp_path)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 16, False)
+    own = model.base_model.model.model.layers[0].self_attn.o_proj.lora_B["default"].weight
+    assert torch.equal(tensors[f"{PREFIX}model.layers.0.self_attn.o_proj.lora_B.weight"], own)
 
 
 def test_a_scaling_that_changed_after_training_is_kept(tmp_path):

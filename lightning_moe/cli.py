@@ -32,7 +32,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("folder", type=Path, help="made if it is not there; an adapter in it is not overwritten")
     export.add_argument(
         "--layout", choices=get_args(Layout), default="fused",
-        help="fused, as PEFT writes it (default), or per_expert, as inference servers and older Transformers read it",
+        help="fused, as PEFT writes it (default), or per_expert, for vLLM, SGLang, llama.cpp and older PEFT",
     )  # fmt: skip
     export.add_argument("--adapter", help="which, where there is more than one")
     export.set_defaults(run=_export)

@@ -181,4 +181,4 @@ def _write(tensors: dict[str, Tensor], description: Description, folder: Path, l
     config = json.loads(description.config)
     if layout == "per_expert":
         tensors, config = to_per_expert(tensors, config, description)
-    write_adapter(tensors, config, folder)
+    write_adapter(tensors, config, folder, description.quantization)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_KEY = "lightning_moe_adapters"
+QUANTIZATION = "lightning_moe_quantization"
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ class Description:
         return found
 
 
-def write_adapter(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
+def write_adapter(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, quantization: str) -> None:
     """Writes PEFT's two files.
 
     Args:
         tensors: by PEFT's file keys.
         config: PEFT's adapter_config.json.
         folder: made if it is not there.
+        quantization: see `Description`; noted beside the tensors.
 
     Raises:
         FileExistsError: if the folder holds an adapter, or is a file.
@@ -81,7 +83,7 @@ def write_adapter(tensors: dict[str, Tensor], config: dict[str, Any], folder: Pa
     # The names are given when all the bytes are there. They are written to a place that nobody could put a link in.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         try:
-            save_file(_unshared(tensors), Path(partial, WEIGHTS), {"format": "pt"})
+            save_file(_unshared(tensors), Path(partial, WEIGHTS), {"format": "pt", QUANTIZATION: quantization})
         except SafetensorError as error:
             raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
         Path(partial, CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_moe.adapters.checkpoint import ONE_FILE, read_checkpoint
-from lightning_moe.adapters.files import CONFIG, WEIGHTS
-from lightning_moe.adapters.reference_logits import REFERENCE, ReferenceLogits
+from lightning_moe.adapters.files import CONFIG, QUANTIZATION, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Adapter:
         config: what adapter_config.json holds.
         model_type: Transformers' name of the base's family; empty where that is not known.
         quantization: the format of the experts that it was trained over; empty where they were dense, or in a folder
-            without the trained model's logits.
+            that lightning_moe did not write.
     """
 
     tensors: dict[str, Tensor]
@@ -57,11 +56,12 @@ def _read_folder(folder: Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as opened:
+            noted = opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is damaged: it holds no options")
-    kept = ReferenceLogits.read(folder) if (folder / REFERENCE).is_file() else None
-    return Adapter(tensors, config, "", kept.quantization if kept else "")
+    return Adapter(tensors, config, "", noted.get(QUANTIZATION, ""))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_moe.adapters.files import CONFIG, WEIGHTS
 from lightning_moe.adapters.reference_logits import ReferenceLogits, evaluating, logits_of
-from lightning_moe.quantization import FORMATS, QuantizedExpertsConfig
+from lightning_moe.quantization import FORMATS, QuantizedExpertsConfig, format_of_experts
 
 # Errors are norms over all tokens and entries of the vocabulary, relative to that of the trained model's logits.
 #
@@ -32,7 +32,10 @@ AT_LEAST = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # as a random walk: ten to twenty eps. In float32 there is room for more, and any other base is further off.
 AT_MOST = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-Outcome = Literal["same", "lost", "other_base", "differs", "undecided"]
+# How much of the adapter's effect may be missing or too much: rounding averages out in a projection on it.
+SHARE = 0.1
+
+Outcome = Literal["same", "lost", "other_base", "other_format", "differs", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Verification:
 
     Attributes:
         outcome: `same`, as the trained model; `lost`, as the base without the adapter; `other_base`, the base is not
-            the one that was trained on; `differs`, otherwise; `undecided`, an adapter whose effect is as small as
-            rounding.
+            the one that was trained on; `other_format`, its experts were quantized and are not now, or the other way
+            round; `differs`, otherwise; `undecided`, an adapter whose effect is as small as rounding.
         error: the norm of the logits' difference from the trained model's, relative to the norm of the latter.
         effect: the same for the trained model with and without its adapter.
         tolerance: how much of an error is rounding.
@@ -52,6 +55,7 @@ class Verification:
         token: the first token where it differs, counted from 0.
         dtype: to which the coarser of both rounds.
         trained_on: the base that was trained on, in words.
+        quantization: the format of the experts here; empty where they are dense.
     """
 
     outcome: Outcome
@@ -64,6 +68,7 @@ class Verification:
     token: int
     dtype: torch.dtype
     trained_on: str
+    quantization: str
 
     @property
     def ok(self) -> bool:
@@ -78,7 +83,11 @@ class Verification:
         effect = f"the adapter's effect is {self.effect:.1e}"
         there = f"{self.share:.0%} of the adapter's effect is there"
         if self.outcome == "same":
-            return f"yes, it computes as the trained model: {off}; {effect}"
+            return f"yes, it computes as the trained model: {off}; {effect}, {self.share:.0%} of it is there"
+        if self.outcome == "other_format":
+            here = f"in {self.quantization}" if self.quantization else "dense"
+            near = f"near the trained model ({self.trained_on}), not equal to it: its experts are {here}"
+            return f"{near}, its logits are off by {self.error:.1e} of their norm; {effect}; {there}"
         if self.outcome == "lost":
             return f"no, the adapter is lost, it computes as the base without it: {off}; {effect}"
         if self.outcome == "other_base":
@@ -135,7 +144,7 @@ def verify_adapter(
     if not is_adapter:
         model = _load(folder, None, dtype, device)
         _check(model, kept)
-        return _judge(kept, before, _run(model, kept), model.dtype)
+        return _judge(kept, before, _run(model, kept), model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*pattern keys did not match")  # of per_expert's; later they do
@@ -144,7 +153,7 @@ def verify_adapter(
         raise
     except (ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"PEFT cannot load {folder} onto this base: {_one_line(error)}") from error
-    return _judge(kept, before, _run(adapted, kept), model.dtype)
+    return _judge(kept, before, _run(adapted, kept), model)
 
 
 def _load(
@@ -184,22 +193,23 @@ def _check(model: PreTrainedModel, kept: ReferenceLogits) -> None:
         raise ValueError(f"the adapter was trained with a larger vocabulary than the {size} entries here")
 
 
-def _judge(kept: ReferenceLogits, before: Tensor | None, after: Tensor, dtype: torch.dtype) -> Verification:
+def _judge(kept: ReferenceLogits, before: Tensor | None, after: Tensor, model: PreTrainedModel) -> Verification:
     """What the logits say.
 
     Args:
         kept: those of the trained model.
         before: those of the base, without an adapter, now; None where there is no base.
         after: those of the adapter on the base, or of the merged model, now.
-        dtype: in which the latter two were computed.
+        model: that computed them, or the base of it.
     """
-    coarser = max(dtype, kept.dtype, key=lambda one: torch.finfo(one).eps)
+    coarser = max(model.dtype, kept.dtype, key=lambda one: torch.finfo(one).eps)
     size = float(kept.trained.norm())
     update, wrong = kept.trained - kept.base, after - kept.trained
     effect, error = float(update.norm()) / size, float(wrong.norm()) / size
     base_error = None if before is None else float((before - kept.base).norm() / kept.base.norm())
     tolerance = AT_MOST[coarser] if base_error is None else max(AT_LEAST[coarser], TIMES_BASE * base_error)
     base = kept.base if before is None else before
+    share = float(((after - base) * update).sum() / update.square().sum())
     outcome: Outcome = "same"
     if base_error is not None and not base_error <= AT_MOST[coarser]:
         outcome = "other_base"
@@ -207,15 +217,21 @@ def _judge(kept: ReferenceLogits, before: Tensor | None, after: Tensor, dtype: t
         outcome = "lost" if float((after - base).norm()) / size <= tolerance else "differs"
     elif effect <= 2 * tolerance:  # else a lost adapter would have shown
         outcome = "undecided"
+    elif not abs(share - 1) <= SHARE:
+        outcome = "differs"
+    quantization = format_of_experts(model)
+    if quantization != kept.quantization and outcome != "lost":
+        outcome = "other_format"
     by_token = wrong.norm(dim=1) / kept.trained.norm(dim=1)
     quantized = f", experts in {kept.quantization}" if kept.quantization else ""
     return Verification(
         outcome, error, effect, tolerance, base_error,
-        share=float(((after - base) * update).sum() / update.square().sum()),
+        share=share,
         largest=float(wrong.abs().max()),
         token=int((by_token > tolerance).int().argmax() if (by_token > tolerance).any() else by_token.argmax()),
         dtype=coarser,
         trained_on=f"{kept.model_type}{quantized}",
+        quantization=quantization,
     )  # fmt: skip
 
 

@@ -22,6 +22,12 @@ from lora.kept_results import ATTENTION, keeping, watch_attention
 from lora.sink_attention import attend_documents, masked_attention
 
 NAME = "varlen"
+# What models hand over that changes the scores, and no kernel here knows; `sdpa` of Transformers 5.17 passes over it.
+UNKNOWN = {"softcap": "cap on the scores", "position_bias": "bias by position"}
+
+# Families whose layers look into the mask; read in Transformers 5.24.
+READ_MASKS = frozenset(("axk2", "deepseek_v32", "doge", "dots3_note_text", "glm_moe_dsa", "hy_v4"))
+
 # Tokens times key-value heads that one kernel call works on: more fill the card no better and take memory.
 TOKEN_HEADS_IN_FLIGHT = 131_072
 
@@ -38,11 +44,16 @@ class _NoteKernel(TorchDispatchMode):
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError where a model's attention is not what this does: where it sees chunks of a document only."""
+    """Raises ValueError where a model's attention is not what this does."""
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"model.attention {NAME!r} sees whole documents or windows of them, and layers of the model see chunks: "
             "set --model.attention sdpa"
+        )
+    if config.model_type in READ_MASKS:
+        raise ValueError(
+            f"model.attention {NAME!r} makes no mask, and layers of {config.model_type} read it: "
+            "set --model.attention eager"
         )
 
 
@@ -77,9 +88,15 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim) and None.
     """
-    if options.get("softcap") is not None:  # which `sdpa` of Transformers 5.17 passes over
+    for name, what in UNKNOWN.items():
+        if options.get(name) is not None:
+            raise ValueError(f"model.attention {NAME!r} has no {what} ({name}), as the model has: set another one")
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if attention_mask is None and "sliding_window" not in options and window is not None and window < key.shape[2]:
         raise ValueError(
-            f"model.attention {NAME!r} has no cap on the scores (softcap), and the model does: set another"
+            f"model.attention {NAME!r} sees whole documents, for the model's layers do not hand over their window of "
+            f"{window} tokens: set --model.attention sdpa"
         )
     output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
     watch_attention(query, output)

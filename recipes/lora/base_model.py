@@ -117,21 +117,23 @@ def place_experts(
         for name, parameter in model.named_parameters()
     }
     whole, experts = sum(sizes.values()), sum(sizes[name] for name in names_of_experts(model))
+    # PyTorch rounds page-locked memory up to powers of two.
+    pinned = sum(1 << (sizes[name] - 1).bit_length() for name in names_of_experts(model))
     free_on_host = psutil.virtual_memory().available
     free = torch.cuda.mem_get_info(device)[0] - CONTEXT_BYTES if device.type == "cuda" else free_on_host
     waits = wanted == "host" or (wanted == "auto" and device.type == "cuda" and whole > free and experts > 0)
     # Two layers' experts are on the device at a time.
     needed = whole - experts + 2 * experts // config.num_hidden_layers if waits else whole
-    places = [(needed, str(device), free)] + [(experts, "host memory", free_on_host)] * waits
+    places = [(needed, str(device), free)] + [(pinned, "the host, page-locked and rounded up", free_on_host)] * waits
     for size, place, room in places:
         if size > room:
             kept = str(dtype) if quantization is None else f"{dtype} and {quantization.format}"
             remedy = "train a smaller model" if quantization else "quantize the experts (--model.quantize nf4)"
             if device.type == "cuda" and not waits:
-                remedy = f"have the experts wait in host memory (--model.experts_on host), or {remedy}"
+                remedy = f"on one GPU have the experts wait in host memory (--model.experts_on host), or {remedy}"
             raise ValueError(
                 f"the weights take {whole / GIB:.1f} GiB ({model.num_parameters() / 1e9:.2f} billion parameters in "
-                f"{kept}), {size / GIB:.1f} of them on {place}, which has {room / GIB:.1f} GiB free: end what else "
+                f"{kept}), {size / GIB:.1f} GiB on {place}, which has {room / GIB:.1f} GiB free: end what else "
                 f"runs there, take a larger device, or {remedy}"
             )
     return waits

@@ -22,6 +22,7 @@ OUT_OF_MEMORY_ADVICE = """out of memory. What takes less, the cheapest first:
   --model.offload true: what the layers keep waits in host memory
   --data.batch_size 1, --trainer.accumulate_grad_batches N: a step in parts, each of which counts the same
   --model.quantize nf4: the frozen experts in four bits (needs bitsandbytes)
+  --model.experts_on host: the frozen experts wait in host memory (one GPU)
   --model.tile_tokens 8192: the experts on so many tokens at a time, a little slower
   --data.max_length: shorter sequences"""
 

@@ -195,9 +195,10 @@ class MoELoRA(LightningModule):
             self._experts_on_host = place_experts(config, dtype, device, self._quantization, wanted)
             self.hparams["experts_on"] = "host" if self._experts_on_host else "device"
             if self._experts_on_host and self.hparams["checkpointing"] == "none":
+                reason = "is set" if wanted == "host" else "was chosen, for the device does not hold the weights"
                 raise ValueError(
-                    "model.experts_on host has each layer's experts on the device twice in a step: without "
-                    "checkpointing all would stay there until backward. Set --model.checkpointing auto"
+                    f"model.experts_on host {reason}: each layer's experts are on the device twice in a step, and "
+                    "without checkpointing all would stay there until backward. Set --model.checkpointing auto"
                 )
 
     def configure_model(self) -> None:

@@ -132,8 +132,8 @@ def masked_attention(
     if attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, -torch.inf)
     if s_aux is not None:  # the score of a key of zeros, whose value is zeros
-        column = s_aux.to(query.dtype).view(-1, 1, 1).expand(-1, query.shape[2], 1)
-        attention_mask = torch.cat([attention_mask.expand(*column.shape[:2], -1), column], -1)
+        column = s_aux.to(query.dtype).view(-1, 1, 1).expand(*query.shape[:3], 1)
+        attention_mask = torch.cat([attention_mask.expand(*query.shape[:3], -1), column], -1)
         key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
     output = scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]

@@ -536,7 +536,6 @@ def test_an_adapter_for_another_family_is_an_error(tmp_path, layout):
 
 @pytest.mark.parametrize("given", ["checkpoint", "folder"])
 def test_an_adapter_trained_over_quantized_experts_is_merged_when_asked(tmp_path, given):
-    """The folder says so by the trained model's logits, which verify a merged model as well."""
     expected = merged_by_peft(prepare(tmp_path / "again")[0], tmp_path / "peft")
     model, adapter, base = prepare(tmp_path)
     for experts in experts_modules(model):
@@ -547,13 +546,19 @@ def test_an_adapter_trained_over_quantized_experts_is_merged_when_asked(tmp_path
         state = {name: tensor for name, tensor in Tiny(build=lambda: model).state_dict().items() if "lora_" in name}
         adapter = save_checkpoint(model, tmp_path, state_dict=state)
     else:
+        adapter = tmp_path / "over_fp8"
+        export_adapter(model, adapter)
         ReferenceLogits.compute(model).save(adapter)
     with pytest.raises(ValueError, match="trained over experts in fp8 .* near the trained one, not equal to it"):
         merge_adapter(adapter, base, tmp_path / "out")
     merge_adapter(adapter, base, tmp_path / "out", onto_16_bit=True)
     assert_equal(tensors_in(tmp_path / "out"), expected)
     if given == "folder":
-        assert ReferenceLogits.read(tmp_path / "out").quantization == "fp8"
+        found = verify_adapter(tmp_path / "out")
+        assert found.outcome == "other_format"
+        assert "near the trained model (qwen3_moe, experts in fp8), not equal to it, its experts are dense" in str(
+            found
+        )
 
 
 def test_a_merged_model_has_the_logits_to_verify_it_by(tmp_path):

@@ -168,12 +168,12 @@ def test_packed_documents_on_a_gpu_equal_each_alone():
     assert not torch.allclose(together[1].float(), after[1].float(), atol=0.1, rtol=0.1)
 
 
-def attend_by_transformers(monkeypatch, tokens=5, cached=0, head_dim=16, **options):
+def attend_by_transformers(monkeypatch, tokens=5, cached=0, head_dim=16, config=None, **options):
     """Whether one document's attention goes through Transformers' function."""
     query, key = torch.randn(1, 4, tokens, head_dim), torch.randn(1, 2, tokens + cached, head_dim)
     calls, function = [], attention.sdpa_attention_forward
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **rest: calls.append(1) or function(*a, **rest))
-    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True, config=config)
     attention.varlen_attention(module, query, key, key, None, scaling=0.1, **options)
     return bool(calls)
 
@@ -276,6 +276,38 @@ class CountAttention(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.number += func in ATTENTION
         return func(*args, **(kwargs or {}))
+
+
+def test_padded_rows_of_gpt_oss_are_those_of_transformers_attention():
+    ids = torch.tensor([row["input_ids"] for row in documents(lengths=(30, 30, 30))])
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[2, :20] = 0, 0
+    mine, theirs = (
+        gpt_oss(lambda config, name=name: build(None, config, torch.float32, torch.device("cpu"), name, 0)).eval()
+        for name in (attention.NAME, "eager")
+    )
+    with torch.no_grad():
+        found, expected, without = (
+            network.model(input_ids=ids, attention_mask=given).last_hidden_state
+            for network, given in ((mine, mask), (theirs, mask), (mine, None))
+        )
+    seen = mask.bool()
+    torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(without[seen], expected[seen], atol=1e-3)
+
+
+def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
+    bias = torch.zeros(1, 4, 5, 5)
+    with pytest.raises(ValueError, match="has no bias by position"):
+        attend_by_transformers(monkeypatch, position_bias=bias)
+    config = SimpleNamespace(sliding_window=4)
+    with pytest.raises(ValueError, match="do not hand over their window of 4 tokens: set --model.attention sdpa"):
+        attend_by_transformers(monkeypatch, config=config)
+    assert not attend_by_transformers(monkeypatch, config=SimpleNamespace(sliding_window=4, use_sliding_window=False))
+    assert not attend_by_transformers(monkeypatch, config=SimpleNamespace(sliding_window=5))
+    assert not attend_by_transformers(monkeypatch, config=config, sliding_window=None)
+    with pytest.raises(ValueError, match="layers of doge read it: set --model.attention eager"):
+        attention.check_config(SimpleNamespace(model_type="doge"))
 
 
 def attention_inputs(tokens=300, dtype=torch.bfloat16, device="cuda"):

@@ -180,7 +180,7 @@ def test_weights_that_do_not_fit_are_refused_with_both_sizes(monkeypatch):
     config = qwen3_config(hidden_size=2048, moe_intermediate_size=768, num_experts=128, vocab_size=151936)
     base_model.place_experts(qwen3_config(), torch.float32, CPU)
     monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-    sizes = r"the weights take 3\.\d GiB \(1\.8\d billion .* torch.bfloat16\), 3\.\d of them on cpu, which has 1.0"
+    sizes = r"the weights take 3\.\d GiB \(1\.8\d billion .* torch.bfloat16\), 3\.\d GiB on cpu, which has 1.0"
     with pytest.raises(ValueError, match=sizes):
         base_model.place_experts(config, torch.bfloat16, CPU)
 
@@ -225,8 +225,8 @@ def test_experts_wait_on_the_host_where_a_gpu_does_not_hold_them(free, where, mo
     assert base_model.place_experts(config, torch.bfloat16, gpu, wanted="auto") == where
     assert base_model.place_experts(config, torch.bfloat16, gpu, wanted="host")
     if where:
-        with pytest.raises(ValueError, match=r"3\.\d of them on cuda, which has 2.6"):
+        with pytest.raises(ValueError, match=r"3\.\d GiB on cuda, which has 2.6"):
             base_model.place_experts(config, torch.bfloat16, gpu, wanted="device")
         monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-        with pytest.raises(ValueError, match=r"3\.\d of them on host memory, which has 1.0"):
+        with pytest.raises(ValueError, match=r"4\.\d GiB on the host, page-locked and rounded up, which has 1.0"):
             base_model.place_experts(config, torch.bfloat16, gpu, wanted="auto")

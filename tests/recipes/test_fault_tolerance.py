@@ -206,7 +206,7 @@ def test_out_of_memory_prints_the_advice(error):
 def test_the_options_of_the_advice_are_the_recipes():
     kinds = {"model": MoELoRA, "data": InstructionData}
     options = re.findall(r"--(model|data)\.(\w+)", fault_tolerance.OUT_OF_MEMORY_ADVICE)
-    assert len(options) == 6
+    assert len(options) == 7
     assert all(name in inspect.signature(kinds[kind]).parameters for kind, name in options)
 
 

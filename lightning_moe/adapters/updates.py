@@ -109,6 +109,9 @@ def _read_parameters(
         update.pieces.append(_read_piece(path, a, b, target, parameters[target.place.parameter]))
         if (own := rest.pop(f"{path}.base_layer.weight", None)) is not None:  # PEFT saves an adapted embedding's own
             _put(update, path, own, parameters[target.place.parameter])
+    for name in config.modules_to_save or ():
+        if not any(f".{name}." in key for key in rest):
+            raise ValueError(f"the adapter lacks {name}, which its config names in modules_to_save: it is not complete")
     for key, place in targets.whole.items():
         if key in rest:
             update = updates.setdefault(place.parameter, Update())

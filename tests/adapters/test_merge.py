@@ -568,6 +568,14 @@ def test_a_merged_model_has_the_logits_to_verify_it_by(tmp_path):
     assert verify_adapter(tmp_path / "out", base).ok
 
 
+def test_an_adapter_without_a_module_that_its_config_names_is_an_error(tmp_path):
+    _, adapter, base = prepare(tmp_path, modules_to_save=["lm_head"])
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({key: tensor for key, tensor in tensors.items() if "lm_head" not in key}, adapter / WEIGHTS)
+    with pytest.raises(ValueError, match="lacks lm_head, which its config names in modules_to_save"):
+        merge_adapter(adapter, base, tmp_path / "out")
+
+
 def test_a_file_that_is_no_checkpoint_and_odd_arguments_are_errors(tmp_path):
     _, adapter, base = prepare(tmp_path)
     (tmp_path / "text.ckpt").write_text("no checkpoint")

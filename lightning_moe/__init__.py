@@ -12,6 +12,7 @@ from lightning_moe.version import __version__ as __version__
 
 try:
     from lightning_moe.adapters.export import export_adapter
+    from lightning_moe.adapters.merge import MergeReport, merge_adapter
     from lightning_moe.adapters.verify import verify_adapter
     from lightning_moe.callbacks.adapter_export import AdapterExport
     from lightning_moe.callbacks.adapter_updates import AdapterUpdateCheck
@@ -52,6 +53,7 @@ __all__ = [
     "LayerReport",
     "LowRank",
     "MemoryMonitor",
+    "MergeReport",
     "MoEGateGradCallback",
     "PatchReport",
     "QuantizedExpertsConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "export_adapter",
     "gategrad",
     "measure_moe_activations",
+    "merge_adapter",
     "moe_experts",
     "patch_moe",
     "plot_expert_load",

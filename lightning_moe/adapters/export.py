@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from peft.tuners.lora import ParamWrapper
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -63,9 +63,10 @@ def export_adapter(
     Args:
         model: a PEFT model, or a module that holds one, patched or not.
         folder: made if it is not there. Files of an earlier export are not overwritten.
-        layout: `"fused"` as PEFT writes it, or `"per_expert"` with two-dimensional matrices for each expert. PEFT reads
-            the latter back for the families that it has a table of, and warns of missing keys where only some layers'
-            experts have an adapter; a family that it would misread is warned about here.
+        layout: `"fused"` as PEFT writes it on Transformers 5, or `"per_expert"`: plain LoRA on the model as the hub has
+            it, for PEFT on Transformers 4, vLLM, SGLang and llama.cpp. PEFT on Transformers 5 reads the latter for the
+            families that it has a table of; a family that it would misread is warned about here. lightning_moe's
+            README says which program reads which.
         adapter: which, where the model has more than one.
 
     Raises:
@@ -74,8 +75,7 @@ def export_adapter(
         OSError: if the files cannot be written; none of them is left then.
     """
     found, name = _find_adapter(model, layout, adapter)
-    parameters = get_peft_model_state_dict(found, found.state_dict(keep_vars=True), adapter_name=name)
-    tensors = {without_wrappers(key): full_tensor(tensor).detach().cpu() for key, tensor in parameters.items()}
+    tensors = {key: full_tensor(tensor).detach().cpu() for key, tensor in _tensors(found, name).items()}
     if is_sharded(found) and torch.distributed.get_rank() != 0:
         return
     _write(tensors, _describe(found, name, dict.fromkeys(tensors)), Path(folder), layout)
@@ -85,7 +85,7 @@ def check_export(model: nn.Module, layout: Layout) -> None:
     """Raises ValueError, as `export_adapter` would, where the model's adapter cannot be written in that layout."""
     found, name = _find_adapter(model, layout, None)
     if layout == "per_expert":
-        description = _describe(found, name, {})
+        description = _describe(found, name, dict.fromkeys(_tensors(found, name), ""))
         check_per_expert(description, json.loads(description.config))
 
 
@@ -164,6 +164,12 @@ def _peft_models(model: nn.Module) -> list[PeftModel]:
     return [module for module in model.modules() if isinstance(module, PeftModel)]
 
 
+def _tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors, not yet gathered, by PEFT's file keys."""
+    found = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter_name=adapter)
+    return {without_wrappers(key): tensor for key, tensor in found.items()}
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """What tells one tensor's memory from another's; of a sharded one, this process's part."""
     own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -185,6 +191,11 @@ def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Descri
         for name, module in base.named_modules()
         if unsupported_layout() is None and isinstance(module, ParamWrapper) and adapter in module.lora_A
     ]
+    scalings = {
+        without_wrappers(name): float(module.scaling[adapter])
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
+    }
     with tempfile.TemporaryDirectory() as folder:
         model.peft_config[adapter].save_pretrained(folder)
         config = json.loads((Path(folder) / CONFIG).read_text())
@@ -198,6 +209,7 @@ def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Descri
         model_type=getattr(getattr(base, "config", None), "model_type", ""),
         experts=experts,
         tensors=tensors,
+        scalings=scalings,
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,22 @@ class Description:
         experts: for each adapted parameter of experts, its wrapper's path, that is PEFT's file key without
             `base_model.model.` and `.lora_A.weight`; the parameter's name; and the number of experts.
         tensors: for each of PEFT's file keys, the key in the checkpoint's state dict.
+        scalings: what each adapted module multiplies `B @ A` by, by its path as in `experts`; empty in checkpoints of
+            versions that did not save it.
     """
 
     config: str
     model_type: str
     experts: list[tuple[str, str, int]]
     tensors: dict[str, str]
+    scalings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, entry: Any) -> "Description":
         """A description out of a checkpoint. Raises ValueError unless it is one; fields of later versions are left."""
         try:
-            found = cls(**{field.name: entry[field.name] for field in fields(cls)})
+            own = {one.name: entry[one.name] for one in fields(cls) if one.name in entry or one.name != "scalings"}
+            found = cls(**own)
             plain = isinstance(json.loads(found.config), dict) and isinstance(found.model_type, str)
             experts = all(
                 isinstance(path, str) and isinstance(name, str) and type(count) is int and count > 0
@@ -45,9 +49,10 @@ class Description:
             tensors = bool(found.tensors) and all(
                 isinstance(text, str) for pair in found.tensors.items() for text in pair
             )
+            scalings = all(isinstance(path, str) and type(own) is float for path, own in found.scalings.items())
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"its entry {CHECKPOINT_KEY!r} is damaged: {error!r}") from error
-        if not (plain and experts and tensors):
+        if not (plain and experts and tensors and scalings):
             raise ValueError(f"its entry {CHECKPOINT_KEY!r} is damaged")
         return found
 

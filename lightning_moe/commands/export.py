@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("folder", type=Path, help="made if it is not there; an adapter in it is not overwritten")
     parser.add_argument(
         "--layout", choices=get_args(Layout), default="fused",
-        help="fused, as PEFT writes it (default), or per_expert, as inference servers and older Transformers read it",
+        help="fused, as PEFT writes it (default), or per_expert, for vLLM, SGLang, llama.cpp and older PEFT",
     )  # fmt: skip
     parser.add_argument("--adapter", help="which, where there is more than one")
     parser.set_defaults(run=run)

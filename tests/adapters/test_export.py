@@ -1,8 +1,10 @@
-"""Exported adapters in both layouts, from a model and from a checkpoint: PEFT reads them back bit for bit."""
+"""Exported adapters in both layouts, from a model and from a checkpoint: PEFT reads them back bit for bit.
+
+What the per_expert layout looks like to other readers is in test_per_expert.py.
+"""
 
 import json
 import os
-import re
 import warnings
 
 import pytest
@@ -11,7 +13,6 @@ from helpers.models import (
     EXPERT_TARGETS,
     Tiny,
     expert_lora_config,
-    gpt_oss,
     mixtral,
     qwen3,
     tokens,
@@ -261,16 +262,16 @@ def test_keys_of_compiled_layers_are_pefts(tmp_path, layout):
 
 def test_per_expert_layout_warns_of_a_family_that_peft_would_misread(tmp_path):
     model = with_expert_lora(jamba(), ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"))
-    with pytest.warns(UserWarning, match="PEFT has no table for 'jamba' and would misread"):
+    with pytest.warns(UserWarning, match="PEFT on Transformers 5 has no table for 'jamba' and would misread"):
         export_adapter(model, tmp_path, "per_expert")
     assert any(".feed_forward.experts.0.up_proj.lora_A.weight" in key for key in load_file(tmp_path / WEIGHTS))
 
 
-def jamba(expert_layer_period=1, expert_layer_offset=0):
+def jamba():
     config = JambaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_experts=4, attn_layer_period=1, attn_layer_offset=0, use_mamba_kernels=False,
-        expert_layer_period=expert_layer_period, expert_layer_offset=expert_layer_offset,
+        expert_layer_period=1, expert_layer_offset=0,
     )  # fmt: skip
     return JambaForCausalLM(config)
 
@@ -350,23 +351,28 @@ def test_unknown_fields_of_a_description_are_ignored(checkpoint, tmp_path):
     assert (tmp_path / "adapter" / WEIGHTS).exists()
 
 
+def refused(arguments, capsys):
+    """The one line that the command ends with, and the status of bad input."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 @pytest.mark.parametrize("failing", ["save_file", "os.replace"])
-def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, capsys, failing):
+def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, failing, capsys):
     def fail(*_, **__):
         raise SafetensorError("No space left") if failing == "save_file" else OSError("No space left")
 
     monkeypatch.setattr(f"lightning_moe.adapters.files.{failing}", fail)
-    with pytest.raises(SystemExit, match="^2$"):
-        main(["export", str(checkpoint), str(tmp_path / "adapter")])
-    assert "No space left" in capsys.readouterr().err
+    assert "No space left" in refused(["export", str(checkpoint), str(tmp_path / "adapter")], capsys)
     assert not list((tmp_path / "adapter").iterdir())
 
 
 def test_a_file_in_the_folders_place_is_an_error(checkpoint, tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="^2$"):
-        main(["export", str(checkpoint), str(tmp_path / "file")])
-    assert "is a file: name a folder" in capsys.readouterr().err
+    assert "is a file: name a folder" in refused(["export", str(checkpoint), str(tmp_path / "file")], capsys)
 
 
 def test_two_peft_models_are_an_error(tmp_path):
@@ -398,17 +404,16 @@ def test_files_that_are_no_checkpoints_are_errors(tmp_path):
 
 
 def test_the_command_line_exits_with_the_reason(tmp_path, capsys, checkpoint):
-    with pytest.raises(SystemExit, match="^2$"):
-        main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "adapter")])
-    assert re.match("lightning-moe export: .*No such file", capsys.readouterr().err)
-    with pytest.raises(SystemExit, match="^0$"):
+    said = refused(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "adapter")], capsys)
+    assert said.startswith("lightning-moe export: ")
+    assert "No such file" in said
+    with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert "per_expert" in capsys.readouterr().out
     main(["export", str(checkpoint), str(tmp_path / "adapter"), "--layout", "per_expert"])
     assert "per_expert adapter written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^2$"):
-        main(["export", str(checkpoint), str(tmp_path / "adapter")])
-    assert "holds adapter_model.safetensors and adapter_config.json already" in capsys.readouterr().err
+    said = refused(["export", str(checkpoint), str(tmp_path / "adapter")], capsys)
+    assert "holds adapter_model.safetensors and adapter_config.json already" in said
 
 
 # What cannot be exported
@@ -440,30 +445,6 @@ def test_one_of_several_adapters_has_to_be_named(tmp_path):
     model.set_adapter("other")
     assert_same(logits(reload(qwen3, tmp_path / "other")), logits(model), "per_expert")
     assert describe_adapters(model, model.state_dict()).keys() == {"default", "other"}
-
-
-def test_an_adapter_on_a_dense_layer_of_the_same_name_is_an_error(tmp_path):
-    config = expert_lora_config(("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"))
-    config.target_modules = {"down_proj"}
-    model = get_peft_model(jamba(expert_layer_period=2, expert_layer_offset=1), config)
-    with (
-        pytest.raises(ValueError, match="cannot tell experts' adapters from one on another layer: .*layers.0.feed_fo"),
-        pytest.warns(UserWarning, match="PEFT has no table for 'jamba'"),
-    ):
-        export_adapter(model, tmp_path / "adapter", "per_expert")
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: with_expert_lora(gpt_oss()), "not known for the model type 'gpt_oss'.*use layout='fused'"),
-        (lambda: with_expert_lora(qwen3(), rank_pattern={"gate_up_proj": 2}), "one rank and one alpha"),
-    ],
-)
-def test_what_the_per_expert_layout_cannot_hold_is_an_error(tmp_path, build, message):
-    with pytest.raises(ValueError, match=message):
-        export_adapter(build(), tmp_path / "adapter", "per_expert")
-    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_model_without_an_adapter_and_an_unknown_layout_are_errors(tmp_path):
@@ -539,13 +520,3 @@ def test_files_are_written_where_no_link_can_lie(tmp_path, monkeypatch):
     assert places == [(folder, 0o700, [])]
     assert not any(outside.iterdir())
     assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in (WEIGHTS, CONFIG))
-
-
-def test_a_vector_in_a_matrixs_place_is_an_error(checkpoint, tmp_path):
-    def flatten(content):
-        key = next(key for key in content["state_dict"] if "layers.1.mlp.experts.lora_B" in key)
-        content["state_dict"][key] = content["state_dict"][key].flatten()
-
-    with pytest.raises(ValueError, match="matrices for the 8 experts .* are not there"):
-        export_checkpoint(changed(checkpoint, tmp_path, flatten), tmp_path / "adapter", "per_expert")
-    assert not (tmp_path / "adapter").exists()

@@ -1,5 +1,7 @@
 """AdapterExport: folders at the end of a fit, and a description in checkpoints that needs no base model."""
 
+import json
+
 import pytest
 import torch
 from helpers.models import Tiny, gpt_oss, qwen3, with_attention_lora, with_expert_lora
@@ -21,10 +23,13 @@ def expert_lora():
     return with_expert_lora(qwen3())
 
 
-def is_same_adapter(one, other):
+def has_same_tensors(one, other):
     ours, theirs = (load_file(folder / WEIGHTS) for folder in (one, other))
-    same_tensors = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    return same_tensors and (one / CONFIG).read_text() == (other / CONFIG).read_text()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def is_same_adapter(one, other):
+    return has_same_tensors(one, other) and (one / CONFIG).read_text() == (other / CONFIG).read_text()
 
 
 @pytest.mark.parametrize("layouts", [("fused",), ("per_expert",), ("fused", "per_expert")])
@@ -87,7 +92,11 @@ def test_a_layout_that_does_not_exist_is_an_error(layouts):
 def test_a_model_without_expert_adapters_has_one_too(tmp_path):
     callback = AdapterExport(("fused", "per_expert"))
     fit(tmp_path, Tiny(lambda: with_attention_lora(qwen3())), callback, max_steps=1)
-    assert is_same_adapter(*callback.folders.values())
+    assert has_same_tensors(*callback.folders.values())
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in callback.folders.values()]
+    assert {name for name in configs[1] if (configs[0][name] or None) != (configs[1][name] or None)} == {
+        "init_lora_weights"
+    }
 
 
 # The trained model's logits

@@ -41,9 +41,9 @@ def qwen3(**changes):
     return Qwen3MoeForCausalLM(qwen3_config(**changes))
 
 
-def mixtral():
+def mixtral(**changes):
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2))
+    return MixtralForCausalLM(MixtralConfig(**SIZES | changes, num_local_experts=8, num_experts_per_tok=2))
 
 
 def gpt_oss():

@@ -207,6 +207,22 @@ def test_with_adapters_on_the_experts(tmp_path, monkeypatch, capsys):
     assert baseline[-1] < baseline[0] - 1.0
 
 
+@pytest.mark.filterwarnings("ignore:.*pattern keys did not match")  # PEFT's loader; they do match afterwards
+def test_adapters_on_experts_and_router_are_exported_for_other_programs(tmp_path):
+    layouts = tmp_path / "layouts.yaml"
+    export = {"class_path": "lightning_moe.AdapterExport", "init_args": {"layouts": ["per_expert"]}}
+    layouts.write_text(yaml.safe_dump({"trainer": {"callbacks+": [export]}}))
+    cli = fit(tmp_path, "--model.experts=true", "--model.router=lora", f"--config={layouts}", steps=1)
+    folder = tmp_path / "log" / "version_0" / "adapter_per_expert"
+    assert "gate" in json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        restored = PeftModel.from_pretrained(cli.model.build_base(), folder).eval()
+        want = cli.model.network.eval()(tokens).logits
+        assert torch.allclose(restored(tokens).logits, want, atol=1e-5)
+        assert not torch.allclose(cli.model.build_base().eval()(tokens).logits, want, atol=1e-4)
+
+
 # The same program through each option: what the summary says of it, and that the losses are the baseline's.
 OPTIONS = {
     "router trained, with its loss": (

@@ -1,6 +1,7 @@
 """Writes what `.ci/readers` reads: `FOLDER/MODEL/base` as the hub has it, and for each kind of adapter a folder.
 
-An adapter's folder has the per_expert adapter, and the logits of the model it comes from beside it, in float32.
+An adapter's folder has the per_expert adapter, beside it the logits of the model that it comes from, in float32, and the
+base that it is merged into.
 """
 
 import json
@@ -15,7 +16,7 @@ from helpers.models import tokens
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from lightning_moe import export_adapter
+from lightning_moe import export_adapter, merge_adapter
 
 
 def for_transformers_4(config: PreTrainedConfig) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def main(folder: Path) -> None:
         for case in CASES:
             model = adapted(build, case).eval()
             export_adapter(model, folder / name / case, "per_expert")
+            merge_adapter(folder / name / case, folder / name / "base", folder / name / case / "merged")
             with torch.no_grad():
                 logits = model(input_ids=tokens()).logits
             save_file({"input_ids": tokens(), "logits": logits}, folder / name / case / "expected.safetensors")

@@ -90,6 +90,12 @@ def find_quantizable(model: nn.Module, format: str) -> list[str]:
     return names
 
 
+def format_of_experts(model: nn.Module) -> str:
+    """The format that a model's experts are quantized to; empty where they are dense."""
+    formats = [tensor.format.name for tensor in model.parameters() if isinstance(tensor, QuantizedWeight)]
+    return formats[0] if formats else ""
+
+
 def check_format(format: str) -> None:
     """Raises ValueError on a format that there is not."""
     if format not in FORMATS:

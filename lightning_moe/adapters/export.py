@@ -6,7 +6,6 @@ in per_expert.py.
 
 import json
 import os
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,11 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_moe.adapters.files import CHECKPOINT_KEY, CONFIG, Description, write_adapter
+from lightning_moe.adapters.checkpoint import choose_adapter, read_checkpoint
+from lightning_moe.adapters.files import CONFIG, Description, write_adapter
 from lightning_moe.adapters.per_expert import check_per_expert, to_per_expert
 from lightning_moe.integrations.peft_experts import unsupported_layout
 from lightning_moe.integrations.sharding import full_tensor, is_sharded
 from lightning_moe.integrations.torch_modules import without_wrappers
+from lightning_moe.quantization import format_of_experts
 
 Layout = Literal["fused", "per_expert"]
 
@@ -110,39 +111,7 @@ def export_checkpoint(
         FileExistsError: if the folder holds an adapter.
         OSError: if the files cannot be written; none of them is left then.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder, as distributed checkpoints are: make one file of it first, with "
-            "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or with DeepSpeed's own by "
-            "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be loaded without running its code: {error}") from error
-    for key, remedy in (
-        ("state_dict", "it is not a Lightning checkpoint"),
-        (
-            CHECKPOINT_KEY,
-            "it was saved without the callback AdapterExport, or of a module that holds no PEFT "
-            "model or several; load the model and call export_adapter instead",
-        ),
-    ):
-        if not isinstance(content, dict) or not isinstance(content.get(key), dict) or not content[key]:
-            raise ValueError(f"{path} lacks {key!r}: {remedy}")
-    name = _choose(adapter, list(content[CHECKPOINT_KEY]), str(path))
-    try:
-        description = Description.read(content[CHECKPOINT_KEY][name])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    state = content["state_dict"]
-    if missing := [key for key, place in description.tensors.items() if not isinstance(state.get(place), Tensor)]:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the {len(description.tensors)} tensors of adapter {name!r}: "
-            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-        )
-    tensors = {key: state[place] for key, place in description.tensors.items()}
+    description, tensors = read_checkpoint(Path(checkpoint), adapter)
     _write(tensors, description, Path(folder), layout)
 
 
@@ -154,7 +123,7 @@ def _find_adapter(model: nn.Module, layout: Layout, adapter: str | None) -> tupl
         raise ValueError(f"{type(model).__name__} holds {len(found)} PEFT models and must hold one: {remedy}")
     if layout == "per_expert" and (reason := unsupported_layout()):
         raise ValueError(f"{reason}; use layout='fused'")
-    name = _choose(adapter, list(found[0].peft_config), "the model")
+    name = choose_adapter(adapter, list(found[0].peft_config), "the model")
     if found[0].peft_config[name].peft_type != PeftType.LORA:
         raise ValueError(f"adapter {name!r} is not LoRA but {found[0].peft_config[name].peft_type}")
     return found[0], name
@@ -174,14 +143,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     """What tells one tensor's memory from another's; of a sharded one, this process's part."""
     own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return own.device, own.data_ptr(), own.shape, getattr(tensor, "ds_id", None)  # ZeRO-3's have no memory
-
-
-def _choose(adapter: str | None, names: list[str], where: str) -> str:
-    if adapter is None and len(names) == 1:
-        return names[0]
-    if adapter not in names:
-        raise ValueError(f"{where} has the adapters {', '.join(names)}: name one of them, not {adapter!r}")
-    return adapter
 
 
 def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Description:
@@ -210,6 +171,7 @@ def _describe(model: PeftModel, adapter: str, tensors: dict[str, Any]) -> Descri
         experts=experts,
         tensors=tensors,
         scalings=scalings,
+        quantization=format_of_experts(base),
     )
 
 

@@ -27,6 +27,7 @@ class Description:
         tensors: for each of PEFT's file keys, the key in the checkpoint's state dict.
         scalings: what each adapted module multiplies `B @ A` by, by its path as in `experts`; empty in checkpoints of
             versions that did not save it.
+        quantization: the format of the experts that it was trained over; empty where they were dense.
     """
 
     config: str
@@ -34,14 +35,17 @@ class Description:
     experts: list[tuple[str, str, int]]
     tensors: dict[str, str]
     scalings: dict[str, float] = field(default_factory=dict)
+    quantization: str = ""
 
     @classmethod
     def read(cls, entry: Any) -> "Description":
         """A description out of a checkpoint. Raises ValueError unless it is one; fields of later versions are left."""
         try:
-            own = {one.name: entry[one.name] for one in fields(cls) if one.name in entry or one.name != "scalings"}
+            later = ("scalings", "quantization")  # which earlier versions did not save
+            own = {one.name: entry[one.name] for one in fields(cls) if one.name in entry or one.name not in later}
             found = cls(**own)
-            plain = isinstance(json.loads(found.config), dict) and isinstance(found.model_type, str)
+            texts = all(isinstance(text, str) for text in (found.model_type, found.quantization))
+            plain = isinstance(json.loads(found.config), dict) and texts
             experts = all(
                 isinstance(path, str) and isinstance(name, str) and type(count) is int and count > 0
                 for path, name, count in found.experts

@@ -26,6 +26,7 @@ from lightning_moe.adapters.base_files import (
     read_base,
     write_shard,
 )
+from lightning_moe.adapters.reference_logits import REFERENCE
 from lightning_moe.adapters.source import read_adapter
 from lightning_moe.adapters.updates import find_updates
 from lightning_moe.integrations.checkpoint_names import build_on_meta
@@ -119,14 +120,14 @@ def merge_adapter(
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-    out = Path(out).resolve()
+    adapter, out = Path(adapter), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already: name another folder or move it")
-    source = read_adapter(Path(adapter), adapter_name)
-    if source.quantize is not None and not onto_16_bit:
+    source = read_adapter(adapter, adapter_name)
+    if source.quantization and not onto_16_bit:
         raise ValueError(
-            f"the adapter was trained over experts in {source.quantize} and made up for their rounding; merged onto "
-            "16-bit weights it gives a model that is near the trained one, not equal to it: ask for that with "
+            f"the adapter was trained over experts in {source.quantization} and made up for their rounding; merged "
+            "onto 16-bit weights it gives a model that is near the trained one, not equal to it: ask for that with "
             "--onto-16-bit"
         )
     files = read_base(Path(base))
@@ -149,6 +150,9 @@ def merge_adapter(
         _write_shards(files, headers, updates, folder, round_to, report)
         old_bytes = sum(header.nbytes for shard in files.shards for header in shard.headers.values())
         total = None if report.nbytes == old_bytes else report.nbytes
+        if (adapter / REFERENCE).is_file():  # by which `verify_adapter` tells whether the merge is right
+            (folder / REFERENCE).parent.mkdir()
+            shutil.copyfile(adapter / REFERENCE, folder / REFERENCE)
         copy_others(files, folder, total_bytes=total, dtype=None if dtype == DTYPES[files.dtype] else dtype)
         if out.exists():
             out.rmdir()

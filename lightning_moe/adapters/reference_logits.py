@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_moe.ops.quantized import QuantizedWeight
+from lightning_moe.quantization import format_of_experts
 
 REFERENCE = Path("reference", "logits.safetensors")
 
@@ -72,12 +72,11 @@ class ReferenceLogits:
                 without = logits_of(found, input_ids, vocabulary)
         if not (trained.isfinite().all() and without.isfinite().all()):
             raise ValueError("some of the trained model's logits are not finite")
-        formats = [tensor.format.name for tensor in base.parameters() if isinstance(tensor, QuantizedWeight)]
         return cls(
             input_ids, vocabulary, trained, without,
             model_type=base.config.model_type,
             dtype=_rounds_to(base),
-            quantization=formats[0] if formats else "",
+            quantization=format_of_experts(base),
             quantizes_linear=bool(getattr(getattr(base.config, "quantization_config", None), "linear", False)),
         )  # fmt: skip
 

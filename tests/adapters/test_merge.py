@@ -10,6 +10,7 @@ from helpers.models import (
     SIZES,
     Tiny,
     expert_lora_config,
+    experts_modules,
     gpt_oss,
     mixtral,
     qwen3,
@@ -18,6 +19,7 @@ from helpers.models import (
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -26,13 +28,15 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from lightning_moe import export_adapter, merge_adapter
+from lightning_moe import export_adapter, merge_adapter, verify_adapter
 from lightning_moe.adapters.base_files import CONFIG, INDEX, SINGLE
 from lightning_moe.adapters.export import describe_adapters
 from lightning_moe.adapters.files import CHECKPOINT_KEY, WEIGHTS
 from lightning_moe.adapters.files import CONFIG as ADAPTER_CONFIG
+from lightning_moe.adapters.reference_logits import ReferenceLogits
 from lightning_moe.cli import main
 from lightning_moe.ops.weight_update import Update
+from lightning_moe.quantization import quantize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pattern keys did not match"),  # PEFT's; they do
@@ -530,13 +534,33 @@ def test_an_adapter_for_another_family_is_an_error(tmp_path, layout):
         merge_adapter(save_checkpoint(model, tmp_path), base, tmp_path / "out")
 
 
-def test_an_adapter_trained_over_quantized_experts_is_merged_when_asked(tmp_path):
-    model, _, base = prepare(tmp_path)
-    path = save_checkpoint(model, tmp_path, hyper_parameters={"quantize": "nf4"})
-    with pytest.raises(ValueError, match="trained over experts in nf4 .* near the trained one, not equal to it"):
-        merge_adapter(path, base, tmp_path / "out")
-    merge_adapter(path, base, tmp_path / "out", onto_16_bit=True)
-    assert_equal(tensors_in(tmp_path / "out"), merged_by_peft(model, tmp_path / "peft"))
+@pytest.mark.parametrize("given", ["checkpoint", "folder"])
+def test_an_adapter_trained_over_quantized_experts_is_merged_when_asked(tmp_path, given):
+    """The folder says so by the trained model's logits, which verify a merged model as well."""
+    expected = merged_by_peft(prepare(tmp_path / "again")[0], tmp_path / "peft")
+    model, adapter, base = prepare(tmp_path)
+    for experts in experts_modules(model):
+        for name in ("gate_up_proj", "down_proj"):
+            weight = nn.Parameter(quantize(getattr(experts, name), "fp8"), requires_grad=False)
+            setattr(experts, name, weight)
+    if given == "checkpoint":
+        state = {name: tensor for name, tensor in Tiny(build=lambda: model).state_dict().items() if "lora_" in name}
+        adapter = save_checkpoint(model, tmp_path, state_dict=state)
+    else:
+        ReferenceLogits.compute(model).save(adapter)
+    with pytest.raises(ValueError, match="trained over experts in fp8 .* near the trained one, not equal to it"):
+        merge_adapter(adapter, base, tmp_path / "out")
+    merge_adapter(adapter, base, tmp_path / "out", onto_16_bit=True)
+    assert_equal(tensors_in(tmp_path / "out"), expected)
+    if given == "folder":
+        assert ReferenceLogits.read(tmp_path / "out").quantization == "fp8"
+
+
+def test_a_merged_model_has_the_logits_to_verify_it_by(tmp_path):
+    model, adapter, base = prepare(tmp_path)
+    ReferenceLogits.compute(model).save(adapter)
+    merge_adapter(adapter, base, tmp_path / "out")
+    assert verify_adapter(tmp_path / "out", base).ok
 
 
 def test_a_file_that_is_no_checkpoint_and_odd_arguments_are_errors(tmp_path):

@@ -1,4 +1,7 @@
-"""Merging in every family: PEFT's own merge bit for bit, in the names and layout of the family's hub checkpoints."""
+"""Merging in every family: PEFT's own merge bit for bit, in the names and layout of the family's hub checkpoints.
+
+The adapter has the hub's names too, where the family has the per_expert layout.
+"""
 
 import importlib
 
@@ -8,6 +11,7 @@ from helpers.families import adapted, build, experts_classes, family_names
 from safetensors.torch import load_file
 
 from lightning_moe import export_adapter, merge_adapter
+from lightning_moe.integrations.expert_names import names_before_fusion
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and of families; what is asserted is the files
 
@@ -38,7 +42,8 @@ def test_experts_of_every_family_merge_as_peft_merges_them(tmp_path, family, exp
     base.save_pretrained(tmp_path / "base")
     model = adapted(base, "experts")
     make_exact(parameter for parameter in model.parameters() if parameter.requires_grad)
-    export_adapter(model, tmp_path / "adapter")
+    layout = "per_expert" if names_before_fusion(base.config.model_type) else "fused"
+    export_adapter(model, tmp_path / "adapter", layout)
     if family in INTERLEAVED:
         with pytest.raises(ValueError, match="in a form that cannot be merged here .*Interleave"):
             merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")

@@ -34,6 +34,15 @@ def patch_moe(
 
     Patching a patched model applies the new options. If patching fails, the model is as it was.
 
+    >>> from lightning_moe import patch_moe, unpatch_moe
+    >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    >>> config = Qwen3MoeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_experts=8)
+    >>> model = Qwen3MoeForCausalLM(config)
+    >>> report = patch_moe(model)
+    >>> [(layer.name, layer.status) for layer in report]
+    [('model.layers.0.mlp.experts', 'active'), ('model.layers.1.mlp.experts', 'active')]
+    >>> unpatch_moe(model)
+
     Args:
         model: holds the layers, under any wrappers.
         down_bias: `"exact"` adds the bias's term to the gradient of the routing weights; `"fallback"` runs the default

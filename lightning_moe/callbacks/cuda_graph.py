@@ -22,6 +22,7 @@ class CUDAGraphCallback(Callback):
     >>> class Module(LightningModule):
     ...     def loss(self, batch):  # a mapping of tensors to the loss, () floating
     ...         return self.model(**batch).loss
+    ...
     ...     def training_step(self, batch, batch_idx):
     ...         loss = self.loss(batch)
     ...         self.log("train/loss", loss)  # not in `loss`, whose Python a replay leaves out

@@ -15,13 +15,7 @@ from lightning.pytorch import Callback
 import lightning_moe
 
 PAGE = Path(lightning_moe.__file__).with_name("REFERENCE.md")
-SECTIONS = {
-    "Args": "Arguments",
-    "Attributes": "Attributes",
-    "Returns": "Returns",
-    "Yields": "Yields",
-    "Raises": "Raises",
-}
+LISTS, TEXTS = ("Args", "Attributes", "Raises"), ("Returns", "Yields")  # sections of docstrings
 TITLE = """# Reference
 
 Every public name of `lightning_moe`. `.ci/reference.py` writes this page from the docstrings.
@@ -62,7 +56,8 @@ def _entry(name: str, found: Any) -> Iterator[str]:
 def _signature(name: str, found: Any) -> str:
     """A call, its types without the modules that they are in."""
     is_class = inspect.isclass(found)
-    signature = inspect.signature(found.__new__ if is_class and "__new__" in vars(found) else found)
+    own = next((maker for maker in ("__init__", "__new__") if is_class and maker in vars(found)), None)
+    signature = inspect.signature(getattr(found, own) if own else found)
     arguments = []
     for parameter in signature.parameters.values():
         if parameter.name in ("self", "cls"):
@@ -81,7 +76,7 @@ def _signature(name: str, found: Any) -> str:
 
 
 def _short(annotation: str) -> str:
-    return re.sub(r"\b(?:\w+\.)+(?=[A-Z])|'(?=[A-Z])|(?<=[a-z])'$", "", annotation)
+    return re.sub(r"'([A-Z]\w*)'", r"\1", re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", annotation))
 
 
 class _Named(str):
@@ -95,12 +90,11 @@ def _markdown(docstring: str) -> Iterator[str]:
     """A docstring in Google's style as Markdown: its sections as lists, its examples as code."""
     for paragraph in re.split(r"\n\n+", docstring):
         heading, _, items = paragraph.partition(":\n")
-        if heading in SECTIONS:
-            yield f"**{SECTIONS[heading]}**\n"
-            text = dedent(items)
-            yield (
-                text if heading in ("Returns", "Yields") else re.sub(r"^(\w+): ", r"- `\1`: ", text, flags=re.MULTILINE)
-            )
+        if heading in LISTS:
+            yield f"**{heading.replace('Args', 'Arguments')}**\n"
+            yield re.sub(r"^(\w+): ", r"- `\1`: ", dedent(items), flags=re.MULTILINE)
+        elif heading in TEXTS:
+            yield f"**{heading}**\n\n{dedent(items)}"
         elif paragraph.startswith(">>>"):
             yield f"```pycon\n{paragraph}\n```"
         else:

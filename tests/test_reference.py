@@ -1,5 +1,6 @@
 """lightning_moe/REFERENCE.md: every public name, as the docstrings are now; its examples run."""
 
+import ast
 import doctest
 import re
 import runpy
@@ -34,6 +35,14 @@ def test_every_public_name_is_there_with_its_signature_and_its_docstring():
         assert entry.startswith(f"\n```python\n{name}(")
         first = getattr(lightning_moe, name).__doc__.strip().splitlines()[0]
         assert f"\n{first}\n" in entry
+
+
+def test_every_signature_is_one():
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        name, _, rest = block.strip().partition("(")
+        (function,) = ast.parse(f"def f({rest}: ...").body
+        assert not {"self", "cls"} & {argument.arg for argument in function.args.args}
+        assert name.partition(".")[0] in lightning_moe.__all__
 
 
 def test_every_argument_of_a_signature_is_explained():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -33,23 +34,28 @@ def read_config(model: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[family].from_dict(fields)
     except Exception as error:  # each family checks its fields in its own way
-        raise ValueError(f"the configuration of {model!r} is damaged: {_first_line(error)}") from error
+        raise ValueError(f"the configuration of {model!r} is damaged: {_said(error)}") from error
     return config
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: names, shapes and dtypes without memory. In the configuration's dtype, or bfloat16.
+    """The model on the meta device: names, shapes and dtypes without memory.
+
+    Of the class that the configuration names, or Transformers' for text, in the configuration's dtype, or bfloat16.
 
     Raises:
         ValueError: where Transformers cannot build it, as with sizes that do not fit each other.
     """
+    named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    dtype: Any = config.dtype or config.get_text_config().dtype or torch.bfloat16
     auto = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
-    dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
     try:
         with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype)
+            is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+            model: Any = named(config) if is_model else auto.from_config(config)
+        return model.to(dtype)
     except Exception as error:  # whatever a model's constructor raises
-        raise ValueError(f"no {config.model_type} can be built of this configuration: {_first_line(error)}") from error
+        raise ValueError(f"no {config.model_type} can be built of this configuration: {_said(error)}") from error
 
 
 def _read_fields(model: str) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def _read_fields(model: str) -> dict[str, Any]:
             return PreTrainedConfig.get_config_dict(model)[0]
         except (OSError, ValueError) as error:  # ValueError: no hub name
             raise ValueError(
-                f"{model!r} is no folder here, and its configuration cannot be had from the hub ({_first_line(error)})"
+                f"{model!r} is no folder here, and its configuration cannot be had from the hub ({_said(error)})"
             ) from error
     try:
         fields = json.loads(file.read_text("utf-8"))
@@ -70,9 +76,8 @@ def _read_fields(model: str) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} is no model's configuration: it holds no object")
-    return fields
+    return PreTrainedConfig.get_config_dict(str(file))[0]  # which decodes what JSON has no numbers for
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _said(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")

@@ -112,11 +112,28 @@ def test_a_layer_that_is_not_supported_is_named_with_its_code_and_merges_its_ada
         assert said in out
 
 
-def test_a_model_of_images_and_text_is_built_without_a_head(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("architectures", "name"),
+    [
+        (["Qwen3VLMoeForConditionalGeneration"], "model.language_model.layers"),
+        (None, "language_model.layers"),
+        (["NoSuchModel"], "language_model.layers"),
+        (["AutoConfig"], "language_model.layers"),
+    ],
+)
+def test_a_model_is_of_the_class_that_its_configuration_names(architectures, name, tmp_path, capsys):
     text = {"vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_experts": 4}
-    Qwen3VLMoeConfig(text_config=text).save_pretrained(tmp_path)
+    Qwen3VLMoeConfig(text_config=text, architectures=architectures).save_pretrained(tmp_path)
     main(["inspect", str(tmp_path)])
-    assert "language_model.layers.*.mlp.experts (2 layers)" in capsys.readouterr().out
+    assert f"│ {name}.*.mlp.experts (2 layers)" in capsys.readouterr().out
+
+
+def test_numbers_that_json_has_not_are_read(tmp_path, capsys):
+    config = AutoConfig.for_model("nemotron_h")
+    assert config.time_step_limit[1] == float("inf")
+    config.save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    assert "NemotronHExperts │ active" in capsys.readouterr().out
 
 
 def test_a_quantized_checkpoint_is_said(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Writes what `.ci/readers` reads: `FOLDER/MODEL/base` as the hub has it, and for each kind of adapter a folder.
 
-An adapter's folder has the per_expert adapter, the logits of the model that it comes from, in float32, and the merged
-model.
+An adapter's folder has the per_expert adapter, beside it the logits of the model that it comes from, in float32, and
+the base that it is merged into.
 """
 
 import json

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_moe.ops.experts import moe_experts
 from lightning_moe.ops.low_rank import LowRank
 from lightning_moe.ops.quantized import QuantizedWeight
+from lightning_moe.version import __version__ as __version__
 
 try:
     from lightning_moe.adapters.export import export_adapter

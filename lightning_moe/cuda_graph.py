@@ -50,8 +50,13 @@ class GraphedFunction:
     changes from step to step is one of the batch's tensors. Random numbers that it draws are new at each replay;
     activation checkpointing has to be told `preserve_rng_state=False`.
 
-        loss = GraphedFunction(self.loss, self.model)     # loss(batch) -> (), or a tuple that begins with it
-        loss({"input_ids": ..., "labels": ...}).backward()
+    >>> import torch
+    >>> from lightning_moe import GraphedFunction
+    >>> model = torch.nn.Linear(4, 1)
+    >>> loss = GraphedFunction(lambda batch: model(batch["inputs"]).square().mean(), model)
+    >>> loss({"inputs": torch.ones(2, 4)}).backward()
+    >>> model.weight.grad.shape
+    torch.Size([1, 4])
 
     Attributes:
         reason: why nothing is captured any more, or None.

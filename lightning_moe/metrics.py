@@ -29,6 +29,8 @@ class GateGradHealth(Metric):
 
     States are int64 sums over ranks, which count exactly where float32 ends at 2^24, and one maximum.
 
+    >>> from lightning_moe import GateGradHealth
+    >>> from lightning_moe.health import HealthCounts
     >>> health = GateGradHealth()
     >>> health.update(HealthCounts(gates=8, nonpositive_gates=2, active_layers=4), micro_batches=2)
     >>> {name: value.item() for name, value in health.compute().items() if "nonpositive" in name or "active" in name}
@@ -89,6 +91,8 @@ class ExpertLoad(Metric):
 
     The state is an int64 sum over ranks.
 
+    >>> import torch
+    >>> from lightning_moe import ExpertLoad
     >>> load = ExpertLoad()
     >>> load.update([torch.tensor([6, 2, 0, 0]), torch.tensor([1, 1])])
     >>> {name: value.item() for name, value in load.compute().items()}

@@ -14,7 +14,7 @@ from lightning_moe.discovery import MoELayer, find_moe_layers, other_parameters
 from lightning_moe.dispatch import gategrad_experts, update_estimate
 from lightning_moe.integrations.peft_experts import active_adapters, unsupported_adapter, unsupported_layout
 from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
-from lightning_moe.integrations.transformers_experts import is_registered, read_spec
+from lightning_moe.integrations.transformers_experts import experts_per_token, is_registered, read_spec
 from lightning_moe.integrations.unsupported import Unsupported, unsupported
 from lightning_moe.ops import operator
 from lightning_moe.ops.validation import check_output_buffer
@@ -33,6 +33,15 @@ def patch_moe(
     """Makes every supported MoE layer of a model run the operation; the others keep the default implementation.
 
     Patching a patched model applies the new options. If patching fails, the model is as it was.
+
+    >>> from lightning_moe import patch_moe, unpatch_moe
+    >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    >>> config = Qwen3MoeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_experts=8)
+    >>> model = Qwen3MoeForCausalLM(config)
+    >>> report = patch_moe(model)
+    >>> [(layer.name, layer.status) for layer in report]
+    [('model.layers.0.mlp.experts', 'active'), ('model.layers.1.mlp.experts', 'active')]
+    >>> unpatch_moe(model)
 
     Args:
         model: holds the layers, under any wrappers.
@@ -123,14 +132,13 @@ def _patch(layer: MoELayer, options: PatchOptions) -> LayerReport:
         if operator.is_known(spec.activation) and not (patch.other_parameters or is_expert_parallel(module)):
             patch.health.probe = operator.new_probe(weights.down_proj.device)
     reasons = sorted({reason for _, reason in patch.merge_reasons}, key=str)
-    top_k: Any = getattr(config, "num_experts_per_tok", None)
-    is_known = isinstance(top_k, int) and patch.dtype is not None
+    top_k = None if patch.dtype is None else experts_per_token(config)
     return LayerReport(
         layer.name,
         class_name,
         "active",
-        baseline_bytes=patch.estimate.baseline_per_row * top_k if is_known else None,
-        saved_bytes=patch.estimate.saved_per_row * top_k if is_known else None,
+        baseline_bytes=patch.estimate.baseline_per_row * top_k if top_k is not None else None,
+        saved_bytes=patch.estimate.saved_per_row * top_k if top_k is not None else None,
         merged_bytes=patch.estimate.baseline_merged,
         has_adapters=bool(layer.wrappers),
         adapter_reasons=tuple(reasons),

@@ -22,9 +22,7 @@ def quantize(weight: Tensor, format: str, is_transposed: bool = False) -> Quanti
 
     Args:
         weight: (E, out, in), floating.
-        format: `nf4`, bitsandbytes' four bits with blocks of 64 values and nested absmax: 0.516 bytes a value, 9.2 %
-            off a normal distribution; `mxfp4`, four bits with a power of two for each 32: 0.531 bytes, 11.5 %; `fp8`,
-            float8_e4m3fn with a scale for each 128 x 128: 1 byte, 2.6 %.
+        format: see `quantize_experts`.
         is_transposed: whether the weight is (E, in, out), as gpt-oss's. The 32 values of `mxfp4` lie along `in`.
 
     Raises:
@@ -49,9 +47,18 @@ def quantize_experts(model: nn.Module, format: str = "nf4") -> list[str]:
     `MoEGateGradCallback`), a layer makes a projection dense when it is used and keeps nothing dense; unpatched it
     computes with dense copies, which backward saves.
 
+    >>> from lightning_moe import quantize_experts
+    >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    >>> config = Qwen3MoeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, num_experts=8)
+    >>> model = Qwen3MoeForCausalLM(config)
+    >>> quantize_experts(model, "mxfp4")
+    ['model.layers.0.mlp.experts.gate_up_proj', 'model.layers.0.mlp.experts.down_proj']
+
     Args:
         model: in memory, on the device where it will train or on the host; its experts in Transformers' layout.
-        format: see `quantize`.
+        format: `nf4`, bitsandbytes' four bits with blocks of 64 values and nested absmax: 0.516 bytes a value, 9.2 %
+            off a normal distribution; `mxfp4`, four bits with a power of two for each 32: 0.531 bytes, 11.5 %; `fp8`,
+            float8_e4m3fn with a scale for each 128 x 128: 1 byte, 2.6 %.
 
     Returns:
         The names of the parameters that are quantized now.
@@ -115,9 +122,17 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
     Neither the device nor the host ever holds the dense model. For a checkpoint in 16 or 32 bits, one weight for each
     expert or fused. What is not quantized is loaded as without. `save_pretrained` raises: save the adapters.
 
-        AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16, device_map={"": "cuda"}, quantization_config=QuantizedExpertsConfig("nf4")
-        )
+    >>> import tempfile, torch
+    >>> from lightning_moe import QuantizedExpertsConfig
+    >>> from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    >>> config = Qwen3MoeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, num_experts=8)
+    >>> with tempfile.TemporaryDirectory() as checkpoint:  # or a name on the hub
+    ...     Qwen3MoeForCausalLM(config).save_pretrained(checkpoint)
+    ...     model = AutoModelForCausalLM.from_pretrained(
+    ...         checkpoint, dtype=torch.bfloat16, quantization_config=QuantizedExpertsConfig("mxfp4")
+    ...     )
+    >>> model.model.layers[0].mlp.experts.down_proj.format.name
+    'mxfp4'
 
     A checkpoint whose experts are in the format already is loaded as it is, nothing is quantized again, and what it has
     dense stays dense:
@@ -128,13 +143,7 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
     - mxfp4, as gpt-oss has them.
 
     Transformers refuses another configuration than the checkpoint's own ("you are passing a QuantizedExpertsConfig"):
-    leave that one out.
-
-        config = AutoConfig.from_pretrained(name, quantization_config=None)
-        AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.bfloat16, device_map={"": "cuda"},
-            quantization_config=QuantizedExpertsConfig("fp8"),
-        )
+    leave that one out, with `config=AutoConfig.from_pretrained(name, quantization_config=None)`.
 
     Args:
         format: of the experts, see `quantize_experts`.

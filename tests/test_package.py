@@ -4,13 +4,18 @@ import ast
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import lightning_moe
 
 ROOT = Path(lightning_moe.__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 
 def imported(path):
@@ -41,14 +46,14 @@ def test_recipes_import_public_names_only():
 
 # Lowest first: arithmetic, knowledge of other libraries, what patches and measures a model, a Trainer's hooks.
 FLOORS = [
-    {"ops"},
+    {"ops", "version"},
     {"integrations"},
     {
         "activation_estimate", "adapter_updates", "adapters", "captured_step", "cuda_graph", "discovery", "dispatch",
         "expert_load", "health", "patch_state", "metrics", "patch_report", "patching", "quantization",
         "saved_activations", "unmerged_lora",
     },
-    {"callbacks", "cli", "__main__"},
+    {"callbacks", "commands", "cli", "__main__"},
 ]  # fmt: skip
 
 
@@ -89,16 +94,86 @@ def test_ops_imports_torch_alone():
         assert {name.split(".")[0] for name in imported(path)} <= allowed, path
 
 
+def test_every_package_and_the_marker_of_its_types_are_in_the_wheel():
+    folders = (path.parent.relative_to(ROOT) for path in (ROOT / "lightning_moe").rglob("__init__.py"))
+    assert sorted(".".join(folder.parts) for folder in folders) == SETUPTOOLS["packages"]
+    assert SETUPTOOLS["package-data"] == {"lightning_moe": ["py.typed"]}
+    assert (ROOT / "lightning_moe" / "py.typed").read_bytes() == b""
+
+
+def test_the_version_is_in_one_place():
+    assert "version" not in PROJECT
+    assert PROJECT["dynamic"] == ["version"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "lightning_moe.version.__version__"}
+    version = runpy.run_path(str(ROOT / "lightning_moe" / "version.py"))["__version__"]
+    assert lightning_moe.__version__ == version == str(Version(version))
+
+
+def test_the_metadata_say_what_the_package_is():
+    assert {"Typing :: Typed", "Intended Audience :: Science/Research"} <= set(PROJECT["classifiers"])
+    assert not [name for name in PROJECT["classifiers"] if name.startswith("License")]  # beside `license`, an error
+    assert "urls" not in PROJECT  # there is none to name
+
+
+# What each extra's packages are imported as, and a file that does, or has Lightning do it.
+EXTRAS = {
+    "recipes": {
+        "jsonargparse": ("LightningCLI", "recipes/qwen3_lora.py"),
+        "matplotlib": ("matplotlib", "lightning_moe/expert_load.py"),
+        "tensorboard": ("TensorBoardLogger", "recipes/configs/tiny.yaml"),
+        "torchdata": ("torchdata", "recipes/lora/data.py"),
+    },
+    "liger": {"liger-kernel": ("liger_kernel", "recipes/lora/base_model.py")},
+    "quantized": {"bitsandbytes": ("bitsandbytes", "lightning_moe/integrations/bitsandbytes_nf4.py")},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_brings_what_something_uses(extra):
+    asked = [Requirement(line).name for line in PROJECT["optional-dependencies"][extra]]
+    assert asked == list(EXTRAS[extra])
+    for name, file in EXTRAS[extra].values():
+        assert name in (ROOT / file).read_text("utf-8")
+    required = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert not required & set(asked)
+
+
+def test_the_extras_are_all_there():
+    assert {*EXTRAS, "dev"} == PROJECT["optional-dependencies"].keys()
+    assert "lightning_moe[recipes,quantized]" in PROJECT["optional-dependencies"]["dev"]
+
+
 def test_the_readmes_commands_are_those_of_ci():
     command = 'python -m pip install -c .ci/constraints.txt -e ".[dev]" && python -m pytest'
     assert command in (ROOT / "README.md").read_text("utf-8")
     assert command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
-def test_the_readmes_versions_are_those_of_ci():
+def test_the_manuals_versions_are_those_of_ci():
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    for name, (lowest, highest) in runpy.run_path(str(ROOT / ".ci" / "bounds.py"))["KNOWN"].items():
+    manual = (ROOT / "lightning_moe" / "README.md").read_text("utf-8")
+    bounds = {Requirement(line).name: Requirement(line).specifier for line in PROJECT["dependencies"]}
+    for name, versions in runpy.run_path(str(ROOT / ".ci" / "bounds.py"))["KNOWN"].items():
+        lowest, between, highest = map(Version, versions)
         assert f"{name} {lowest} to {highest}" in readme
+        assert f"\n| {name} | {lowest} | {between} | {highest} |\n" in manual
+        assert lowest < between < highest
+        assert {lowest, between, highest} == {*bounds[name].filter([lowest, between, highest])}
+
+
+@pytest.mark.parametrize(
+    ("side", "pinned"),
+    [
+        ("lowest", {"torch==2.11", "transformers==5.17", "peft==0.21.0", "lightning==2.6.1"}),
+        ("between", {"torch==2.13.*", "transformers==5.20.*", "peft==0.21.1.*", "lightning==2.6.4.*"}),
+        ("highest", set()),
+    ],
+)
+def test_what_ci_pins_to_try_the_versions(side, pinned):
+    command = [sys.executable, str(ROOT / ".ci" / "bounds.py"), side]
+    printed = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert pinned <= printed
+    assert len(printed) == {"lowest": len(PROJECT["dependencies"]), "between": 4, "highest": 0}[side]
 
 
 def test_the_designs_names_are_public():

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -14,6 +13,7 @@ from lightning_moe.adapters.export import Layout, check_export, describe_adapter
 from lightning_moe.adapters.files import CHECKPOINT_KEY
 from lightning_moe.adapters.reference_logits import ReferenceLogits
 from lightning_moe.discovery import find_moe_layers
+from lightning_moe.integrations.lightning_strategies import is_strategy
 from lightning_moe.integrations.sharding import is_sharded
 from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
 from lightning_moe.integrations.transformers_experts import is_decorated
@@ -97,7 +97,7 @@ class AdapterExport(Callback):
 
 def _computes_alone(trainer: Trainer, model: LightningModule) -> bool:
     """Whether one rank's forward waits for no other."""
-    if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy) or is_sharded(model):
+    if not is_strategy(trainer.strategy, "DDPStrategy", "SingleDeviceStrategy") or is_sharded(model):
         return False
     layers: list[Any] = [layer.module for layer in find_moe_layers(model)]
     return not any(is_decorated(layer) and is_expert_parallel(layer) for layer in layers)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_moe.adapter_updates import AdapterUpdates, format_report
 from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
+from lightning_moe.integrations.lightning_strategies import is_strategy
 
 
 class AdapterUpdateCheck(Callback):
@@ -54,8 +54,9 @@ class AdapterUpdateCheck(Callback):
         """Notes which adapters have a gradient, while they are tracked."""
         if self._updates is None:
             return
-        strategy = trainer.strategy  # DeepSpeed's calls this after each micro-batch, and steps in the last alone
-        if not isinstance(strategy, DeepSpeedStrategy) or strategy.deepspeed_engine.is_gradient_accumulation_boundary():
+        strategy: Any = trainer.strategy  # DeepSpeed's calls this after each micro-batch, and steps in the last alone
+        is_deepspeed = is_strategy(strategy, "DeepSpeedStrategy")
+        if not is_deepspeed or strategy.deepspeed_engine.is_gradient_accumulation_boundary():
             self._updates.note_gradients()
 
     def on_train_batch_end(

@@ -17,15 +17,17 @@ class CUDAGraphCallback(Callback):
 
     The module has what is captured in a method of its own, which `training_step` calls:
 
-        def loss(self, batch):                      # a mapping of tensors to the loss, () floating
-            return self.model(**batch).loss
-
-        def training_step(self, batch, batch_idx):
-            loss = self.loss(batch)
-            self.log("train/loss", loss)            # not in `loss`, whose Python a replay leaves out
-            return loss
-
-        Trainer(callbacks=[MoEGateGradCallback(), CUDAGraphCallback()])
+    >>> from lightning.pytorch import LightningModule
+    >>> from lightning_moe import CUDAGraphCallback, MoEGateGradCallback
+    >>> class Module(LightningModule):
+    ...     def loss(self, batch):  # a mapping of tensors to the loss, () floating
+    ...         return self.model(**batch).loss
+    ...
+    ...     def training_step(self, batch, batch_idx):
+    ...         loss = self.loss(batch)
+    ...         self.log("train/loss", loss)  # not in `loss`, whose Python a replay leaves out
+    ...         return loss
+    >>> callbacks = [MoEGateGradCallback(), CUDAGraphCallback(method="loss")]
 
     `GraphedFunction` says what may stand in the method, and when it is run by itself. The optimizer, clipping, the
     schedule, and the accumulation of gradients are as without it. At the end of the fit, also after an exception, the

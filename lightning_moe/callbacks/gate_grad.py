@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -19,6 +19,7 @@ from lightning_moe.callbacks.log_steps import should_log, warn_without_logger
 from lightning_moe.callbacks.ranks import data_parallel_group
 from lightning_moe.callbacks.restoring import stand_in_front
 from lightning_moe.health import HealthCounts
+from lightning_moe.integrations.lightning_strategies import is_strategy
 from lightning_moe.integrations.sharding import check_sharded, unsynced_parameters
 from lightning_moe.integrations.transformers_dispatch import is_expert_parallel
 from lightning_moe.metrics import GateGradHealth
@@ -182,7 +183,7 @@ class MoEGateGradCallback(Callback):
         self._metric.to(pl_module.device)
         self._metric.reset()
         self._micro_batches = 0
-        if trainer.state.fn == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+        if trainer.state.fn == "fit" and is_strategy(trainer.strategy, "ModelParallelStrategy"):
             self._check_sharded(trainer, pl_module)
         if self.report.fallback:
             rank_zero_warn(f"Some MoE layers run the default implementation:\n{self.report}")

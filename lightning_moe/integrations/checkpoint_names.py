@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 class Place(NamedTuple):
@@ -60,7 +61,7 @@ def build_on_meta(folder: Path, modules: Sequence[str]) -> PreTrainedModel:
         classes: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()][:1]
         with torch.device("meta"):
             models = [cls(config) for cls in classes if cls is not None]
-            if type(config) in AutoModelForCausalLM._model_mapping:
+            if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
                 models.append(AutoModelForCausalLM.from_config(config))
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: Transformers cannot make a model of its config.json: {error}") from error

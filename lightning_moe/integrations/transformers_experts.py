@@ -24,6 +24,9 @@ _GATED: dict[type, Activation] = {
     GELUTanh: gelu_tanh_gated,
 }
 
+# What configs call the number of experts per token; the second in gemma4 and diffusion_gemma, the third in aria.
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+
 FLAGS = ("has_gate", "has_bias", "is_transposed")  # of Transformers' decorator
 
 
@@ -168,6 +171,12 @@ def has_activation_of(module: Any, spec: ExpertsSpec) -> bool:
 def read_flags(module: Any) -> Flags:
     """The flags of a decorated or registered experts module."""
     return _registration(module) or Flags(module.has_gate, module.has_bias, module.is_transposed)
+
+
+def experts_per_token(config: Any) -> int | None:
+    """How many experts each token is routed to, by an experts module's config; None where that does not say."""
+    counts = (getattr(config, name, None) for name in _TOP_K)
+    return next((count for count in counts if isinstance(count, int)), None)
 
 
 def _activation(module: Any, flags: Flags) -> Activation:

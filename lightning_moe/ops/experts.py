@@ -150,6 +150,13 @@ def moe_experts(
     that. Gradients of first order reach every floating-point argument that asks for one; asking for a second order
     raises. In a compiled graph this is one operator, for the activations that have kernels and without `health`.
 
+    >>> import torch
+    >>> from lightning_moe import moe_experts
+    >>> hidden_states, gate_up_proj, down_proj = torch.randn(5, 16), torch.randn(8, 48, 16), torch.randn(8, 16, 24)
+    >>> gates, experts = torch.randn(5, 8).softmax(-1).topk(2)  # each token's two experts of eight
+    >>> moe_experts(hidden_states, experts, gates, gate_up_proj, down_proj).shape
+    torch.Size([5, 16])
+
     Args:
         hidden_states: (T, H).
         top_k_index: (T, K) integer, the experts of each token, in [0, E); checked on the CPU. Repeats are allowed.

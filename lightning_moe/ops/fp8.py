@@ -56,13 +56,14 @@ class FP8:
         """Quantizes (E, out, in) weights expert by expert, on their device: each block's absmax becomes `LARGEST`."""
         _, out, width = weight.shape
         row, column = (torch.arange(size, device=weight.device) // self.block for size in (out, width))
+        largest = torch.full((), LARGEST, device=weight.device)
         values, scales = [], []
         for expert in weight.detach():
             padded = F.pad(expert.float(), (0, -width % self.block, 0, -out % self.block))
             blocks = padded.unflatten(1, (-1, self.block)).unflatten(0, (-1, self.block))
             # No smaller than any normal number, so that a block of zeros is divided by something.
-            # Times the inverse: a division by a number is that on a GPU, and on a CPU it is not.
-            scale = (blocks.abs().amax((1, 3)) * (1 / LARGEST)).clamp_min(torch.finfo(torch.float32).tiny)
+            # By a tensor: a GPU divides by a number as it multiplies by the inverse, which rounds otherwise.
+            scale = (blocks.abs().amax((1, 3)) / largest).clamp_min(torch.finfo(torch.float32).tiny)
             values.append((expert.float() / scale[row[:, None], column]).to(torch.float8_e4m3fn))
             scales.append(scale)
         return {"values": torch.stack(values), "scales": torch.stack(scales)}

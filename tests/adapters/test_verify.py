@@ -389,8 +389,7 @@ def test_they_lie_where_no_reader_takes_them_for_weights(exported):
 
 def test_the_command_says_yes_no_or_what_is_missing(exported, tmp_path, capsys):
     base = str(exported / "base")
-    with pytest.raises(SystemExit, match="^0$"):
-        main(["verify", str(exported / "per_expert"), "--base", base])
+    main(["verify", str(exported / "per_expert"), "--base", base])
     assert f"{exported / 'per_expert'}: yes, it computes as the trained model" in capsys.readouterr().out
     lost = damage(exported, tmp_path, "fused", drop_all)
     with pytest.raises(SystemExit, match="^1$"):
@@ -398,8 +397,7 @@ def test_the_command_says_yes_no_or_what_is_missing(exported, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no, the adapter is lost" in printed
     assert "rounding in bfloat16" in printed
-    with pytest.raises(SystemExit, match="^0$"):
-        main(["verify", str(merge(tmp_path / "merged", trained())), "--reference", str(exported / "fused")])
+    main(["verify", str(merge(tmp_path / "merged", trained())), "--reference", str(exported / "fused")])
     capsys.readouterr()
     with pytest.raises(SystemExit, match="^2$"):
         main(["verify", str(tmp_path / "nowhere"), "--base", base])

@@ -25,6 +25,8 @@ try:
     from lightning_moe.metrics import ExpertLoad, GateGradHealth
     from lightning_moe.patch_report import LayerReport, PatchReport
     from lightning_moe.patching import gategrad, patch_moe, unpatch_moe
+    from lightning_moe.planning.options import PlanOptions
+    from lightning_moe.planning.step import MemoryPlan, plan_memory
     from lightning_moe.quantization import QuantizedExpertsConfig, quantize_experts
     from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
 except ModuleNotFoundError as error:  # the operation, in `lightning_moe.ops`, needs torch alone
@@ -50,8 +52,10 @@ __all__ = [
     "LayerReport",
     "LowRank",
     "MemoryMonitor",
+    "MemoryPlan",
     "MoEGateGradCallback",
     "PatchReport",
+    "PlanOptions",
     "QuantizedExpertsConfig",
     "QuantizedWeight",
     "SavedActivations",
@@ -61,6 +65,7 @@ __all__ = [
     "measure_moe_activations",
     "moe_experts",
     "patch_moe",
+    "plan_memory",
     "plot_expert_load",
     "quantize_experts",
     "register_experts",

@@ -147,9 +147,10 @@ class Planner:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 return AutoModelForCausalLM.from_config(self.config, dtype=getattr(torch, dtype))
-        except (ZeroDivisionError, *PLANLESS) as error:
+        except (ZeroDivisionError, ValueError, *PLANLESS) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"Transformers cannot build {self.config.model_type} of this configuration: {error}"
+                f"Transformers builds no {self.config.model_type} of this configuration: {reason}"
             ) from error
 
     def _completed(self, options: PlanOptions) -> PlanOptions:

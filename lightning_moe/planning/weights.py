@@ -144,9 +144,11 @@ def _add_trained(model: PreTrainedModel, options: PlanOptions, layers: str, rout
             shapes += [tuple(parameter.shape) for parameter in module.parameters()]
         weights.trained += shapes
         in_layer[of] += sum(map(math.prod, shapes)) if of else 0
-    wanted = {*options.target_modules, *options.modules_to_save, *([router] if options.router != "frozen" else [])}
+    if options.target_modules and matched.isdisjoint(options.target_modules):
+        raise ValueError(f"{model.config.model_type} has none of {', '.join(options.target_modules)} to adapt")
+    wanted = {*options.modules_to_save, *([router] if options.router != "frozen" else [])}
     if missing := sorted(wanted - matched):
-        raise ValueError(f"{model.config.model_type} has no module {', '.join(missing)} to adapt or train")
+        raise ValueError(f"{model.config.model_type} has no module {', '.join(missing)} to train")
     if options.experts and not weights.adapters_on_experts:
         raise ValueError(f"{model.config.model_type} has no experts with gate_up_proj and down_proj to adapt")
     weights.trained_in_layer = max(in_layer.values(), default=0)

@@ -329,6 +329,18 @@ def test_a_table_from_a_folder_without_the_network(capsys, tmp_path, monkeypatch
         assert all(f"{size} GB" in out for size in SIZES)
 
 
+def test_a_checkpoint_with_quantized_experts_trains_as_it_is(capsys, tmp_path):
+    config = gpt_oss().config
+    fields = config.to_dict() | {"quantization_config": {"quant_method": "mxfp4"}, "intermediate_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = json.loads(run(capsys, tmp_path, "--json"))
+    dense = json.loads(run(capsys, tmp_path, "--json", "--quantize", "none"))
+    assert (found["options"]["quantize"], dense["options"]["quantize"]) == ("mxfp4", None)
+    assert "experts, mxfp4" in found["parts_gib"]
+    assert "experts, bfloat16" in dense["parts_gib"]
+    assert found["checkpoint_gib"] == dense["checkpoint_gib"]
+
+
 def test_a_recipe_with_another_on_top_and_options():
     _, given = read_recipe(f"{QWEN3},{CONFIGS / 'nf4.yaml'}")
     assert (given["quantize"], given["optimizer"], given["tokens"]) == ("nf4", "adamw_8bit", 4096)

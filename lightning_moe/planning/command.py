@@ -10,7 +10,7 @@ from lightning_moe.planning.cards import read_card, settle
 from lightning_moe.planning.options import Checkpointing, Optimizer, Router, Strategy
 from lightning_moe.planning.report import make_report, show
 from lightning_moe.planning.sources import read_model, read_recipe
-from lightning_moe.planning.step import Planner
+from lightning_moe.planning.step import Planner, stored_format
 from lightning_moe.quantization import FORMATS
 
 # Where neither an option nor a recipe says anything.
@@ -38,7 +38,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--experts": ("adapters on the experts too (false)", BOOLEAN),
     "--rank": ("LoRA's (16)", {"type": _positive}),
     "--router": ("what becomes of the router (frozen)", {"choices": get_args(Router)}),
-    "--quantize": ("the format of the experts' weights (none: 16 bits)", {"choices": ["none", *FORMATS]}),
+    "--quantize": (
+        "the format of the experts' weights (the checkpoint's own; none: 16 bits)",
+        {"choices": ["none", *FORMATS]},
+    ),
     "--experts-on": (
         "where the experts' weights wait (auto: on the host where the card does not hold them)",
         {"choices": ["device", "host", "auto"]},
@@ -87,7 +90,8 @@ def run(options: argparse.Namespace) -> None:
         said["quantize"] = None
     planner = Planner(config)
     try:
-        chosen = settle(planner, UNSAID | given | said, card)
+        # A checkpoint whose experts are quantized trains as it is.
+        chosen = settle(planner, UNSAID | {"quantize": stored_format(config)} | given | said, card)
         report = make_report(planner, chosen, card)
     except TypeError as error:
         raise ValueError(f"the recipe's options are wrong: {error}") from error

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from lightning_moe.planning.allocations import (
     ATTENTION_BACKWARD,
@@ -184,6 +183,8 @@ class _LigerRotary(torch.autograd.Function):
 @contextmanager
 def ligers_rotary_embedding() -> Iterator[None]:
     """Qwen3-MoE's attention has it within, where Liger puts it."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # which takes a second
+
     before = modeling_qwen3_moe.apply_rotary_pos_emb
     modeling_qwen3_moe.apply_rotary_pos_emb = lambda q, k, *_, **__: (_LigerRotary.apply(q), _LigerRotary.apply(k))
     try:

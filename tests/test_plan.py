@@ -19,8 +19,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 
 from lightning_moe import PlanOptions, gategrad, plan_memory, quantize_experts
 from lightning_moe.cli import main
+from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.planning import stand_ins
-from lightning_moe.planning.allocations import AllocationCounter
 from lightning_moe.planning.cards import CARDS, LENGTHS, SIZES, Card, cheaper, fits, longest_tokens, read_card, settle
 from lightning_moe.planning.layer import LayerCounter, router_module
 from lightning_moe.planning.sources import read_recipe
@@ -168,7 +168,7 @@ def qwen3_with(config):
 
 
 def test_the_counter_follows_storages():
-    counter = AllocationCounter()
+    counter = AllocationCounter("layer in flight")
     held = torch.empty(1024, device="meta")
     with counter:
         first = held.view(2, 512)  # nothing new

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS, Activation, activate, activation_backward, rows_at_a_time
 from lightning_moe.ops.low_rank import LowRank, join, split_gradients
 from lightning_moe.ops.passes import num_buffer_columns
 from lightning_moe.ops.quantized import QuantizedView
-from lightning_moe.planning.allocations import GRADIENTS, LAYER_INPUTS, WORKSPACE, AllocationCounter
+from lightning_moe.planning.parts import GRADIENTS, LAYER_INPUTS, WORKSPACE
 from lightning_moe.planning.stand_ins import LayerRun
 
 

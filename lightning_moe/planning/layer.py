@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lightning_moe.discovery import find_moe_layers
+from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.integrations.transformers_experts import read_spec
-from lightning_moe.planning.allocations import ATTENTION_KEPT, LAYER_INPUTS, AllocationCounter
 from lightning_moe.planning.experts import ExpertsShape, experts
 from lightning_moe.planning.options import PlanOptions
+from lightning_moe.planning.parts import ATTENTION_KEPT, LAYER_IN_FLIGHT, LAYER_INPUTS, LOSS
 from lightning_moe.planning.stand_ins import (
     SMALLEST_OFFLOADED_BYTES,
     LayerRun,
@@ -55,10 +55,6 @@ class Counted:
         """Bytes that are held from forward to backward."""
         return sum(size for _, size in self.kept)
 
-    def stays_on_device(self, offload: bool) -> int:
-        """Those of them that are not offloaded."""
-        return sum(size for _, size in self.kept if not offload or size < SMALLEST_OFFLOADED_BYTES)
-
 
 class LayerCounter:
     """Counts for one model and any options and lengths.
@@ -93,7 +89,7 @@ class LayerCounter:
     def count_layer(self, options: PlanOptions) -> Counted:
         """Forward and backward of a layer, what it keeps in between as the options have it."""
         tokens = options.row_tokens
-        counter = AllocationCounter()
+        counter = AllocationCounter(LAYER_IN_FLIGHT)
         run = LayerRun(counter, options.checkpointing == "selective", options.offload)
         layer = self._prepared(options, run)
         arguments = self._arguments(tokens)
@@ -107,19 +103,22 @@ class LayerCounter:
                     layer, x, use_reentrant=False, preserve_rng_state=False,
                     context_fn=lambda: (nullcontext(), _Recomputing(run)), **arguments,
                 )  # fmt: skip
-            edge = get_gradient_edge(until_loss(output[0] if isinstance(output, tuple) else output))
+            with counter.tagged(LOSS):
+                loss = until_loss(output[0] if isinstance(output, tuple) else output)
             del output
-            kept = _kept(counter, run, x) if options.checkpointing != "none" else tuple(counter.live.items())
+            kept = _kept(run, x)
+            if options.checkpointing == "none":
+                kept = tuple((tag, size) for tag, size in counter.live.items() if tag != LOSS)
             if options.offload:
                 run.fetched = tuple((tag, size) for tag, size in kept if size >= SMALLEST_OFFLOADED_BYTES)
             with counter.during("a layer's backward"):
                 del x
-                torch.autograd.backward(edge, torch.empty((), device="meta"))  # type: ignore[arg-type]
+                loss.backward()  # type: ignore[no-untyped-call]
         return Counted(counter.at_peak, counter.moment, kept, counter.traffic)
 
     def count_loss(self, options: PlanOptions) -> Counted:
         """The last norm, the head and the loss, forward and backward."""
-        counter = AllocationCounter()
+        counter = AllocationCounter(LAYER_IN_FLIGHT)
         norm = copy.deepcopy(self._decoder.norm)
         _freeze(norm)
         _replace_norms(norm, options)
@@ -129,10 +128,9 @@ class LayerCounter:
             x = self._hidden(options.row_tokens).requires_grad_()
             hidden = norm(x)
             loss = next_token_loss(hidden, head, counter, trained)
-            edge = get_gradient_edge(loss)
             with counter.during("the loss's backward"):
                 del hidden
-                torch.autograd.backward(edge, loss.new_empty(()))  # type: ignore[arg-type]
+                loss.backward()  # type: ignore[no-untyped-call]
         return Counted(counter.at_peak, counter.moment, (), counter.traffic)
 
     def batch_bytes(self, options: PlanOptions) -> int:
@@ -148,7 +146,13 @@ class LayerCounter:
     def _arguments(self, tokens: int) -> dict[str, Any]:
         """What the decoder calls its layers with."""
         taken: dict[str, Any] = {}
-        layers, self._decoder.layers = self._decoder.layers, nn.ModuleList([_Taker(self._layer, taken)])
+
+        def take(hidden_states: Tensor, *_: Any, **arguments: Any) -> Tensor:
+            taken.update(arguments)
+            return hidden_states
+
+        layers, self._decoder.layers = self._decoder.layers, nn.ModuleList([self._layer])
+        self._layer.forward = take
         ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
         positions = ids.clone()
         # A mask that is there already has none made.
@@ -157,6 +161,7 @@ class LayerCounter:
             self._decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         finally:
             self._decoder.layers = layers
+            del self._layer.forward
         return taken
 
     def _prepared(self, options: PlanOptions, run: LayerRun) -> Callable[..., Any]:
@@ -178,21 +183,6 @@ class LayerCounter:
         return layer.forward
 
 
-class _Taker(nn.Module):
-    """Takes what a layer is called with."""
-
-    def __init__(self, layer: nn.Module, taken: dict[str, Any]) -> None:
-        super().__init__()
-        self.__dict__["_taken"], self.__dict__["_layer"] = taken, layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._taken.update(kwargs)
-        return hidden_states
-
-
 class _Recomputing:
     """Around a layer's recomputation."""
 
@@ -206,7 +196,7 @@ class _Recomputing:
         self._run.is_recomputing = False
 
 
-def _kept(counter: AllocationCounter, run: LayerRun, x: Tensor) -> tuple[tuple[str, int], ...]:
+def _kept(run: LayerRun, x: Tensor) -> tuple[tuple[str, int], ...]:
     """What is held after a layer's forward: its input first."""
     outputs = [tensor for kept in run.kept for tensors in kept for tensor in tensors]
     tags = [LAYER_INPUTS] + [ATTENTION_KEPT] * len(outputs) + [LAYER_INPUTS] * len(run.choice)

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moe.planning.allocations import (
-    ATTENTION_BACKWARD,
-    ATTENTION_KEPT,
-    GRADIENTS,
-    LOSS,
-    AllocationCounter,
-)
+from lightning_moe.integrations.allocations import AllocationCounter
+from lightning_moe.planning.parts import ATTENTION_BACKWARD, ATTENTION_KEPT, GRADIENTS, LOSS
 
 # Of the recipe: tokens times key-value heads that one call of attention's kernel works on,
 TOKEN_HEADS_IN_FLIGHT = 131_072

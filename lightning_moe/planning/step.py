@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lightning_moe.planning.allocations import GRADIENTS
 from lightning_moe.planning.layer import LayerCounter, router_module
 from lightning_moe.planning.options import PlanOptions
+from lightning_moe.planning.parts import ALLOCATOR, BATCH, BUCKETS, CONTEXT, GATHERED, GRADIENTS
 from lightning_moe.planning.stand_ins import SMALLEST_OFFLOADED_BYTES
 from lightning_moe.planning.weights import Weights, read_weights
 from lightning_moe.quantization import find_quantizable
@@ -24,8 +24,6 @@ CONTEXT_BYTES = int(0.75 * GIB)
 # What PyTorch's allocator holds beside what is used at the peak. Assumed, not derived: measured, it held 0.2 to 0.6
 # GiB, and more where a step takes more. Most of it comes back where the card has less.
 ALLOCATOR_BYTES, ALLOCATOR_SHARE = int(0.35 * GIB), 0.06
-CONTEXT, ALLOCATOR = "CUDA context and libraries", "held by the allocator"
-GATHERED, BUCKETS, BATCH = "gathered weights", "gradient buckets", "token ids and rotary tables"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Counts what a computation on the meta device would allocate: the most at a time, by what it is for."""
+"""Counts what a computation on the meta device would allocate: the most at a time, by what it is for.
+
+Private names of PyTorch read here, in 2.13: `_python_dispatch`, whose `TorchDispatchMode` sees each operation.
+"""
 
 import weakref
 from collections import Counter
@@ -8,18 +11,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 # What PyTorch's allocator on a GPU rounds each tensor up to.
 GRAIN = 512
-
-LAYER_IN_FLIGHT = "layer in flight"
-LAYER_INPUTS = "layers' inputs"
-ATTENTION_KEPT = "attention's kept results"
-ATTENTION_BACKWARD = "attention's backward"
-GRADIENTS = "gradients"
-LOSS = "loss"
-WORKSPACE = "workspace of de-quantization"
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -33,13 +27,16 @@ class AllocationCounter(TorchDispatchMode):
         at_peak: `live` at that time.
         moment: what was being computed then.
         traffic: bytes that were ever allocated.
+
+    Args:
+        tag: of what is allocated outside `tagged`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tag: str) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.traffic = 0
-        self._tag, self._moment = LAYER_IN_FLIGHT, "forward"
+        self._tag, self._moment = tag, "forward"
         self._known: dict[int, Any] = {}
         self.restart()
 
@@ -68,17 +65,17 @@ class AllocationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        made = [t.untyped_storage() for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
-        if new := [storage for storage in made if storage._cdata not in self._known]:
-            given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = [tensor.untyped_storage() for tensor in _tensors(outputs)]
+        if new := [storage for storage in made if id(storage) not in self._known]:
+            given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
             for storage in new:
-                if storage._cdata not in given and storage._cdata not in self._known:
+                if id(storage) not in given and id(storage) not in self._known:
                     self._add(storage)
             self._note()
         return outputs
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, tag, size = storage._cdata, self._tag, -(-storage.nbytes() // GRAIN) * GRAIN
+        key, tag, size = id(storage), self._tag, -(-storage.nbytes() // GRAIN) * GRAIN
         self.live[tag] += size
         self.traffic += size
 
@@ -91,3 +88,14 @@ class AllocationCounter(TorchDispatchMode):
     def _note(self) -> None:
         if (total := self.live.total()) > self.peak:
             self.peak, self.at_peak, self.moment = total, Counter(self.live), self._moment
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those in an operation's arguments or results."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)

@@ -28,6 +28,8 @@ try:
     from lightning_moe.metrics import ExpertLoad, GateGradHealth
     from lightning_moe.patch_report import LayerReport, PatchReport
     from lightning_moe.patching import gategrad, patch_moe, unpatch_moe
+    from lightning_moe.planning.options import PlanOptions
+    from lightning_moe.planning.step import MemoryPlan, plan_memory
     from lightning_moe.quantization import QuantizedExpertsConfig, quantize_experts
     from lightning_moe.saved_activations import SavedActivations, measure_moe_activations
 except ModuleNotFoundError as error:  # the operation, in `lightning_moe.ops`, needs torch alone
@@ -53,9 +55,11 @@ __all__ = [
     "LayerReport",
     "LowRank",
     "MemoryMonitor",
+    "MemoryPlan",
     "MergeReport",
     "MoEGateGradCallback",
     "PatchReport",
+    "PlanOptions",
     "QuantizedExpertsConfig",
     "QuantizedWeight",
     "SavedActivations",
@@ -66,6 +70,7 @@ __all__ = [
     "merge_adapter",
     "moe_experts",
     "patch_moe",
+    "plan_memory",
     "plot_expert_load",
     "quantize_experts",
     "register_experts",

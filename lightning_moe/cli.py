@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from lightning_moe.commands import export, inspect, merge, verify
+from lightning_moe.commands import export, inspect, merge, plan, verify
 from lightning_moe.version import __version__
 
-COMMANDS = (inspect, export, merge, verify)
+COMMANDS = (plan, inspect, export, merge, verify)
 
 
 def main(arguments: list[str] | None = None) -> None:

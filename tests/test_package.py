@@ -50,8 +50,8 @@ FLOORS = [
     {"integrations"},
     {
         "activation_estimate", "adapter_updates", "adapters", "captured_step", "cuda_graph", "discovery", "dispatch",
-        "expert_load", "health", "patch_state", "metrics", "patch_report", "patching", "quantization",
-        "saved_activations", "unmerged_lora",
+        "expert_load", "health", "patch_state", "metrics", "patch_report", "patching",
+        "planning", "quantization", "saved_activations", "unmerged_lora",
     },
     {"callbacks", "commands", "cli", "__main__"},
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """A model without its weights: a configuration of the hub, a folder or a file, and the model on the meta device."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -22,19 +23,31 @@ def read_config(model: str) -> PreTrainedConfig:
     Raises:
         ValueError: where there is none, it is damaged, or Transformers does not know its model_type.
     """
-    fields = _read_fields(model)
+    return config_of(_read_fields(model), f"the configuration of {model!r}")
+
+
+def config_of(fields: Mapping[str, Any], source: str) -> PreTrainedConfig:
+    """A configuration of `model_type` and that family's fields.
+
+    Args:
+        fields: as config.json has them.
+        source: where they are from, for an error.
+
+    Raises:
+        ValueError: where Transformers makes none of them.
+    """
     family = fields.get("model_type")
     if not isinstance(family, str):
-        raise ValueError(f"the configuration of {model!r} has no model_type, by which Transformers knows a model")
+        raise ValueError(f"{source} has no model_type, by which Transformers knows a model")
     if family not in CONFIG_MAPPING:
         raise ValueError(
-            f"{model!r} is of model_type {family!r}, which Transformers {transformers.__version__} does not know; code "
+            f"{source} is of model_type {family!r}, which Transformers {transformers.__version__} does not know; code "
             "of a model's own is not run"
         )
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[family].from_dict(fields)
+        config: PreTrainedConfig = CONFIG_MAPPING[family].from_dict(dict(fields))
     except Exception as error:  # each family checks its fields in its own way
-        raise ValueError(f"the configuration of {model!r} is damaged: {_said(error)}") from error
+        raise ValueError(f"{source} is damaged: {_said(error)}") from error
     return config
 
 

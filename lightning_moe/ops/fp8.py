@@ -29,6 +29,11 @@ class FP8:
         """None: a weight of any shape can be stored."""
         return None
 
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a weight of that shape."""
+        experts, out, width = shape
+        return experts * (out * width + 4 * -(-out // self.block) * -(-width // self.block))
+
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
         experts, out, width = shape

@@ -189,11 +189,12 @@ def activate(activation: Activation, pre_activation: Tensor) -> Tensor:
     out: Any = launch("gated", pre_activation, pre_activation, kind) if kind else NO_KERNEL
     if out is not NO_KERNEL:
         return out
-    parts = pre_activation.split(_rows_at_a_time(pre_activation))
+    parts = pre_activation.split(rows_at_a_time(pre_activation))
     return activation(pre_activation) if len(parts) == 1 else torch.cat([activation(part) for part in parts])
 
 
-def _rows_at_a_time(pre_activation: Tensor) -> int:
+def rows_at_a_time(pre_activation: Tensor) -> int:
+    """How many rows of h (R, N) the plain paths run an activation on at once."""
     return max(1, ACTIVATION_BYTES // (4 * max(1, pre_activation.shape[1])))
 
 
@@ -236,7 +237,7 @@ def activation_backward(
         row_weights = row_weights.index_select(0, pairs)
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = row_weights.new_empty(row_weights.shape[0], dtype=torch.float32)
-    num_rows = _rows_at_a_time(pre_activation)
+    num_rows = rows_at_a_time(pre_activation)
     for start in range(0, row_weights.shape[0], num_rows):
         part = slice(start, start + num_rows)
         scale = row_weights[part].to(torch.float32).unsqueeze(-1)

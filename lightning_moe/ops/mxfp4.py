@@ -1,5 +1,6 @@
 """mxfp4: weights in four bits with a power of two for each 32 of a row, as gpt-oss's checkpoints have them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class MXFP4:
         """Why no weight of that shape can be stored, in words; None if one can."""
         width = shape[1] if self.is_transposed else shape[2]
         return f"rows of {width} values are no whole number of blocks of {self.block}" if width % self.block else None
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a weight of that shape."""
+        return math.prod(shape) // 2 + math.prod(shape) // self.block
 
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""

@@ -40,6 +40,12 @@ class NF4:
             return f"an expert of {out} x {width} values is no whole number of blocks of {self.block}"
         return None
 
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a weight of that shape, its absmax nested."""
+        experts, out, width = shape
+        blocks = out * width // self.block
+        return experts * (out * width // 2 + blocks + 8 * -(-blocks // self.nested_block))
+
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
         if problem := self.shape_problem(shape):

@@ -30,6 +30,9 @@ class Format(Protocol):
     def shape_problem(self, shape: tuple[int, ...]) -> str | None:
         """Why no weight of that shape can be stored, in words; None if one can."""
 
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a weight of that shape."""
+
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
 

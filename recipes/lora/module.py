@@ -15,7 +15,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lightning_moe import CUDAGraphCallback, QuantizedExpertsConfig, verify_adapter
+from lightning_moe import (
+    CUDAGraphCallback,
+    MemoryPlan,
+    PlanOptions,
+    QuantizedExpertsConfig,
+    plan_memory,
+    verify_adapter,
+)
 from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.attention import kernels_run
@@ -254,6 +261,29 @@ class MoELoRA(LightningModule):
         return choose_checkpointing(
             base.config, data.batch_size * data.max_length, base.dtype, base.device, modes=modes, offload=offload
         )
+
+    def planned_memory(self, data: InstructionData, output_buffer_mib: float) -> MemoryPlan | None:
+        """What a step of the data's longest batch takes on a GPU by `lightning-moe plan`; None where it has no plan."""
+        options = self.hparams
+        names = (
+            "dtype", "experts", "rank", "target_modules", "router", "router_module", "modules_to_save", "quantize",
+            "quantize_linear", "optimizer", "tile_tokens",
+        )  # fmt: skip
+        mode, offload = self.checkpointing
+        chosen = {name: options[name] for name in names}
+        chosen |= {name: tuple(chosen[name]) for name in ("target_modules", "modules_to_save")}
+        try:
+            planned = PlanOptions(
+                tokens=data.max_length, batch=data.batch_size, checkpointing=mode, offload=offload,
+                experts_on="host" if self._experts_on_host else "device", gpus=self.trainer.world_size,
+                strategy="ddp" if self.device_mesh is None else "fsdp", output_buffer_mib=output_buffer_mib,
+                liger=self._description["norms and rotary embedding"] == "Liger", **chosen,
+            )  # fmt: skip
+            return plan_memory(
+                read_config(self._name, options["architecture"], options["quantize"] is not None), planned
+            )
+        except ValueError:
+            return None
 
     def _describe_router(self) -> str:
         balance = f", load-balancing loss x {self.hparams['router_aux_loss']:g}" * bool(self.hparams["router_aux_loss"])

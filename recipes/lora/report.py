@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_moe import AdapterExport, CUDAGraphCallback, ExpertLoadMonitor, MemoryMonitor
+from lightning_moe import AdapterExport, CUDAGraphCallback, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "lightning_moe")
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 C = TypeVar("C", bound=Callback)
 
@@ -32,9 +32,9 @@ class RunReport(Callback):
     A run that an exception or Ctrl-C ends gets a summary too, of what there is by then.
 
     The LightningModule offers `network` and `generate(data, prompt)`, returns what it logs as `train/loss` from
-    `training_step` by that name, and may offer rows of its own as `description`, by their names, and `verify(folder)`,
-    in words whether an exported adapter is right. The data module offers `held_out` and `report()`. The answer is to
-    the first prompt held out that is not empty.
+    `training_step` by that name, and may offer rows of its own as `description`, by their names,
+    `planned_memory(data, output_buffer_mib)`, and `verify(folder)`, in words whether an exported adapter is right. The
+    data module offers `held_out` and `report()`. The answer is to the first prompt held out that is not empty.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,7 @@ class RunReport(Callback):
         self._losses: list[Tensor] = []
         self._validation_losses: list[Tensor] = []
         self._peak_gib = 0.0
+        self._planned = ""
         self._example: Any = None
         self._answers: list[str] = []
 
@@ -52,11 +53,12 @@ class RunReport(Callback):
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The data's report."""
+        """The data's report, and what memory is planned."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is asked of every rank, or hangs
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            for line in data.report():
+            self._planned = _planned_memory(trainer, pl_module)
+            for line in [*data.report(), *([f"Memory planned: {self._planned}."] if self._planned else [])]:
                 Console().print(Text(line))
         self._example = next((example for example in data.held_out if example.prompt.strip()), None)
 
@@ -129,6 +131,8 @@ class RunReport(Callback):
         if self._peak_gib:
             kind = "allocated" if trainer.strategy.root_device.type == "cuda" else "resident"
             yield f"peak memory ({kind})", f"{self._peak_gib:.2f} GiB"
+        if self._planned:
+            yield "peak memory planned", self._planned
 
     def _sample_rows(self) -> Iterator[tuple[str, str]]:
         if self._example is not None:
@@ -136,6 +140,16 @@ class RunReport(Callback):
             yield "answer wanted", self._example.answer
         for name, answer in zip(("answer before", "answer after"), self._answers, strict=False):
             yield name, "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in answer)  # no control sequences
+
+
+def _planned_memory(trainer: Trainer, module: Any) -> str:
+    plans = getattr(module, "planned_memory", None)
+    buffers = [callback.output_buffer_mib for callback in _of_type(trainer, MoEGateGradCallback)]
+    plan = plans(trainer.datamodule, buffers[0]) if plans and buffers else None  # type: ignore[attr-defined]
+    if plan is None:
+        return ""
+    said = f"{plan.allocated / GIB:.2f} GiB allocated on a GPU at most, {plan.peak / GIB:.2f} of the card"
+    return f"{said}, in {plan.moment}"
 
 
 def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, str]]:

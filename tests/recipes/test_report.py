@@ -6,14 +6,14 @@ from collections import namedtuple
 
 import pytest
 import torch
-from helpers.models import Tiny, qwen3, tokens, with_attention_lora
+from helpers.models import Tiny, qwen3, qwen3_config, tokens, with_attention_lora
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lora.report import RunReport
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback
+from lightning_moe import AdapterExport, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback, PlanOptions, plan_memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -144,6 +144,23 @@ def test_what_the_module_says_of_its_adapters_is_a_row(tmp_path, monkeypatch, ve
     rows = summary(tmp_path)
     assert rows["run"] == "4 steps"
     assert rows["verified"] == row
+
+
+def test_the_memory_that_is_planned_is_said_at_the_start_and_at_the_end(tmp_path, capsys):
+    class Planned(Trained):
+        def planned_memory(self, data, output_buffer_mib):
+            assert isinstance(data, Data)
+            options = PlanOptions(tokens=16, dtype="float32", output_buffer_mib=output_buffer_mib)
+            return plan_memory(qwen3_config(), options)
+
+    run(tmp_path, Planned())
+    printed = capsys.readouterr().out
+    said = summary(tmp_path)["peak memory planned"]
+    assert re.match(r"0\.\d\d GiB allocated on a GPU at most, 1\.\d\d of the card, in .*layer \d of 2", said)
+    start = " ".join(printed.partition("Summary")[0].split())
+    assert f"Memory planned: {said}." in start
+    run(tmp_path, Trained())
+    assert "peak memory planned" not in summary(tmp_path)
 
 
 def test_numbers_of_the_rows_are_those_of_the_log(tmp_path):

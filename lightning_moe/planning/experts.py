@@ -1,0 +1,203 @@
+"""What the operation `moe_experts` allocates on a GPU, as functions that do nothing else; see stand_ins.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moe.integrations.allocations import AllocationCounter
+from lightning_moe.ops.grouped import FUSED_ACTIVATIONS, Activation, activate, activation_backward, rows_at_a_time
+from lightning_moe.ops.low_rank import LowRank, join, split_gradients
+from lightning_moe.ops.passes import num_buffer_columns
+from lightning_moe.ops.quantized import QuantizedView
+from lightning_moe.planning.parts import GRADIENTS, LAYER_INPUTS, WORKSPACE
+from lightning_moe.planning.stand_ins import LayerRun
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """A layer's experts, as the products take them.
+
+    Attributes:
+        up: (E, in, out), on the meta device, of the first projection,
+        down: and of the second.
+        activation: between them.
+        has_bias: whether both have one.
+        is_quantized: whether they are made dense for each product.
+        buffer_mib: bounds the buffer of projected rows.
+    """
+
+    up: Tensor
+    down: Tensor
+    activation: Activation
+    has_bias: bool
+    is_quantized: bool
+    buffer_mib: float
+
+
+def experts(
+    shape: ExpertsShape, run: LayerRun, hidden: Tensor, index: Tensor, weights: Tensor, factors: tuple[Tensor, ...]
+) -> Tensor:
+    """`moe_experts`, with the factors a, b of an update of each projection."""
+    if not run.is_recomputing:
+        with run.counter.tagged(LAYER_INPUTS):
+            run.choice.append(torch.empty_like(index, dtype=torch.int32))
+    placeholder, made = _Until.apply(hidden, weights, shape, run, *factors)
+    return _From.apply(placeholder, made, shape, weights.shape[1])  # type: ignore[no-any-return]
+
+
+class _Until(torch.autograd.Function):
+    """`_UntilActivation` of ops/experts.py."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, shape: ExpertsShape, run: LayerRun, *factors: Tensor) -> Any:  # type: ignore[override]
+        num_rows = weights.numel()
+        permutation, inverse = (weights.new_empty(num_rows, dtype=torch.long) for _ in range(2))
+        up_factors, down_factors = _joined(factors, shape)
+        up_in_rank = _in_rank(num_rows, up_factors)
+        h = _project(hidden, num_rows, shape.up, shape, run.counter, bias=shape.has_bias)
+        down_in_rank = a = None
+        if down_factors:
+            a = _activated(shape, h)
+            down_in_rank = _in_rank(num_rows, down_factors)
+        saved = [t for t in (up_in_rank, down_in_rank, hidden if factors else None) if t is not None]
+        ctx.shape, ctx.run = shape, run
+        ctx.save_for_backward(weights, h, permutation, inverse, *factors, *saved)
+        placeholder = hidden.new_empty(1, 1).expand(hidden.shape)
+        return placeholder, (h if a is None else None, a, permutation, inverse, run.counter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        shape, counter = ctx.shape, ctx.run.counter
+        weights, h, *rest = ctx.saved_tensors
+        num_rows, top_k, factors = len(h), weights.shape[1], rest[2:6]
+        grads: list[Tensor] = []
+        with counter.during("the experts' backward"):
+            up_factors, down_factors = _joined(factors, shape) if factors else (None, None)
+            down_rank = _in_rank(num_rows, down_factors)
+            grad_a = _project(grad, num_rows, shape.down.mT, shape, counter)
+            grad_h = _differentiated(shape, h, grad_a, weights.flatten())
+            grad_weights = torch.empty_like(weights)
+            if not factors:
+                del grad_a
+            del h
+            if down_factors is not None:
+                gated = torch.empty_like(down_rank)  # type: ignore[arg-type]
+                with counter.tagged(GRADIENTS):
+                    grads += [torch.empty_like(factor, dtype=torch.float32) for factor in down_factors]
+                del gated, grad_a, down_rank
+            up_rank = _in_rank(num_rows, up_factors)
+            if up_factors is not None:
+                with counter.tagged(GRADIENTS):
+                    grads = [torch.empty_like(factor, dtype=torch.float32) for factor in up_factors] + grads
+            grad_x = _combined(grad, num_rows, top_k, shape.up.mT, shape, counter, grad.dtype)
+            del grad_h, up_rank
+            if shape.has_bias:
+                wide = grad.float() @ grad.new_empty(grad.shape[1], shape.up.shape[0], dtype=torch.float32)
+                del wide
+            if factors:
+                up, down = LowRank(factors[0], factors[1], 2.0), LowRank(factors[2], factors[3], 2.0)
+                with counter.tagged(GRADIENTS):
+                    of_up, of_down = (
+                        split_gradients(grads[0], grads[1], [up]),
+                        split_gradients(grads[2], grads[3], [down]),
+                    )
+                    grads = [grad for of in (of_up, of_down) for pair in of for grad in pair]  # type: ignore[misc]
+        return grad_x, grad_weights, None, None, *grads
+
+
+class _From(torch.autograd.Function):
+    """`_FromActivation` of ops/experts.py."""
+
+    @staticmethod
+    def forward(ctx: Any, placeholder: Tensor, made: Any, shape: ExpertsShape, top_k: int) -> Tensor:  # type: ignore[override]
+        h, a, _, _, counter = made
+        num_rows = placeholder.shape[0] * top_k
+        a = _activated(shape, h) if a is None else a
+        dtype = torch.float32 if shape.has_bias else placeholder.dtype
+        output = _combined(placeholder, num_rows, top_k, shape.down, shape, counter, dtype)
+        if shape.has_bias:
+            output.addcmul_(torch.empty_like(output), torch.empty_like(output[:, :1]))
+        return output.to(placeholder.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None, None, None
+
+
+def _joined(factors: Any, shape: ExpertsShape) -> tuple[Any, Any]:
+    if not factors:
+        return None, None
+    updates: list[LowRank] = [LowRank(factors[at], factors[at + 1], 2.0) for at in (0, 2)]
+    up, down = (join([update], shape.up.dtype) for update in updates)
+    return up, down
+
+
+def _in_rank(num_rows: int, factors: Any) -> Tensor | None:
+    return None if factors is None else factors[0].new_empty(num_rows, factors[0].shape[1])
+
+
+def _project(
+    like: Tensor,
+    num_rows: int,
+    weight: Tensor,
+    shape: ExpertsShape,
+    counter: AllocationCounter,
+    width: int | None = None,
+    bias: bool = False,
+) -> Tensor:
+    """`Projection.project`: the product, beside it what it is made dense to, and the bias of each row."""
+    width = width or weight.shape[2]
+    product = like.new_empty(num_rows, width, dtype=weight.dtype)
+    if shape.is_quantized:
+        step = QuantizedView(weight, is_transposed=False).features_at_a_time()  # type: ignore[arg-type]
+        with counter.tagged(WORKSPACE):
+            for start in range(0, width, step):
+                weight.new_empty(*weight.shape[:2], min(step, width - start))
+    if bias:
+        expert = like.new_empty(num_rows, dtype=torch.long)
+        of_row = torch.empty_like(product)
+        if shape.is_quantized:
+            product = product + of_row
+        del expert, of_row
+    return product
+
+
+def _combined(
+    like: Tensor,
+    num_rows: int,
+    top_k: int,
+    weight: Tensor,
+    shape: ExpertsShape,
+    counter: AllocationCounter,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`project_and_combine`."""
+    hidden = weight.shape[2]
+    columns = num_buffer_columns(shape.buffer_mib, num_rows, hidden, weight.element_size())
+    output = like.new_empty(num_rows // top_k, hidden, dtype=dtype)
+    for start in range(0, hidden, columns):
+        _project(like, num_rows, weight, shape, counter, min(columns, hidden - start))
+    return output
+
+
+def _activated(shape: ExpertsShape, h: Tensor) -> Tensor:
+    width = shape.down.shape[1]
+    part = h[: rows_at_a_time(h)]
+    if shape.activation in FUSED_ACTIVATIONS:
+        return h.new_empty(len(h), width)
+    if len(part) == len(h):
+        return activate(shape.activation, h)
+    others = h.new_empty(len(h) - len(part), width)
+    return torch.cat([others, activate(shape.activation, part)])
+
+
+def _differentiated(shape: ExpertsShape, h: Tensor, grad_a: Tensor, weights: Tensor) -> Tensor:
+    """`activation_backward`, which writes over h; without a kernel it works on a part of the rows at a time."""
+    if shape.activation not in FUSED_ACTIVATIONS:
+        num, pairs = rows_at_a_time(h), weights.new_empty(len(h), dtype=torch.long)
+        sums = weights.new_empty(len(h), dtype=torch.float32), weights.index_select(0, pairs)
+        activation_backward(shape.activation, h[:num], grad_a[:num], weights[:num], overwrite=True)
+        del sums
+    return h

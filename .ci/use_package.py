@@ -56,6 +56,10 @@ def main() -> None:
     Path("config.json").write_text(json.dumps(QWEN3_30B_A3B))
     assert "48 active" in run(PROGRAM, "inspect", ".").stdout
     assert "there is no" in run(PROGRAM, "inspect", "./nowhere", code=2).stderr
+    planned = json.loads(run(PROGRAM, "plan", ".", "--tokens", "4096", "--gpu", "80", "--json").stdout)
+    assert planned["fits"] is True
+    assert 57 < planned["peak_gib"] < 62
+    assert "H1000" in run(PROGRAM, "plan", ".", "--gpu", "H1000", code=2).stderr
     print(f"lightning-moe {', '.join(commands)}")
 
 

@@ -69,7 +69,7 @@ def write_adapter(tensors: dict[str, Tensor], config: dict[str, Any], folder: Pa
         tensors: by PEFT's file keys.
         config: PEFT's adapter_config.json.
         folder: made if it is not there.
-        quantization: see `Description`; noted beside the tensors.
+        quantization: see `Description`; noted beside the tensors where it is not empty.
 
     Raises:
         FileExistsError: if the folder holds an adapter, or is a file.
@@ -80,10 +80,11 @@ def write_adapter(tensors: dict[str, Tensor], config: dict[str, Any], folder: Pa
     if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(folder / name)]:  # a link that leads nowhere too
         raise FileExistsError(f"{folder} holds {' and '.join(taken)} already: name another folder or move them")
     folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} | ({QUANTIZATION: quantization} if quantization else {})
     # The names are given when all the bytes are there. They are written to a place that nobody could put a link in.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         try:
-            save_file(_unshared(tensors), Path(partial, WEIGHTS), {"format": "pt", QUANTIZATION: quantization})
+            save_file(_unshared(tensors), Path(partial, WEIGHTS), metadata)
         except SafetensorError as error:
             raise OSError(f"{folder}: the adapter cannot be written: {error}") from error
         Path(partial, CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -730,12 +730,12 @@ def _dequantize_fp8_kernel(
 def dequantize_fp8(
     values: Tensor, scales: Tensor, out: Tensor, first_row: int, first_column: int, block: int
 ) -> Tensor:
-    (num_experts, num_rows, num_columns), at_a_time = out.shape, 32
+    (num_experts, num_rows, num_columns), at_a_time = out.shape, 8
     num_groups = _cdiv(first_column + num_columns, block) - first_column // block
     _run(
         _dequantize_fp8_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), values, scales, out, first_row,
         first_column, num_rows, num_columns, num_groups, *values.shape[1:], *scales.shape[1:],
-        constants=(block, at_a_time), num_warps=2,
+        constants=(block, at_a_time), num_warps=1,
     )  # fmt: skip
     return out
 

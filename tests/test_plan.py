@@ -259,11 +259,11 @@ def test_a_models_configuration_stays_as_it_is():
 
 def test_the_longest_sequence_fits_and_the_next_does_not():
     planner, options, card = planner_of("qwen3_30b_a3b"), PlanOptions(quantize="nf4", offload=True), Card("", 20.0)
-    longest = longest_tokens(planner, options, card)
+    longest = longest_tokens(planner, lambda tokens: replace(options, tokens=tokens), card)
     after = LENGTHS[LENGTHS.index(longest) + 1]
     assert fits(planner.plan(replace(options, tokens=longest)), card)
     assert not fits(planner.plan(replace(options, tokens=after)), card)
-    assert longest_tokens(planner, options, Card("", 10.0)) == 0
+    assert longest_tokens(planner, lambda tokens: replace(options, tokens=tokens), Card("", 10.0)) == 0
 
 
 def test_the_least_costly_options_that_fit():
@@ -300,6 +300,33 @@ def test_cards_by_name_and_size():
     assert read_card("24").gib == read_card("24GB").gib == SIZES[24]
     assert read_card("24 GiB").gib == 24
     assert read_card("23.1").gib == 23.1
+    for name in ("H100 80GB", "NVIDIA H100 80GB HBM3", "h100-pcie"):
+        assert read_card(name).name == "H100"
+    assert read_card("rtx4090").name == "RTX 4090"
+    with pytest.raises(ValueError, match="a card of 4090 GiB cannot be: .*RTX 4090"):
+        read_card("4090")
+
+
+def test_the_longest_sequence_is_one_that_is_planned_to_fit(capsys):
+    """What is left to the recipe is chosen for each length: at 4,096 tokens it offloads nothing."""
+    asked = ("--recipe", f"{QWEN3},{CONFIGS / 'nf4.yaml'}", "--gpu", "24", "--json")
+    short = json.loads(run(capsys, *asked))
+    assert short["options"]["offload"] is False
+    assert short["longest_tokens"] > 49_152
+    again = json.loads(run(capsys, *asked, "--tokens", short["longest_tokens"]))
+    assert again["fits"] is True
+    assert again["options"]["offload"] is True
+    assert again["longest_tokens"] == short["longest_tokens"]
+
+
+def test_what_is_planned_is_said(capsys):
+    out = " ".join(run(capsys, "--recipe", QWEN3, "--gpu", "24", "--experts", "true", "--rank", 8).split())
+    assert "LoRA r=8 on attention and experts, router frozen; experts in bfloat16 in host memory; checkpoint" in out
+
+
+def test_more_tokens_than_are_planned_are_refused():
+    with pytest.raises(ValueError, match="a step of 2,000,000 tokens is not planned: at most 1,048,576"):
+        PlanOptions(tokens=1_000_000, batch=2)
 
 
 def run(capsys, *arguments):
@@ -314,7 +341,9 @@ def test_json(capsys):
     assert sum(found["parts_gib"].values()) == pytest.approx(found["peak_gib"], abs=0.01)
     assert found["host_gib"] == pytest.approx(9.09, abs=0.01)
     assert found["fits"] is True
-    assert found["cards_gb"]["24"]["fits"] is False
+    assert found["cards_gb"]["24"]["fits_with"] == ["--experts-on host"]  # which is the recipe's own choice there
+    assert found["cards_gb"]["24"]["host_gib"] > 72
+    assert found["cards_gb"]["80"]["fits_with"] == []
     assert found["longest_tokens"] >= 65_536
     assert 0.5 < found["seconds_per_step"] < 3  # an H200 takes 1.3
 

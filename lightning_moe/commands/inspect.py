@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -63,11 +64,12 @@ def _as_trained(model: PreTrainedModel, experts: str, rank: int) -> nn.Module:
     ]
     if not names:
         raise ValueError("--experts lora: the experts have no gate_up_proj and down_proj, one for all, to adapt")
-    return get_peft_model(model, LoraConfig(r=rank, target_modules=[], target_parameters=names), low_cpu_mem_usage=True)
+    with torch.device("meta"):
+        return get_peft_model(model, LoraConfig(r=rank, target_modules=[], target_parameters=names))
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return number

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from rich.console import Console
 
 from lightning_moe.integrations.model_config import read_config
-from lightning_moe.planning.cards import read_card, settle
+from lightning_moe.planning.cards import read_card
 from lightning_moe.planning.options import Checkpointing, Optimizer, Router, Strategy
 from lightning_moe.planning.recipe import read_recipe
 from lightning_moe.planning.report import make_report, show
@@ -25,7 +25,7 @@ def _boolean(text: str) -> bool:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is no positive number")
     return number
@@ -94,8 +94,7 @@ def run(options: argparse.Namespace) -> int:
     planner = Planner(config)
     try:
         # A checkpoint whose experts are quantized trains as it is.
-        chosen = settle(planner, UNSAID | {"quantize": stored_format(config)} | given | said, card)
-        report = make_report(planner, chosen, card)
+        report = make_report(planner, UNSAID | {"quantize": stored_format(config)} | given | said, card)
     except TypeError as error:
         raise ValueError(f"the recipe's options are wrong: {error}") from error
     if options.json:

@@ -59,10 +59,10 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: where Transformers cannot build it, as with sizes that do not fit each other.
     """
-    named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-    dtype: Any = config.dtype or config.get_text_config().dtype or torch.bfloat16
     auto = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
     try:
+        named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+        dtype: Any = config.dtype or config.get_text_config().dtype or torch.bfloat16
         with torch.device("meta"):
             is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
             model: Any = named(config) if is_model else auto.from_config(config)

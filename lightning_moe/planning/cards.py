@@ -1,14 +1,18 @@
 """GPUs: what memory they have, how fast they are, and which options have a step fit."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_moe.planning.options import PlanOptions
+from lightning_moe.planning.options import MOST_TOKENS, PlanOptions
 from lightning_moe.planning.step import GIB, MemoryPlan, Planner
 
 # Of cards by their GB, the GiB that a process may have: the driver keeps some.
 SIZES = {12: 11.2, 16: 15.4, 24: 23.4, 32: 31.0, 40: 39.0, 48: 47.0, 80: 78.5, 141: 139.0, 192: 178.0}
+
+
+LARGEST = 512.0
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,19 @@ def read_card(text: str) -> Card:
         ValueError: on another name, with those that there are.
     """
     wanted = text.strip().lower()
+    # As nvidia-smi has them, too: NVIDIA H100 80GB HBM3.
+    words = [word for word in re.split(r"[\s_-]+", wanted) if word not in ("nvidia", "geforce")]
+    short = [word for word in words if not re.fullmatch(r"pcie|sxm\d?|nvl|hbm\d?e?|\d+gb", word)]
+    by_name = {known.replace(" ", ""): card for known, card in CARDS.items()}
+    if card := by_name.get("".join(words)) or by_name.get("".join(short)):
+        return card
+    names = ", ".join(card.name for card in CARDS.values())
     try:
         size = float(wanted.removesuffix("gib").removesuffix("gb"))
     except ValueError:
-        shortened = wanted.removeprefix("nvidia ").removeprefix("geforce ")
-        if card := CARDS.get(shortened):
-            return card
-        raise ValueError(
-            f"no card {text!r}: a number of GiB, or one of {', '.join(card.name for card in CARDS.values())}"
-        ) from None
-    if not 0 < size < float("inf"):
-        raise ValueError(f"a card of {text} GiB cannot be")
+        raise ValueError(f"no card {text!r}: a number of GiB, or one of {names}") from None
+    if not 0 < size <= LARGEST:
+        raise ValueError(f"a card of {text} GiB cannot be: give a number of GiB, or one of {names}")
     if not wanted.endswith("gib") and size in SIZES:
         return Card(f"a card of {int(size)} GB", SIZES[int(size)])
     return Card(f"a card of {size:g} GiB", size)
@@ -151,7 +157,7 @@ def cheaper(planner: Planner, options: PlanOptions, card: Card) -> tuple[list[st
                     changes, plan = fewer, shorter
             return list(changes), plan
     changed = _changed(options, changes)
-    longest = longest_tokens(planner, changed, card, options.tokens)
+    longest = longest_tokens(planner, lambda tokens: replace(changed, tokens=tokens), card, options.tokens)
     if not longest:
         return None
     return [*changes, f"--tokens {longest}"], planner.plan(replace(changed, tokens=longest))
@@ -175,13 +181,20 @@ def _fitting(
 LENGTHS = [256 * (4 + quarter) * 2**power // 4 for power in range(12) for quarter in range(4)] + [2**20]
 
 
-def longest_tokens(planner: Planner, options: PlanOptions, card: Card, most: int = 2**20) -> int:
-    """The longest sequence of those tried with which a step fits a card; 0 where the shortest does not."""
-    lengths = [length for length in LENGTHS if length <= most]
+def longest_tokens(planner: Planner, options: Callable[[int], PlanOptions], card: Card, most: int = MOST_TOKENS) -> int:
+    """The longest sequence of those tried with which a step fits a card; 0 where the shortest does not.
+
+    Args:
+        planner: of the model.
+        options: of a step of so many tokens.
+        card: that it is to fit.
+        most: tokens that are tried.
+    """
+    lengths = [length for length in LENGTHS if length * options(1).batch <= most]
     first, last = 0, len(lengths)
     while first < last:
         middle = (first + last) // 2
-        if fits(planner.plan(replace(options, tokens=lengths[middle])), card):
+        if fits(planner.plan(options(lengths[middle])), card):
             first = middle + 1
         else:
             last = middle

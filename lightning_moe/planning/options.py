@@ -10,6 +10,9 @@ Checkpointing = Literal["selective", "full", "none"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Strategy = Literal["ddp", "fsdp"]
 
+# Of a step: more are counted too slowly, tile by tile.
+MOST_TOKENS = 2**20
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -66,6 +69,8 @@ class PlanOptions:
         for name in ("tokens", "batch", "rank", "gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it is at least 1")
+        if self.row_tokens > MOST_TOKENS:
+            raise ValueError(f"a step of {self.row_tokens:,} tokens is not planned: at most {MOST_TOKENS:,}")
         known = {
             "dtype": ("bfloat16", "float32"), "router": get_args(Router), "experts_on": ("device", "host"),
             "checkpointing": get_args(Checkpointing), "optimizer": get_args(Optimizer),

@@ -39,6 +39,8 @@ def read_recipe(files: str) -> tuple[PretrainedConfig, dict[str, Any]]:
         if not isinstance(part, dict):
             raise ValueError(f"the recipe {file} is no configuration")
         _put(settings, part)
+    if not settings.get("trainer"):
+        raise ValueError(f"{files} goes on top of another configuration: give both, --recipe FIRST,{files}")
     model, data, trainer = (settings.get(section) or {} for section in ("model", "data", "trainer"))
     given = DEFAULTS | {name: model[name] for name in MODEL_FIELDS if name in model}
     for name in ("target_modules", "modules_to_save"):

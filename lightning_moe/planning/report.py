@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_moe.planning.cards import SIZES, Card, cheaper, fits, longest_tokens
+from lightning_moe.planning.cards import SIZES, Card, cheaper, fits, longest_tokens, settle
 from lightning_moe.planning.options import PlanOptions
 from lightning_moe.planning.speed import Roofline, roofline
 from lightning_moe.planning.step import GIB, MemoryPlan, Planner, stored_format
@@ -18,15 +18,17 @@ class Verdict:
 
     Attributes:
         card: the card.
-        fits: whether the step fits as it is.
-        changes: the options with which it does; None where none do.
+        fits: whether the step fits, with what is `auto` chosen for this card.
+        changes: the options with which it does: what was chosen, or what has to change; None where none do.
         peak: bytes, with these.
+        host: bytes of page-locked memory, with these.
     """
 
     card: Card
     fits: bool
     changes: list[str] | None
     peak: int
+    host: int
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,46 @@ class Report:
 def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
         "card_gib": verdict.card.gib, "fits": verdict.fits, "fits_with": verdict.changes,
-        "peak_gib": round(verdict.peak / GIB, 3),
+        "peak_gib": round(verdict.peak / GIB, 3), "host_gib": round(verdict.host / GIB, 3),
     }  # fmt: skip
 
 
-def make_report(planner: Planner, options: PlanOptions, card: Card | None) -> Report:
-    """Plans a step, and looks at each card."""
+def make_report(planner: Planner, given: dict[str, Any], card: Card | None) -> Report:
+    """Plans a step, and looks at each card.
+
+    Args:
+        planner: of the model.
+        given: see `settle`.
+        card: that was named.
+    """
+    options = settle(planner, given, card)
     plan = planner.plan(options)
+    longest = None
+    if card is not None:
+        longest = longest_tokens(planner, lambda tokens: settle(planner, given | {"tokens": tokens}, card), card)
     return Report(
         plan=plan,
-        verdicts=[_judge(planner, plan, Card(f"{size} GB", gib)) for size, gib in SIZES.items()],
-        chosen=None if card is None else _judge(planner, plan, card),
-        longest=None if card is None else longest_tokens(planner, options, card),
+        verdicts=[_judge(planner, given, Card(f"{size} GB", gib)) for size, gib in SIZES.items()],
+        chosen=None if card is None else _judge(planner, given, card),
+        longest=longest,
         speed=None if card is None else roofline(planner, options, plan, card),
     )
 
 
-def _judge(planner: Planner, plan: MemoryPlan, card: Card) -> Verdict:
+def _judge(planner: Planner, given: dict[str, Any], card: Card) -> Verdict:
+    options = settle(planner, given, card)
+    plan = planner.plan(options)
+    chosen = {"--experts-on host": options.experts_on == "host" and given.get("experts_on") == "auto",
+              "--checkpointing full": options.checkpointing == "full" and given.get("checkpointing") == "auto",
+              "--offload true": options.offload and given.get("offload") is None}  # fmt: skip
+    by_itself = [name for name, is_chosen in chosen.items() if is_chosen]
     if fits(plan, card):
-        return Verdict(card, True, [], plan.peak)
-    found = cheaper(planner, plan.options, card)
-    return Verdict(card, False, None, plan.peak) if found is None else Verdict(card, False, found[0], found[1].peak)
+        return Verdict(card, True, by_itself, plan.peak, sum(plan.host.values()))
+    found = cheaper(planner, options, card)
+    if found is None:
+        return Verdict(card, False, None, plan.peak, sum(plan.host.values()))
+    changes, changed = found
+    return Verdict(card, False, by_itself + changes, changed.peak, sum(changed.host.values()))
 
 
 def show(report: Report, planner: Planner, console: Console, model: str) -> None:
@@ -92,6 +113,7 @@ def show(report: Report, planner: Planner, console: Console, model: str) -> None
     options = plan.options
     gpus = f", each of {options.gpus} GPUs ({options.strategy})" if options.gpus > 1 else ""
     console.print(f"{model}: {options.batch} x {options.tokens:,} tokens{gpus}. Planned, not measured.", soft_wrap=True)
+    console.print(_describe(options), soft_wrap=True)
     table = _table("what holds the card's memory at its peak", "GiB")
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / GIB:.2f}")
@@ -105,23 +127,39 @@ def show(report: Report, planner: Planner, console: Console, model: str) -> None
     format = stored_format(planner.config) or "16 bits"
     table.add_row(f"disk: the base's checkpoint in {format}", f"{plan.checkpoint / GIB:.2f}")
     console.print(table)
-    table = _table("card", "GiB for it", "fits", "peak GiB")
+    table = _table("card", "GiB for it", "fits", "peak GiB", "host GiB")
     chosen = [] if report.chosen is None else [report.chosen]
     for verdict in [*report.verdicts, *chosen]:
-        said = "yes" if verdict.fits else "no" if verdict.changes is None else f"with {' '.join(verdict.changes)}"
-        table.add_row(verdict.card.name, f"{verdict.card.gib:g}", said, f"{verdict.peak / GIB:.2f}")
+        said = "yes" * verdict.fits + ", " * bool(verdict.fits and verdict.changes)
+        said += "no" if verdict.changes is None else f"with {' '.join(verdict.changes)}" * bool(verdict.changes)
+        sizes = (f"{size / GIB:.2f}" for size in (verdict.peak, verdict.host))
+        table.add_row(verdict.card.name, f"{verdict.card.gib:g}", said, *sizes)
     console.print(table)
     if report.chosen is not None:
         longest = f"{report.longest:,} tokens" if report.longest else "none"
-        console.print(f"The longest sequence that fits {report.chosen.card.name}: {longest}.", soft_wrap=True)
+        console.print(
+            f"The longest sequence that fits {report.chosen.card.name}, offloaded where that is left to the recipe: "
+            f"{longest}.",
+            soft_wrap=True,
+        )
     if report.speed is not None and report.chosen is not None:
         speed = report.speed
         console.print(
             f"A step takes some {speed.seconds:.2g} s there, an estimate by roofline: products {speed.products:.2g}, "
-            f"attention {speed.attention:.2g}, memory {speed.memory:.2g}; beside them copies {speed.link:.2g}, the "
-            f"host's calls {speed.host:.2g}.",
+            f"attention {speed.attention:.2g} (windows not counted), memory {speed.memory:.2g}; beside them copies "
+            f"{speed.link:.2g}, the host's calls {speed.host:.2g}.",
             soft_wrap=True,
         )
+
+
+def _describe(options: PlanOptions) -> str:
+    adapted = "attention and experts" if options.experts else "attention"
+    offloaded = ", what it keeps in host memory" * options.offload
+    place = "in host memory" if options.experts_on == "host" else "on the card"
+    return (
+        f"LoRA r={options.rank} on {adapted}, router {options.router}; experts in {options.quantize or options.dtype} "
+        f"{place}; checkpointing {options.checkpointing}{offloaded}; {options.optimizer}."
+    )
 
 
 def _table(first: str, *numbers: str) -> Table:

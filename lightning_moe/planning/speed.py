@@ -45,16 +45,17 @@ def roofline(planner: Planner, options: PlanOptions, plan: MemoryPlan, card: Car
     """Of one document for each sequence; None for a card whose speed is not known."""
     if card.tflops is None:
         return None
-    tokens, model, config = options.row_tokens, planner.counter(options.dtype).model, planner.config
-    rate, layers = card.tflops * 1e12 * REACHED, model.config.get_text_config().num_hidden_layers
+    tokens, model = options.row_tokens, planner.counter(options.dtype).model
+    config: Any = planner.config.get_text_config()
+    rate, layers = card.tflops * 1e12 * REACHED, config.num_hidden_layers
     active = _active_parameters(model, planner)
     passes = 2 if options.checkpointing == "none" else 3
     head = model.get_output_embeddings().weight.numel()
     products = 2 * tokens * (passes * active + 2 * head)
-    heads = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    forward = 2 * layers * heads * options.batch * options.tokens**2
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_keys = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or width
+    widths = of_keys + (getattr(config, "v_head_dim", None) or width)
+    forward = layers * config.num_attention_heads * widths * options.batch * options.tokens**2  # windows not counted
     attention = forward * (3.5 + (options.checkpointing == "full"))
     return Roofline(
         products=products / rate,
@@ -67,7 +68,7 @@ def roofline(planner: Planner, options: PlanOptions, plan: MemoryPlan, card: Car
 
 def _active_parameters(model: Any, planner: Planner) -> int:
     """Of the layers' products, that a token meets."""
-    config: Any = planner.config
+    config: Any = planner.config.get_text_config()
     top_k = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 1)
     head = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     active = 0

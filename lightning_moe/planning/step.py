@@ -151,7 +151,8 @@ class Planner:
         except (ZeroDivisionError, ValueError, *PLANLESS) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"Transformers builds no {self.config.model_type} of this configuration: {reason}"
+                f"plan is for language models of text, and Transformers builds none of this {self.config.model_type} "
+                f"configuration: {reason}"
             ) from error
 
     def _completed(self, options: PlanOptions) -> PlanOptions:

@@ -148,7 +148,7 @@ def _planned_memory(trainer: Trainer, module: Any) -> str:
     plan = plans(trainer.datamodule, buffers[0]) if plans and buffers else None  # type: ignore[attr-defined]
     if plan is None:
         return ""
-    said = f"{plan.allocated / GIB:.2f} GiB allocated on a GPU at most, {plan.peak / GIB:.2f} of the card"
+    said = f"{plan.allocated / GIB:.2f} GiB allocated on a GPU at most, {plan.peak / GIB:.2f} GiB of its memory"
     return f"{said}, in {plan.moment}"
 
 

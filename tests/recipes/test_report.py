@@ -156,7 +156,7 @@ def test_the_memory_that_is_planned_is_said_at_the_start_and_at_the_end(tmp_path
     run(tmp_path, Planned())
     printed = capsys.readouterr().out
     said = summary(tmp_path)["peak memory planned"]
-    assert re.match(r"0\.\d\d GiB allocated on a GPU at most, 1\.\d\d of the card, in .*layer \d of 2", said)
+    assert re.match(r"0\.\d\d GiB allocated on a GPU at most, 1\.\d\d GiB of its memory, in .*layer \d of 2", said)
     start = " ".join(printed.partition("Summary")[0].split())
     assert f"Memory planned: {said}." in start
     run(tmp_path, Trained())

@@ -39,6 +39,7 @@ Rounding = Literal["nearest", "stochastic"]
 GIB = 2**30
 # Values of one block: the few float32 copies of it that are made stay in a processor's caches.
 BLOCK = 2**18
+TILE_ROWS = 64
 
 
 @dataclass
@@ -215,7 +216,8 @@ def _merge(
 ) -> Iterator[Tensor]:
     """The new values of one tensor, in blocks of rows."""
     matrices, rows, columns = as_matrices(weight.shape)
-    step = max(BLOCK // max(columns, 1), 1)
+    # Whole tiles: products of a part then add up as those of all rows do, which PEFT forms, and have their bits.
+    step = max(BLOCK // max(columns, 1) // TILE_ROWS, 1) * TILE_ROWS
     for matrix, block in enumerate(weight.reshape(matrices, rows, columns)):
         for row in range(0, rows, step):
             old = block[row : row + step].float()

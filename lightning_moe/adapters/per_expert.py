@@ -1,4 +1,4 @@
-"""The per_expert layout: plain LoRA on the model as the hub has it, a pair of matrices for each expert's projections.
+"""The per_expert layout: plain LoRA on the hub's layout of the model, a pair of matrices for each expert's projections.
 
 It keeps to what every program reads, whatever was trained: one rank, one `lora_alpha`, no patterns, all three
 projections of each adapted layer, the modules' names in the hub's checkpoints, a configuration that restricts nothing.

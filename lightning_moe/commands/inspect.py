@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_moe.commands import positive
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations.model_config import build_on_meta, read_config
 from lightning_moe.patching import patch_moe
@@ -30,7 +31,7 @@ def add_parser(commands: Any) -> None:
         help="how the experts train: not at all (default, as with LoRA on the attention), by LoRA on their "
         "projections, or with all their weights",
     )  # fmt: skip
-    parser.add_argument("--rank", type=_positive, default=16, help="of --experts lora (default: %(default)s)")
+    parser.add_argument("--rank", type=positive, default=16, help="of --experts lora (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -66,10 +67,3 @@ def _as_trained(model: PreTrainedModel, experts: str, rank: int) -> nn.Module:
         raise ValueError("--experts lora: the experts have no gate_up_proj and down_proj, one for all, to adapt")
     with torch.device("meta"):
         return get_peft_model(model, LoraConfig(r=rank, target_modules=[], target_parameters=names))
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number

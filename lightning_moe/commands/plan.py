@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
+from lightning_moe.commands import positive
 from lightning_moe.integrations.model_config import read_config
 from lightning_moe.planning.cards import read_card
 from lightning_moe.planning.options import Checkpointing, Optimizer, Router, Strategy
@@ -24,20 +25,13 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return number
-
-
 BOOLEAN = {"type": _boolean, "metavar": "{true,false}"}
 # Each option's help, and what argparse asks of it.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--tokens": ("of a sequence (4,096)", {"type": _positive}),
-    "--batch": ("sequences in a step, of each GPU (1)", {"type": _positive}),
+    "--tokens": ("of a sequence (4,096)", {"type": positive}),
+    "--batch": ("sequences in a step, of each GPU (1)", {"type": positive}),
     "--experts": ("adapters on the experts too (false)", BOOLEAN),
-    "--rank": ("LoRA's (16)", {"type": _positive}),
+    "--rank": ("LoRA's (16)", {"type": positive}),
     "--router": ("what becomes of the router (frozen)", {"choices": get_args(Router)}),
     "--quantize": (
         "the format of the experts' weights (the checkpoint's own; none: 16 bits)",
@@ -53,7 +47,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "--offload": ("what layers keep waits in host memory (where --checkpointing auto finds no room)", BOOLEAN),
     "--optimizer": ("AdamW with moments in float32 or in 8 bits (adamw)", {"choices": get_args(Optimizer)}),
-    "--gpus": ("that train together (1)", {"type": _positive}),
+    "--gpus": ("that train together (1)", {"type": positive}),
     "--strategy": ("how several GPUs share the work (ddp)", {"choices": get_args(Strategy)}),
 }
 

@@ -24,8 +24,9 @@ _GATED: dict[type, Activation] = {
     GELUTanh: gelu_tanh_gated,
 }
 
-# What configs call the number of experts per token; the second in gemma4 and diffusion_gemma, the third in aria.
-_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+# What configs call the number of experts per token: the second in gemma4 and diffusion_gemma, the third in aria, the
+# fourth in kimi_linear, the last in ernie4_5_moe.
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
 
 FLAGS = ("has_gate", "has_bias", "is_transposed")  # of Transformers' decorator
 

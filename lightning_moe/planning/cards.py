@@ -190,7 +190,7 @@ def longest_tokens(planner: Planner, options: Callable[[int], PlanOptions], card
         card: that it is to fit.
         most: tokens that are tried.
     """
-    lengths = [length for length in LENGTHS if length * options(1).batch <= most]
+    lengths = [length for length in LENGTHS if length <= most]
     first, last = 0, len(lengths)
     while first < last:
         middle = (first + last) // 2

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_moe.planning.cards import SIZES, Card, cheaper, fits, longest_tokens, settle
-from lightning_moe.planning.options import PlanOptions
+from lightning_moe.planning.options import MOST_TOKENS, PlanOptions
 from lightning_moe.planning.speed import Roofline, roofline
 from lightning_moe.planning.step import GIB, MemoryPlan, Planner, stored_format
 
@@ -81,7 +81,10 @@ def make_report(planner: Planner, given: dict[str, Any], card: Card | None) -> R
     plan = planner.plan(options)
     longest = None
     if card is not None:
-        longest = longest_tokens(planner, lambda tokens: settle(planner, given | {"tokens": tokens}, card), card)
+        longest = longest_tokens(
+            planner, lambda tokens: settle(planner, given | {"tokens": tokens}, card), card,
+            MOST_TOKENS // options.batch,
+        )  # fmt: skip
     return Report(
         plan=plan,
         verdicts=[_judge(planner, given, Card(f"{size} GB", gib)) for size, gib in SIZES.items()],

@@ -117,17 +117,17 @@ def _attend(
     is_windowed = sinks is not None or (window is not None and window < key.shape[2])
     num_documents = 1 if cu_seq_lens_q is None or attention_mask is not None else cu_seq_lens_q.numel() - 1
     alone = masked_attention if is_windowed else sdpa_attention_forward
-    if num_documents > 1 or is_windowed:
-        is_whole = attention_mask is None and query.shape[0] == 1 and key.shape[2] == query.shape[2]
-        if is_whole and _has_kernel(query) and not options.get("dropout"):
-            queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            tokens = len(queries)
-            if cu_seq_lens_q is None:
-                cu_seq_lens_q = torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=query.device)
-            return _kept(
-                attend_documents, queries, keys, values, cu_seq_lens_q, max_length_q or tokens,
-                options.get("scaling"), window if is_windowed else None, sinks,
-            )[None]  # fmt: skip
+    is_whole = attention_mask is None and query.shape[0] == 1 and key.shape[2] == query.shape[2]
+    is_for_kernel = is_whole and _has_kernel(query) and not options.get("dropout")
+    if is_for_kernel and (num_documents > 1 or is_windowed):
+        queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        tokens = len(queries)
+        if cu_seq_lens_q is None:
+            cu_seq_lens_q = torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=query.device)
+        return _kept(
+            attend_documents, queries, keys, values, cu_seq_lens_q, max_length_q or tokens,
+            options.get("scaling"), window if is_windowed else None, sinks,
+        )[None]  # fmt: skip
     if num_documents > 1:
         assert cu_seq_lens_q is not None
         lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]  # `fill_up` adds empty documents

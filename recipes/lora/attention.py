@@ -99,7 +99,7 @@ def varlen_attention(
             f"{window} tokens: set --model.attention sdpa"
         )
     output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
-    watch_attention(query, output)
+    watch_attention(query)
     return output, None
 
 

@@ -1,10 +1,11 @@
 """Activation checkpointing: what a decoder layer keeps for backward and what it computes again, the experts in tiles.
 
-    selective   a layer keeps its input, attention's results and the router's choice; the rest is computed again
+    selective   a layer keeps its input, attention's results, what it gives to its experts, and the router's choice; the
+                rest is computed again, the experts' part and attention's each when backward comes to it
     full        a layer keeps its input and the router's choice
     none        nothing is computed again
 
-Each is put on the layers' `forward`; outside training the layers run as they are.
+Each is put on the `forward` of the layers or of their blocks; outside training they run as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,14 +25,22 @@ from lora.offload import ActivationOffload
 Recomputing = Literal["selective", "full"]
 Mode = Recomputing | Literal["none"]
 
+# Families whose layers are r = x + self_attn(input_layernorm(x)) and r + mlp(post_attention_layernorm(r)); read in
+# Transformers 5.24. Other families' layers are computed again whole.
+TWO_BLOCKS = frozenset((
+    "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss",
+    "hunyuan_v1_moe", "hy_v3", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+))  # fmt: skip
+
 
 def kept_bytes(config: PretrainedConfig, mode: Recomputing, dtype: torch.dtype) -> int:
-    """Bytes that all layers keep of each token: their inputs and, if `selective`, attention's results."""
+    """Bytes that all layers keep of each token: their inputs and, if `selective`, their blocks' and attention's."""
     width = config.hidden_size
     log_sum_exp = 0
     if mode == "selective":
         heads = config.num_attention_heads
         width += heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        width += config.hidden_size * (config.model_type in TWO_BLOCKS)
         log_sum_exp = 4 * heads
     return config.num_hidden_layers * (width * dtype.itemsize + log_sum_exp)
 
@@ -81,6 +90,7 @@ def enable_checkpointing(
     layers: nn.ModuleList,
     mode: Mode,
     *,
+    has_two_blocks: bool = False,
     offload: bool = False,
     tile_tokens: int = 0,
     router: str = "mlp.gate",
@@ -92,6 +102,7 @@ def enable_checkpointing(
         layers: decoder layers, whose feed-forward or MoE block is `mlp`.
         mode: what is kept and what is computed again in backward. `selective` keeps the results of an attention
             function that runs within `keeping()`, as the recipe's own does.
+        has_two_blocks: whether the layers are of one of the families `TWO_BLOCKS`.
         offload: have what is kept wait in pinned host memory; not with `mode="none"`.
         tile_tokens: where a sequence is longer, the `mlp` runs this many tokens at a time and once more in backward,
             so that one tile's activations exist at a time. 0 for never.
@@ -104,37 +115,63 @@ def enable_checkpointing(
     if offload and mode == "none":
         raise ValueError("model.offload brings to the host what checkpointing keeps: set checkpointing, not 'none'")
     offloading = ActivationOffload() if offload else None
-    checkpointing = partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random)
+    recomputed = partial(_recomputed, partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random))
     layer: Any
     for layer in layers:
         _keep_choice(layer, router)
-        if tile_tokens:
-            layer.mlp.forward = partial(_tiled, checkpointing, layer.mlp.forward, tile_tokens)
+        if mode == "selective" and has_two_blocks:
+            _move_norm(layer.input_layernorm, layer.self_attn)
+            _move_norm(layer.post_attention_layernorm, layer.mlp)
+            layer.self_attn.forward = partial(recomputed, layer.self_attn.forward, offloading, keeps_attention=True)
+            experts = partial(recomputed, layer.mlp.forward, offloading, has_attention=False)
+            layer.mlp.forward = partial(_in_tiles, experts, experts, tile_tokens)
+            continue
+        tile = partial(recomputed, layer.mlp.forward, None)
+        layer.mlp.forward = partial(_in_tiles, layer.mlp.forward, tile, tile_tokens)
         if mode != "none":
-            layer.forward = partial(_checkpointed, checkpointing, layer.forward, mode == "selective", offloading)
+            layer.forward = partial(recomputed, layer.forward, offloading, keeps_attention=mode == "selective")
 
 
-def _checkpointed(
+def _move_norm(norm: Any, block: Any) -> None:
+    """Makes a block's norm a part of it, so that what is kept of the block is what the norm takes."""
+    block.forward = partial(_normed, norm.forward, block.forward)
+    norm.forward = _unchanged
+
+
+def _normed(
+    norm: Callable[[Tensor], Tensor], forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    return forward(norm(hidden_states), *args, **kwargs)
+
+
+def _unchanged(hidden_states: Tensor) -> Tensor:
+    return hidden_states
+
+
+def _recomputed(
     checkpointing: Callable[..., Any],
     forward: Callable[..., Any],
-    keeps_attention: bool,
     offloading: ActivationOffload | None,
+    hidden_states: Tensor,
     *args: Any,
+    keeps_attention: bool = False,
+    has_attention: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """The layer, computed again in backward."""
+    """A layer, a block or a tile of one, computed again in backward."""
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
+        return forward(hidden_states, *args, **kwargs)
     if offloading is None:
         contexts = partial(keep_and_reuse, attention=keeps_attention)
-        return checkpointing(forward, *args, context_fn=contexts, **kwargs)
-    layer = offloading.next_layer()
+        return checkpointing(forward, hidden_states, *args, context_fn=contexts, **kwargs)
+    block = offloading.next_block()
+    # What is needed next is not fetched while attention's backward has memory at its peak.
     contexts = partial(
-        keep_and_reuse, attention=keeps_attention, pack=layer.pack, unpack=layer.unpack,
-        before_attention=layer.fetch_input_before, after_attention=layer.fetch_before,
+        keep_and_reuse, attention=keeps_attention, pack=block.pack, unpack=block.unpack,
+        before_recomputation=None if has_attention else block.fetch_before, after_attention=block.fetch_before,
     )  # fmt: skip
-    with layer.hooks():
-        return checkpointing(forward, *args, context_fn=contexts, **kwargs)
+    with block.hooks():
+        return checkpointing(forward, hidden_states, *args, context_fn=contexts, **kwargs)
 
 
 def _keep_choice(layer: Any, router: str) -> None:
@@ -151,11 +188,13 @@ def _keeping_choice(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         return choose(*args, **kwargs)
 
 
-def _tiled(
-    checkpointing: Callable[..., Tensor], forward: Callable[[Tensor], Tensor], tile_tokens: int, hidden_states: Tensor
-) -> Tensor:
-    """The same of (1, tokens, H), tile by tile."""
-    if hidden_states.shape[1] <= tile_tokens or not torch.is_grad_enabled():
-        return forward(hidden_states)
-    run = partial(checkpointing, forward, context_fn=partial(keep_and_reuse, attention=False))
-    return torch.cat([run(tile) for tile in hidden_states.split(tile_tokens, dim=1)], dim=1)
+def _in_tiles(
+    whole: Callable[[Tensor], Any], tile: Callable[[Tensor], Any], tile_tokens: int, hidden_states: Tensor
+) -> Any:
+    """The whole (1, tokens, H) where that is short, else the same tile by tile; some families return a pair."""
+    if not 0 < tile_tokens < hidden_states.shape[1] or not torch.is_grad_enabled():
+        return whole(hidden_states)
+    outputs = [tile(part) for part in hidden_states.split(tile_tokens, dim=1)]
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs, dim=1)
+    return tuple(torch.cat(parts, dim=parts[0].ndim - 2) for parts in zip(*outputs, strict=True))

@@ -42,7 +42,7 @@ def keep_and_reuse(
     attention: bool,
     pack: Callable[[Tensor], Any] = lambda tensor: tensor,
     unpack: Callable[[Any], Any] = lambda packed: packed,
-    before_attention: Callable[[], None] | None = None,
+    before_recomputation: Callable[[], None] | None = None,
     after_attention: Callable[[], None] | None = None,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The two contexts that torch.utils.checkpoint asks of its `context_fn`: around forward, and the recomputation.
@@ -51,12 +51,12 @@ def keep_and_reuse(
         attention: whether to keep attention's results beside the router's choice.
         pack: what becomes of a tensor that is kept, such as being brought to the host.
         unpack: undoes that; what was not packed it gives back as it is.
-        before_attention: called when attention's backward is about to begin,
-        after_attention: and when it is done.
+        before_recomputation: called when it is about to begin.
+        after_attention: called when attention's backward is done.
     """
     kept: Kept = defaultdict(list)
-    forward = _Forward(kept, attention, pack, before_attention, after_attention)
-    return _Within(forward), _Within(_Recomputation(kept, attention, unpack))
+    forward = _Forward(kept, attention, pack, after_attention)
+    return _Within(forward), _Within(_Recomputation(kept, attention, unpack, before_recomputation))
 
 
 def keeping() -> AbstractContextManager[Any]:
@@ -70,11 +70,11 @@ def keeping_choice() -> AbstractContextManager[Any]:
     return _WatchChoice(list(_thread.layers)) if _thread.layers else _NOTHING
 
 
-def watch_attention(query: Tensor, output: Tensor) -> None:
-    """Has a checkpointed layer know when backward comes to attention and when it leaves it."""
+def watch_attention(query: Tensor) -> None:
+    """Has a checkpointed layer know when backward is done with attention."""
     for layer in _thread.layers:
         if isinstance(layer, _Forward) and query.requires_grad:
-            layer.watch_attention(query, output)
+            layer.watch_attention(query)
 
 
 class _Forward:
@@ -85,22 +85,17 @@ class _Forward:
         kept: Kept,
         attention: bool,
         pack: Callable[[Tensor], Any],
-        before_attention: Callable[[], None] | None,
         after_attention: Callable[[], None] | None,
     ) -> None:
         self.attention = attention
-        self._kept, self._pack = kept, pack
-        self._before_attention, self._after_attention = before_attention, after_attention
+        self._kept, self._pack, self._after_attention = kept, pack, after_attention
 
     def start(self) -> None:
         """Forward begins."""
 
-    def watch_attention(self, query: Tensor, output: Tensor) -> None:
-        """Has both callbacks called."""
-        before, after = self._before_attention, self._after_attention
-        if before is not None:
-            output.register_hook(lambda _: before())
-        if after is not None:
+    def watch_attention(self, query: Tensor) -> None:
+        """Has the callback called."""
+        if (after := self._after_attention) is not None:
             query.register_hook(lambda _: after())
 
     def choose(self, run: Run, scores: Tensor, dim: int) -> Any:
@@ -120,14 +115,18 @@ class _Forward:
 class _Recomputation:
     """A layer's recomputation: gives back what was kept, in its order."""
 
-    def __init__(self, kept: Kept, attention: bool, unpack: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, kept: Kept, attention: bool, unpack: Callable[[Any], Any], before: Callable[[], None] | None
+    ) -> None:
         self.attention = attention
-        self._kept, self._unpack = kept, unpack
+        self._kept, self._unpack, self._before = kept, unpack, before
         self._calls: Counter[Any] = Counter()
 
     def start(self) -> None:
         """A recomputation begins: the first, or another one where the graph is retained."""
         self._calls.clear()
+        if self._before is not None:
+            self._before()
 
     def choose(self, run: Run, scores: Tensor, dim: int) -> Any:
         """What `topk` of these scores gives for the choice that was kept."""

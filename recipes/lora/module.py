@@ -28,6 +28,7 @@ from lora.attention import NAME as VARLEN
 from lora.attention import kernels_run
 from lora.base_model import apply_liger, build, check_weights, place_experts, read_config
 from lora.checkpointing import (
+    TWO_BLOCKS,
     Mode,
     Recomputing,
     choose_checkpointing,
@@ -223,8 +224,8 @@ class MoELoRA(LightningModule):
             self._host_experts = keep_on_host(layers, base.device)
         self.checkpointing = mode, offload = self._choose_checkpointing(base)
         enable_checkpointing(
-            layers, mode, offload=offload, tile_tokens=options["tile_tokens"],
-            router=options["router_module"], is_random=draws_random_numbers(base),
+            layers, mode, has_two_blocks=base.config.model_type in TWO_BLOCKS, offload=offload,
+            tile_tokens=options["tile_tokens"], router=options["router_module"], is_random=draws_random_numbers(base),
         )  # fmt: skip
         base.losses = MethodType(losses, base)
         self._description = {

@@ -1,9 +1,8 @@
-"""Activation offload: what layers keep for backward waits in pinned host memory.
+"""Activation offload: what checkpointed blocks keep for backward waits in pinned host memory.
 
-Copies run on a stream of their own. A layer's tensors stay on the device until the next layer begins, when their copies
-are waited for: device memory belongs to the stream that computes. In backward they are asked for layer by layer, last
-first. A layer's input is fetched beside attention's backward of the layer after it, in which memory is at its peak, and
-the rest after that, while there is still enough to compute before it is used.
+Copies run on a stream of their own. A block's tensors stay on the device until the next but one begins, when their
+copies are waited for: device memory belongs to the stream that computes. In backward they are asked for block by block,
+last first; each is fetched while there is still enough to compute before it is used.
 """
 
 from typing import Any
@@ -13,26 +12,24 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 SMALLEST_OFFLOADED_BYTES = 2**20
-# A layer with a larger input computes for so long that it need not be fetched early.
-LARGEST_FETCHED_EARLY_BYTES = 256 * 2**20
 
 
 class ActivationOffload:
-    """Brings to host memory what one model's layers keep.
+    """Brings to host memory what one model's blocks keep.
 
     Attributes:
-        last: the layer that began last, before backward; None once that has begun.
+        last: the block that began last, before backward; None once that has begun.
     """
 
     def __init__(self) -> None:
-        self.last: OffloadedLayer | None = None
+        self.last: OffloadedBlock | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def next_layer(self) -> "OffloadedLayer":
-        """One execution of the layer that begins now."""
+    def next_block(self) -> "OffloadedBlock":
+        """One execution of the block that begins now."""
         if self.last is not None:
-            self.last.free_device_copies()
-        self.last = OffloadedLayer(self, self.last)
+            self.last.free_copies_before()
+        self.last = OffloadedBlock(self, self.last)
         return self.last
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
@@ -42,10 +39,10 @@ class ActivationOffload:
         return self._stream
 
 
-class OffloadedLayer:
-    """What one execution of a layer keeps."""
+class OffloadedBlock:
+    """What one execution of a block keeps."""
 
-    def __init__(self, offload: ActivationOffload, before: "OffloadedLayer | None") -> None:
+    def __init__(self, offload: ActivationOffload, before: "OffloadedBlock | None") -> None:
         self._offload, self._before = offload, before
         self._tensors: list[_Offloaded] = []
 
@@ -82,15 +79,13 @@ class OffloadedLayer:
             if not tensor.is_on_device:
                 tensor.fetch()
 
-    def fetch_input_before(self) -> None:
-        """Starts the copy of what the layer before kept first, its input, unless it is large."""
+    def free_copies_before(self) -> None:
+        """Frees the tensors of the block before on the device."""
         if self._before is not None:
-            for tensor in self._before._tensors[:1]:
-                if tensor.num_bytes <= LARGEST_FETCHED_EARLY_BYTES:
-                    tensor.fetch()
+            self._before.free_device_copies()
 
     def fetch_before(self) -> None:
-        """Starts the copies of all that the layer before kept."""
+        """Starts the copies of all that the block before kept."""
         before, self._before = self._before, None
         if before is not None:
             before.fetch()
@@ -100,7 +95,6 @@ class _Offloaded:
     """One tensor: being copied to the host, there, or being copied back."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
-        self.num_bytes = tensor.nbytes
         self._stream = stream
         self._on_device: Tensor | None = tensor
         self._on_host = torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -96,7 +96,7 @@ def test_fill_up_adds_documents_without_a_loss_and_empty_ones():
 def test_offload_is_not_captured_and_says_so(tmp_path, monkeypatch):
     fit_on_cpu(tmp_path, cuda_graph=True, checkpointing="full", offload=True)  # comes to the graph's reason
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    layer = ActivationOffload().next_layer()
+    layer = ActivationOffload().next_block()
     with pytest.raises(RuntimeError, match="model.offload's copies"):
         layer.pack(SimpleNamespace(is_cuda=True, nbytes=SMALLEST_OFFLOADED_BYTES))
 

@@ -5,6 +5,8 @@ import torch
 from lora.linear import fuse_updates
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 IN, OUT, RANK = 48, 80, 4
 
@@ -39,6 +41,16 @@ def test_outputs_and_gradients_are_pefts(bias, needs_x):
     for mine, theirs in zip(got, want, strict=True):
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs)
+
+
+class Products(TorchDispatchMode):
+    """Counts updates that are added to a product."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
 
 
 def errors(got, want):
@@ -86,3 +98,16 @@ def test_disabled_and_merged_adapters_run_pefts_forward(change):
         outputs.append(layer(torch.ones(3, IN)))
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], adapted(fused=True)(torch.ones(3, IN)))
+
+
+def test_a_recomputation_that_ends_with_the_layer_does_not_compute_its_output():
+    layer = adapted(fused=True)
+    x = torch.randn(30, IN, requires_grad=True)
+    with Products() as products:
+        output = checkpoint(lambda x: layer(x.sin()), x, use_reentrant=False)
+        output.sum().backward()
+    once = adapted(fused=True)(x.sin())
+    assert products.count == 2  # y, and the gradient of x
+    assert torch.equal(output, once)
+    (want,) = torch.autograd.grad(once.sum(), x)
+    assert torch.equal(x.grad, want)

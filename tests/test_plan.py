@@ -193,7 +193,7 @@ def test_the_counter_follows_storages():
 def test_the_stand_ins_know_the_recipes_sizes():
     assert stand_ins.TOKEN_HEADS_IN_FLIGHT == attention.TOKEN_HEADS_IN_FLIGHT
     assert stand_ins.LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
-    assert stand_ins.LARGEST_FETCHED_EARLY_BYTES == offload.LARGEST_FETCHED_EARLY_BYTES
+    assert stand_ins.TWO_BLOCKS == checkpointing.TWO_BLOCKS
     assert stand_ins.SMALLEST_OFFLOADED_BYTES == offload.SMALLEST_OFFLOADED_BYTES
 
 

@@ -22,6 +22,7 @@ from lightning_moe.planning.options import PlanOptions
 from lightning_moe.planning.parts import ATTENTION_KEPT, LAYER_IN_FLIGHT, LAYER_INPUTS, LOSS
 from lightning_moe.planning.stand_ins import (
     SMALLEST_OFFLOADED_BYTES,
+    TWO_BLOCKS,
     LayerRun,
     adapted_linear,
     attention,
@@ -43,12 +44,14 @@ class Counted:
         moment: when that is.
         kept: the bytes of each tensor that is held from its forward to its backward, by what they are.
         traffic: bytes that were allocated in all.
+        num_blocks: of a layer, each of which is computed again by itself.
     """
 
     peak: Counter[str]
     moment: str
     kept: tuple[tuple[str, int], ...]
     traffic: int
+    num_blocks: int = 1
 
     @property
     def num_kept(self) -> int:
@@ -91,18 +94,13 @@ class LayerCounter:
         tokens = options.row_tokens
         counter = AllocationCounter(LAYER_IN_FLIGHT)
         run = LayerRun(counter, options.checkpointing == "selective", options.offload)
-        layer = self._prepared(options, run)
+        has_two_blocks = options.checkpointing == "selective" and self.model.config.model_type in TWO_BLOCKS
+        layer = self._prepared(options, run, has_two_blocks)
         arguments = self._arguments(tokens)
         with counter, ligers_rotary_embedding() if options.liger else nullcontext():
             with counter.tagged(LAYER_INPUTS):
                 x = self._hidden(tokens).requires_grad_()
-            if options.checkpointing == "none":
-                output = layer(x, **arguments)
-            else:
-                output = checkpoint(
-                    layer, x, use_reentrant=False, preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), _Recomputing(run)), **arguments,
-                )  # fmt: skip
+            output = layer(x, **arguments)
             with counter.tagged(LOSS):
                 loss = until_loss(output[0] if isinstance(output, tuple) else output)
             del output
@@ -110,11 +108,12 @@ class LayerCounter:
             if options.checkpointing == "none":
                 kept = tuple((tag, size) for tag, size in counter.live.items() if tag != LOSS)
             if options.offload:
-                run.fetched = tuple((tag, size) for tag, size in kept if size >= SMALLEST_OFFLOADED_BYTES)
+                of_block = [(LAYER_INPUTS, size) for size in run.inputs[-1:]] if has_two_blocks else kept
+                run.fetched = tuple((tag, size) for tag, size in of_block if size >= SMALLEST_OFFLOADED_BYTES)
             with counter.during("a layer's backward"):
                 del x
                 loss.backward()  # type: ignore[no-untyped-call]
-        return Counted(counter.at_peak, counter.moment, kept, counter.traffic)
+        return Counted(counter.at_peak, counter.moment, kept, counter.traffic, 1 + has_two_blocks)
 
     def count_loss(self, options: PlanOptions) -> Counted:
         """The last norm, the head and the loss, forward and backward."""
@@ -164,8 +163,8 @@ class LayerCounter:
             del self._layer.forward
         return taken
 
-    def _prepared(self, options: PlanOptions, run: LayerRun) -> Callable[..., Any]:
-        """A copy of the layer, frozen but for adapters, with stand-ins."""
+    def _prepared(self, options: PlanOptions, run: LayerRun, has_two_blocks: bool) -> Callable[..., Any]:
+        """A copy of the layer, frozen but for adapters, with stand-ins, which computes again what the options say."""
         layer = copy.deepcopy(self._layer)
         _freeze(layer)
         _replace_norms(layer, options)
@@ -178,9 +177,18 @@ class LayerCounter:
                 module.lightning_moe_plan = run  # type: ignore[assignment]
         module = layer.get_submodule(self._experts_name)
         module.forward = _experts(module, options, run)  # type: ignore[method-assign]
+        recomputed = partial(_recomputed, run)
+        if has_two_blocks:
+            _move_norm(layer.input_layernorm, layer.self_attn)
+            _move_norm(layer.post_attention_layernorm, layer.mlp)
+            layer.self_attn.forward = recomputed(layer.self_attn.forward)
+            tile_tokens = options.tile_tokens or options.row_tokens
+            layer.mlp.forward = partial(_in_tiles, recomputed(_noted(layer.mlp.forward, run)), tile_tokens)
+            return layer.forward  # type: ignore[no-any-return]
         if 0 < options.tile_tokens < options.row_tokens and hasattr(layer, "mlp"):
-            layer.mlp.forward = partial(_tiled, layer.mlp.forward, options.tile_tokens)
-        return layer.forward
+            tile = partial(checkpoint, layer.mlp.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.mlp.forward = partial(_in_tiles, tile, options.tile_tokens)
+        return layer.forward if options.checkpointing == "none" else recomputed(layer.forward)
 
 
 class _Recomputing:
@@ -196,11 +204,42 @@ class _Recomputing:
         self._run.is_recomputing = False
 
 
+def _recomputed(run: LayerRun, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer or a block, computed again in backward."""
+
+    def checkpointed(hidden_states: Tensor, **arguments: Any) -> Any:
+        return checkpoint(
+            forward, hidden_states, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _Recomputing(run)), **arguments,
+        )  # fmt: skip
+
+    return checkpointed
+
+
+def _noted(forward: Callable[[Tensor], Any], run: LayerRun) -> Callable[[Tensor], Any]:
+    """The second block, of whose forward the input is noted."""
+
+    def noting(hidden_states: Tensor) -> Any:
+        if not run.is_recomputing:
+            run.inputs.append(hidden_states.numel() * hidden_states.element_size())
+        return forward(hidden_states)
+
+    return noting
+
+
+def _move_norm(norm: Any, block: Any) -> None:
+    """Makes a block's norm a part of it."""
+    normalize, forward = norm.forward, block.forward
+    block.forward = lambda hidden_states, **arguments: forward(normalize(hidden_states), **arguments)
+    norm.forward = lambda hidden_states: hidden_states
+
+
 def _kept(run: LayerRun, x: Tensor) -> tuple[tuple[str, int], ...]:
     """What is held after a layer's forward: its input first."""
     outputs = [tensor for kept in run.kept for tensors in kept for tensor in tensors]
-    tags = [LAYER_INPUTS] + [ATTENTION_KEPT] * len(outputs) + [LAYER_INPUTS] * len(run.choice)
-    return tuple(zip(tags, (tensor.nbytes for tensor in (x, *outputs, *run.choice)), strict=True))
+    of_attention = [(ATTENTION_KEPT, tensor.nbytes) for tensor in outputs]
+    inputs = [x.nbytes, *run.inputs, *(tensor.nbytes for tensor in run.choice)]
+    return (*((LAYER_INPUTS, size) for size in inputs), *of_attention)
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
@@ -253,9 +292,10 @@ def _experts(module: Any, options: PlanOptions, run: LayerRun) -> Callable[..., 
     return forward
 
 
-def _tiled(forward: Callable[[Tensor], Any], tile_tokens: int, hidden_states: Tensor) -> Any:
-    run = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-    outputs: list[Any] = [run(tile) for tile in hidden_states.split(tile_tokens, dim=1)]
+def _in_tiles(tile: Callable[[Tensor], Any], tile_tokens: int, hidden_states: Tensor) -> Any:
+    outputs: list[Any] = [tile(part) for part in hidden_states.split(tile_tokens, dim=1)]
+    if len(outputs) == 1:
+        return outputs[0]
     if isinstance(outputs[0], tuple):
         return tuple(torch.cat(parts, dim=0 if parts[0].ndim == 2 else 1) for parts in zip(*outputs, strict=True))
     return torch.cat(outputs, dim=1)

@@ -19,10 +19,13 @@ from lightning_moe.planning.parts import ATTENTION_BACKWARD, ATTENTION_KEPT, GRA
 TOKEN_HEADS_IN_FLIGHT = 131_072
 # tokens whose logits exist at a time,
 LOSS_CHUNK_TOKENS = 512
-# the largest input of a layer that is fetched from the host beside the attention of the layer after it,
-LARGEST_FETCHED_EARLY_BYTES = 256 * 2**20
-# and the smallest tensor that is brought there.
+# the smallest tensor that is brought to the host,
 SMALLEST_OFFLOADED_BYTES = 2**20
+# and the families whose attention and experts are computed again each by itself.
+TWO_BLOCKS = frozenset((
+    "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss",
+    "hunyuan_v1_moe", "hy_v3", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+))  # fmt: skip
 
 
 @dataclass
@@ -34,9 +37,11 @@ class LayerRun:
         keeps_attention: whether attention's results are kept and used again.
         offloads: whether what is kept waits on the host.
         is_recomputing: whether this is the recomputation.
-        kept: attention's results, and the router's choice.
-        fetched: of the layer before: its input, and the rest of what it kept, (tag, bytes) each.
-        on_device: what of that is on the device again.
+        kept: attention's results.
+        choice: the router's.
+        inputs: bytes that the second block took, tile by tile, where it is computed again by itself.
+        fetched: what the block before kept and backward needs after attention's, (tag, bytes) each.
+        on_device: that, on the device again.
     """
 
     counter: AllocationCounter
@@ -45,15 +50,13 @@ class LayerRun:
     is_recomputing: bool = False
     kept: list[Any] = field(default_factory=list)
     choice: list[Tensor] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
     fetched: tuple[tuple[str, int], ...] = ()
     on_device: list[Tensor] = field(default_factory=list)
 
-    def fetch(self, *, early: bool) -> None:
-        """Brings back what the layer before kept: its input, unless it is large, or all that is missing."""
-        missing = self.fetched[len(self.on_device) :]
-        for tag, size in missing[:1] if early else missing:
-            if early and size > LARGEST_FETCHED_EARLY_BYTES:
-                return
+    def fetch(self) -> None:
+        """Brings back what the block before kept."""
+        for tag, size in self.fetched:
             with self.counter.tagged(tag):
                 self.on_device.append(torch.empty(size, dtype=torch.uint8, device="meta"))
 
@@ -92,10 +95,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         run: LayerRun = ctx.run
         with run.counter.during("attention's backward"):
-            run.fetch(early=True)
             with run.counter.tagged(ATTENTION_BACKWARD):
                 grads = _attention_backward(ctx, grad)
-            run.fetch(early=False)
+            run.fetch()
         return *grads, None, None
 
 
@@ -202,7 +204,7 @@ class _Output(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """The loss on the next token, some tokens' logits at a time: the last ones, the new ones, and a gradient."""
+    """The loss on the next token, some tokens' logits and their gradient at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, counter: AllocationCounter, num_trained: int) -> Tensor:  # type: ignore[override]
@@ -210,14 +212,12 @@ class _Loss(torch.autograd.Function):
             grads = [torch.empty_like(hidden)]
             if num_trained:
                 grads.append(hidden.new_empty(num_trained, dtype=torch.float32))
-            logits = gradient = None
             for part in hidden[0, :-1].split(LOSS_CHUNK_TOKENS):
                 logits = part @ weight.t()
                 gradient = torch.empty_like(logits)
                 of_hidden = gradient @ weight
                 of_head = [torch.empty_like(grad) for grad in grads[1:]]
-                del of_hidden, of_head
-            del logits, gradient
+                del logits, gradient, of_hidden, of_head
         ctx.save_for_backward(*grads)
         return hidden.new_empty((), dtype=torch.float32)
 

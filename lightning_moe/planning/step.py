@@ -215,8 +215,9 @@ class _Step:
     def _moments(self) -> list[tuple[Counter[str], str]]:
         """What is held above that: in the loss, in the last layer's backward and in the second layer's."""
         last, batch = self.num_layers - 1, Counter({BATCH: self.counter.batch_bytes(self.options)})
+        on_device = min(2 // self.layer.num_blocks, last + 1) if self.options.offload else last + 1
         moments = [
-            (self._kept_by(last + 1 if not self.options.offload else 1, last + 1) + self.loss.peak, self.loss.moment),
+            (self._kept_by(on_device, last + 1) + self.loss.peak, self.loss.moment),
             self._in_layer(last),
             self._in_layer(min(1, last)),
             (Counter({GRADIENTS: self._gradient_bytes(self.num_layers)}), "the optimizer's step"),

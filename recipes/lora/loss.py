@@ -57,6 +57,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for into, part in zip((grad, *grads[1:]), parts, strict=True):
                 into += part
             total += loss
+            del logits, grad_logits, parts, part  # before the next chunk's are made
         ctx.save_for_backward(*grads)
         return total
 

@@ -237,9 +237,9 @@ def _move_norm(norm: Any, block: Any) -> None:
 def _kept(run: LayerRun, x: Tensor) -> tuple[tuple[str, int], ...]:
     """What is held after a layer's forward: its input first."""
     outputs = [tensor for kept in run.kept for tensors in kept for tensor in tensors]
-    of_attention = [(ATTENTION_KEPT, tensor.nbytes) for tensor in outputs]
-    inputs = [x.nbytes, *run.inputs, *(tensor.nbytes for tensor in run.choice)]
-    return (*((LAYER_INPUTS, size) for size in inputs), *of_attention)
+    tags = [LAYER_INPUTS] * (1 + len(run.inputs)) + [ATTENTION_KEPT] * len(outputs) + [LAYER_INPUTS] * len(run.choice)
+    sizes = [x.nbytes, *run.inputs, *(tensor.nbytes for tensor in (*outputs, *run.choice))]
+    return tuple(zip(tags, sizes, strict=True))
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:

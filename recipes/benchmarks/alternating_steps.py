@@ -12,7 +12,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from itertools import product
+from dataclasses import fields
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,16 +27,20 @@ from tables import provenance, show, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
+from lightning_moe import GraphedFunction, MemoryPlan, PlanOptions, patch_moe, plan_memory, replayed_bytes
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.attention import register
+from lora.base_model import read_config
 from lora.module import MoELoRA
 from qwen3_lora import ALLOCATOR
 
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
-HEADERS = ["card GiB", "tokens", "variant", "s per step", "above weights GiB", "peak GiB", "losses"]
+HEADERS = [
+    "card GiB", "tokens", "variant", "s per step", "above weights GiB", "planned", "peak GiB", "planned", "losses",
+]  # fmt: skip
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+BUFFER_MIB = 64  # of the callback
 LONG = 8192  # from here on the host runs ahead within one step
 # What each part of a variant's name sets. Transformers' own checkpointing is put on by the benchmark.
 PARTS: dict[str, dict[str, Any]] = {
@@ -46,6 +51,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "liger": {},
     "selective": {"attention": "varlen", "checkpointing": "selective"},
     "full": {"checkpointing": "full"},
+    "kept": {"checkpointing": "none"},
+    "experts": {"experts": True},
     "offload": {"offload": True},
     "graph": {"attention": "varlen"},  # captured, `sdpa` would make a full mask
     "nf4": {"quantize": "nf4"},
@@ -67,6 +74,18 @@ def options_of(variant: str) -> dict[str, Any]:
 def base_of(variant: str) -> tuple[Any, ...]:
     """What tells the bases of the variants apart."""
     return tuple(options_of(variant).get(name) for name in BASE_OPTIONS)
+
+
+def plan_of(variant: str, tokens: int, options: dict[str, Any]) -> MemoryPlan | None:
+    """What `lightning-moe plan` says of a variant's step; None of those that it does not know."""
+    if not variant.startswith("lightning_moe") or variant.endswith("graph"):
+        return None
+    chosen = options | options_of(variant)
+    names = {field.name for field in fields(PlanOptions)} & chosen.keys()
+    given = {name: tuple(chosen[name]) if isinstance(chosen[name], list) else chosen[name] for name in names}
+    given["experts_on"] = "host" if chosen.get("experts_on") == "host" else "device"
+    config = read_config(None, chosen["architecture"], chosen.get("quantize") is not None)
+    return plan_memory(config, PlanOptions(**given | {"tokens": tokens, "output_buffer_mib": BUFFER_MIB}))
 
 
 class OnSharedBase(MoELoRA):
@@ -103,7 +122,7 @@ def make_step(
         base: Any = module.network.get_base_model()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **saves})
     if variant.startswith("lightning_moe"):
-        patch_moe(module, output_buffer_mib=64)
+        patch_moe(module, output_buffer_mib=BUFFER_MIB)
     optimizer = module.configure_optimizers()["optimizer"]
     losses = GraphedFunction(module.graphed_losses, module, True) if variant.endswith("graph") else None
 
@@ -254,8 +273,9 @@ def main(
         variants: in turn; ratios are to the first. `baseline+liger` is Transformers and PEFT with Transformers' own
             checkpointing and Liger's RMSNorm and rotary embedding; `+selective` keeps attention as the recipe does;
             `+graph` is captured as a CUDA graph. `lightning_moe` is the recipe with attention kept, `+offload` in host
-            memory, `+full` with nothing kept but layers' inputs, `+nf4`, `+fp8` or `+mxfp4` on a base of its own with
-            quantized experts, `+host` on one whose experts wait in host memory.
+            memory, `+full` with nothing kept but layers' inputs, `+kept` with nothing computed again, `+experts` with
+            LoRA on the experts too, `+nf4`, `+fp8` or `+mxfp4` on a base of its own with quantized experts, `+host` on
+            one whose experts wait in host memory.
         rounds: of two steps of each variant, of one from 8,192 tokens on, after those for warming up: four where a
             graph is among them, else one round.
         experts: LoRA on the experts too.
@@ -279,27 +299,30 @@ def main(
         print(f"Page-locked host memory is copied to the GPU with {link_speed(device):.1f} GB/s.")
     precision = settings["trainer"].get("precision", "32-true")
     # What others hold would be held on the smaller GPU, too.
-    together = [(variant,) for variant in variants] if cards else [variants]
+    groups = [tuple(group) for _, group in groupby(variants, base_of)] if cards else [variants]
     first: dict[tuple[float | None, int], Measured] = {}
     rows = []
     with Progress(transient=True) as progress:
-        task = progress.add_task("lengths", total=len(lengths) * len(together) * max(1, len(cards)))
-        for some in together:
-            bases = make_bases(some, options, device)
-            for card, tokens in product(cards or (None,), lengths):
+        task = progress.add_task("steps", total=len(lengths) * (len(variants) * len(cards) or 1))
+        for group in groups:
+            bases = make_bases(group, options, device)
+            together = [(variant,) for variant in group] if cards else [group]
+            for some, card, tokens in product(together, cards or (None,), lengths):
                 limit_memory(card, device)
                 named = [f"{card or '-'}", f"{tokens:,}"]
                 try:
                     found = in_turn(some, tokens, rounds, options, bases, precision, device)
                 except torch.OutOfMemoryError:
-                    rows += [[*named, variant, "does not fit", "", "", ""] for variant in some]
+                    rows += [[*named, variant, "does not fit", *[""] * 5] for variant in some]
                     found = {}
                 for variant, measured in found.items():
                     to = first.setdefault((card, tokens), measured)
+                    plan = plan_of(variant, tokens, options)
+                    above, peak = (f"{plan.above / 2**30:.2f}", f"{plan.peak / 2**30:.2f}") if plan else ("", "")
                     rows.append([
                         *named, variant + measured.missing,
                         f"{measured.seconds:.4f} ({measured.seconds / to.seconds:.2f})",
-                        f"{measured.above:.2f} ({measured.above / to.above:.2f})", f"{measured.peak:.2f}",
+                        f"{measured.above:.2f} ({measured.above / to.above:.2f})", above, f"{measured.peak:.2f}", peak,
                         " ".join(f"{loss:.4f}" for loss in measured.losses),
                     ])  # fmt: skip
                 for row in rows[-len(some) :]:

@@ -24,7 +24,7 @@ ARCHITECTURE = {
 
 VARIANTS = (
     "baseline+liger", "baseline+liger+selective", "baseline+liger+graph", "lightning_moe", "lightning_moe+offload",
-    "lightning_moe+full+offload", "lightning_moe+graph", "lightning_moe+nf4+host+offload",
+    "lightning_moe+full+offload", "lightning_moe+kept", "lightning_moe+graph", "lightning_moe+nf4+host+offload",
 )  # fmt: skip
 
 
@@ -67,7 +67,27 @@ def test_the_table(recipe, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("| - | 32 ")]
     assert [row[2] for row in rows] == list(variants)
     assert rows[0][3].endswith("(1.00)")
+    assert [bool(row[5]) for row in rows] == [bool(row[7]) for row in rows] == [False, True]
     assert all(row[3] in capsys.readouterr().out for row in rows[:1])
+
+
+def test_the_plan_of_a_variant_is_of_its_options():
+    options = yaml.safe_load(alternating_steps.TINY.read_text())["model"]
+    plans = {
+        variant: alternating_steps.plan_of(variant, 4096, options)
+        for variant in ("lightning_moe", "lightning_moe+full+offload", "lightning_moe+kept", "lightning_moe+experts")
+    }
+    chosen = {v: (p.options.checkpointing, p.options.offload, p.options.experts) for v, p in plans.items()}
+    experts = options.get("experts", False)
+    assert chosen == {
+        "lightning_moe": ("selective", False, experts),
+        "lightning_moe+full+offload": ("full", True, experts),
+        "lightning_moe+kept": ("none", False, experts),
+        "lightning_moe+experts": ("selective", False, True),
+    }
+    assert plans["lightning_moe+full+offload"].above < plans["lightning_moe"].above < plans["lightning_moe+kept"].above
+    assert alternating_steps.plan_of("baseline+liger", 4096, options) is None
+    assert alternating_steps.plan_of("lightning_moe+graph", 4096, options) is None
 
 
 def test_a_variant_that_runs_out_of_memory_does_not_fit(recipe, tmp_path, monkeypatch):

@@ -82,7 +82,9 @@ def plan_of(variant: str, tokens: int, options: dict[str, Any]) -> MemoryPlan | 
         return None
     chosen = options | options_of(variant)
     names = {field.name for field in fields(PlanOptions)} & chosen.keys()
-    given = {name: tuple(chosen[name]) if isinstance(chosen[name], list) else chosen[name] for name in names}
+    given: dict[str, Any] = {
+        name: tuple(chosen[name]) if isinstance(chosen[name], list) else chosen[name] for name in names
+    }
     given["experts_on"] = "host" if chosen.get("experts_on") == "host" else "device"
     config = read_config(None, chosen["architecture"], chosen.get("quantize") is not None)
     return plan_memory(config, PlanOptions(**given | {"tokens": tokens, "output_buffer_mib": BUFFER_MIB}))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from helpers.models import gpt_oss, mixtral, qwen3, qwen3_config
 from helpers.quantized import needs_bitsandbytes, quantized
-from lora import attention_turns, loss, offload
+from lora import attention, attention_turns, loss, offload
 from lora.adapters import add_adapters
 from lora.checkpointing import kept_bytes
 from torch import nn

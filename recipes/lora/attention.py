@@ -1,8 +1,8 @@
 """Variable-length attention: the recipe's attention function, which Transformers reaches by the name `varlen`.
 
-A batch is one row of documents end to end. One document runs through PyTorch's scaled_dot_product_attention. Several,
-and those of layers with a sliding window or sinks, run through `varlen_attn`, without the (tokens x tokens) mask that
-Transformers' `sdpa` would build.
+A batch is one row of documents end to end. One document runs through PyTorch's scaled_dot_product_attention, see
+`attention_turns`. Several, and those of layers with a sliding window or sinks, run through `varlen_attn`, without the
+(tokens x tokens) mask that Transformers' `sdpa` would build.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ UNKNOWN = {"softcap": "cap on the scores", "position_bias": "bias by position"}
 
 # Families whose layers look into the mask; read in Transformers 5.24.
 READ_MASKS = frozenset(("axk2", "deepseek_v32", "doge", "dots3_note_text", "glm_moe_dsa", "hy_v4"))
-
 
 # The kernel that ran the first attention of training, for a report.
 kernels_run: set[str] = set()
@@ -144,8 +143,9 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _is_plain(module: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
-    """Whether Transformers' function would do no more than call the kernel for grouped heads, of a whole row."""
-    fits = key.shape == value.shape and key.shape[2] == query.shape[2] and key.shape[3] <= 256
+    """Whether Transformers' function would do no more than call the kernel, of a whole row."""
+    takes_groups = key.shape == value.shape and key.shape[3] <= 256
+    fits = key.shape[2] == query.shape[2] and (takes_groups or key.shape[1] == query.shape[1])
     changed = (options.get(name) is not None for name in ("softcap", "position_bias", "is_causal"))
     return fits and not options.get("dropout") and getattr(module, "is_causal", True) and not any(changed)
 

@@ -41,17 +41,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 
 
 def _cudnn_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, results: list[Any], scale: Any) -> Any:
-    output, log_sum_exp, first, second, longest, longest_key, seed, offset, *_ = results
+    output, log_sum_exp, ends, key_ends, longest, longest_key, seed, offset, *_ = results
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad, query, key, value, output, log_sum_exp, seed, offset, None, first, second, longest, longest_key, 0.0, True,
-        scale=scale,
+        grad, query, key, value, output, log_sum_exp, seed, offset, None, ends, key_ends, longest, longest_key,
+        0.0, True, scale=scale,
     )  # fmt: skip
 
 
 def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, results: list[Any], scale: Any) -> Any:
-    output, log_sum_exp, first, second, longest, longest_key, seed, offset, *_ = results
+    output, log_sum_exp, ends, key_ends, longest, longest_key, seed, offset, *_ = results
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, output, log_sum_exp, first, second, longest, longest_key, 0.0, True, seed, offset,
+        grad, query, key, value, output, log_sum_exp, ends, key_ends, longest, longest_key, 0.0, True, seed, offset,
         scale=scale,
     )  # fmt: skip
 
@@ -125,11 +125,11 @@ class _BackwardInTurns(torch.autograd.Function):
         for start in range(0, key.shape[1], ctx.step):
             shared = slice(start, start + ctx.step)
             heads = slice(start * shared_by, (start + ctx.step) * shared_by)
-            # FlashAttention reads the log-sum-exp without its strides.
-            results = [output[:, heads], log_sum_exp[:, heads].contiguous(), *rest]
             of_turn = ctx.backward_of(
-                grad[:, heads], query[:, heads], key[:, shared], value[:, shared], results, ctx.scale
-            )
+                grad[:, heads], query[:, heads], key[:, shared], value[:, shared],
+                # FlashAttention reads the log-sum-exp without its strides.
+                [output[:, heads], log_sum_exp[:, heads].contiguous(), *rest], ctx.scale,
+            )  # fmt: skip
             for whole, part, place in zip(grads, of_turn, (heads, shared, shared), strict=True):
                 whole[:, place] = part
             del of_turn, part

@@ -31,11 +31,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     """
     kernel: dict[str, Any] = {"is_causal": True, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     step = max(1, TOKEN_HEADS_IN_FLIGHT // query.shape[2])
-    if step >= key.shape[1] or not torch.is_grad_enabled():
+    if step >= key.shape[1]:
         return scaled_dot_product_attention(query, key, value, **kernel)
     with _NoteResults(query, key, value) as noted:
         output = scaled_dot_product_attention(query, key, value, **kernel)
-    if noted.operation is None or not output.requires_grad:
+    if noted.operation is None:
         return output
     return _BackwardInTurns.apply(query, key, value, noted.operation, noted.results, scale, step)  # type: ignore[return-value]
 

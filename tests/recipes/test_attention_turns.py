@@ -127,7 +127,7 @@ def test_what_is_saved_is_saved_once(monkeypatch):
 
     class Saved:
         def __init__(self, tensor):
-            self.tensor = tensor
+            self.tensor = tensor.detach()  # an output with its graph would hold itself
 
     def save(tensor):
         saved = Saved(tensor)

@@ -100,9 +100,15 @@ def _attention_backward(ctx: Any) -> list[Tensor]:
     shared_by = query.shape[1] // key.shape[1]
     if ctx.step >= key.shape[1]:
         return _kernel_backward(query, key, value, shared_by)
-    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    parts: list[list[Tensor]] = [[], [], []]
     for k, v in zip(key.split(ctx.step, 1), value.split(ctx.step, 1), strict=True):
-        _kernel_backward(query[:, : k.shape[1] * shared_by], k, v, shared_by)
+        of_turn = _kernel_backward(query[:, : k.shape[1] * shared_by], k, v, shared_by)
+        for of_tensor in parts:
+            of_tensor.append(of_turn.pop(0))
+    grads = []
+    for like, of_tensor in zip((query, key, value), parts, strict=True):
+        grads.append(torch.empty_like(like))
+        of_tensor.clear()
     return grads
 
 

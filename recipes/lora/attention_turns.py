@@ -120,7 +120,7 @@ class _BackwardInTurns(torch.autograd.Function):
         output, log_sum_exp, *rest = (
             constant if tensor is None else tensor for tensor, constant in zip(tensors, ctx.constants, strict=True)
         )
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        parts: list[list[Tensor]] = [[], [], []]
         shared_by = query.shape[1] // key.shape[1]
         for start in range(0, key.shape[1], ctx.step):
             shared = slice(start, start + ctx.step)
@@ -130,7 +130,15 @@ class _BackwardInTurns(torch.autograd.Function):
                 # FlashAttention reads the log-sum-exp without its strides.
                 [output[:, heads], log_sum_exp[:, heads].contiguous(), *rest], ctx.scale,
             )  # fmt: skip
-            for whole, part, place in zip(grads, of_turn, (heads, shared, shared), strict=True):
-                whole[:, place] = part
+            for of_tensor, part in zip(parts, of_turn, strict=True):
+                of_tensor.append(part)
             del of_turn, part
-        return *grads, None, None, None, None
+        return *map(_join, (query, key, value), parts), None, None, None, None
+
+
+def _join(like: Tensor, parts: list[Tensor]) -> Tensor:
+    """Heads' gradients in the memory layout of a tensor; the parts are gone afterwards."""
+    joined = torch.empty_like(like)
+    for place in joined.split([part.shape[1] for part in parts], 1):
+        place.copy_(parts.pop(0))
+    return joined

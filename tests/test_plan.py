@@ -10,7 +10,7 @@ import torch
 import yaml
 from helpers.models import gpt_oss, mixtral, qwen3, qwen3_config
 from helpers.quantized import needs_bitsandbytes, quantized
-from lora import attention, checkpointing, loss, offload
+from lora import attention, attention_turns, checkpointing, loss, offload
 from lora.adapters import add_adapters
 from lora.checkpointing import kept_bytes
 from torch import nn
@@ -191,7 +191,7 @@ def test_the_counter_follows_storages():
 
 
 def test_the_stand_ins_know_the_recipes_sizes():
-    assert stand_ins.TOKEN_HEADS_IN_FLIGHT == attention.TOKEN_HEADS_IN_FLIGHT
+    assert stand_ins.TOKEN_HEADS_IN_FLIGHT == attention_turns.TOKEN_HEADS_IN_FLIGHT
     assert stand_ins.LOSS_CHUNK_TOKENS == loss.CHUNK_TOKENS
     assert stand_ins.TWO_BLOCKS == checkpointing.TWO_BLOCKS
     assert stand_ins.SMALLEST_OFFLOADED_BYTES == offload.SMALLEST_OFFLOADED_BYTES

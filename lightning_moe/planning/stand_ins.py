@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.planning.parts import ATTENTION_BACKWARD, ATTENTION_KEPT, GRADIENTS, LOSS
 
-# Of the recipe: tokens times key-value heads that one call of attention's kernel works on,
-TOKEN_HEADS_IN_FLIGHT = 131_072
+# Of the recipe: tokens times key-value heads that one call in attention's backward works on,
+TOKEN_HEADS_IN_FLIGHT = 32_768
 # tokens whose logits exist at a time,
 LOSS_CHUNK_TOKENS = 512
 # the smallest tensor that is brought to the host,
@@ -62,7 +62,7 @@ class LayerRun:
 
 
 class _Attention(torch.autograd.Function):
-    """Variable-length attention: cuDNN's or FlashAttention's, some heads in turn where the sequence is long.
+    """Variable-length attention: cuDNN's or FlashAttention's, in backward some heads in turn where there are no sinks.
 
     Backward sums the queries' gradient in float32, and where several heads share keys makes the keys' and the values'
     gradients of each head: 4 + 2 + 2 bytes for each value of the queries.
@@ -70,60 +70,55 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, run: LayerRun, has_sinks: bool) -> Tensor:  # type: ignore[override]
-        ctx.run, ctx.has_sinks = run, has_sinks
         (_, heads, tokens, _), kv_heads = query.shape, key.shape[1]
-        in_turn = kv_heads if has_sinks else min(kv_heads, max(1, TOKEN_HEADS_IN_FLIGHT // tokens))
-        ctx.turns = [min(in_turn, kv_heads - start) * heads // kv_heads for start in range(0, kv_heads, in_turn)]
+        ctx.run, ctx.step = run, kv_heads if has_sinks else max(1, TOKEN_HEADS_IN_FLIGHT // tokens)
         if run.keeps_attention and run.is_recomputing:
-            outputs, sums = run.kept.pop() if run.offloads else run.kept[-1]
+            [(output, sums)] = run.kept.pop() if run.offloads else run.kept[-1]
         else:
             with run.counter.tagged(ATTENTION_KEPT):
-                outputs = [query.new_empty(1, tokens, turn, value.shape[3]) for turn in ctx.turns]
-                sums = [query.new_empty(turn, tokens, dtype=torch.float32) for turn in ctx.turns]
+                output = query.new_empty(1, tokens, heads, value.shape[3])
+                sums = query.new_empty(heads, tokens, dtype=torch.float32)
             if run.keeps_attention:
-                run.kept.append((outputs, sums))
-        outputs = [output.detach() for output in outputs]
+                run.kept.append([(output, sums)])
+        output = output.detach()
         if has_sinks:  # the output without them is kept, the one with them is made of it by a float32 product
-            total = torch.empty_like(sums[0])
-            outputs = [(output * output.new_empty(output.shape[:3], dtype=torch.float32)[..., None]).to(output.dtype)
-                       for output in outputs]  # fmt: skip
-            sums = [total]
-        ctx.save_for_backward(query, key, value, *sums, *outputs)
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0].view_as(outputs[0])
+            sums = torch.empty_like(sums)
+            output = (output * output.new_empty(output.shape[:3], dtype=torch.float32)[..., None]).to(output.dtype)
+        ctx.save_for_backward(query, key, value, sums, output)
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         run: LayerRun = ctx.run
         with run.counter.during("attention's backward"):
             with run.counter.tagged(ATTENTION_BACKWARD):
-                grads = _attention_backward(ctx, grad)
+                grads = _attention_backward(ctx)
             run.fetch()
         return *grads, None, None
 
 
-def _attention_backward(ctx: Any, grad: Tensor) -> list[Tensor]:
-    query, key, value, *rest = ctx.saved_tensors
-    outputs = rest[len(ctx.turns) :]
-    del rest
-    heads, kv_heads = query.shape[1], key.shape[1]
-    parts: list[list[Tensor]] = []
-    for turn in ctx.turns:
-        share = turn * kv_heads // heads
-        of_turn = grad if len(ctx.turns) == 1 else grad[:, :, :turn].contiguous()
-        made = [torch.empty_like(t[:, :num]) for t, num in ((query, turn), (key, share), (value, share))]
-        sums = torch.empty_like(made[0], dtype=torch.float32)
-        of_heads = [tensor.new_empty(1, turn, *tensor.shape[2:]) for tensor in (key, value)] if turn != share else []
-        parts.append(made)
-        outputs.pop()
-        del of_turn, sums, of_heads
-    del query, key, value, grad
+def _attention_backward(ctx: Any) -> list[Tensor]:
+    query, key, value, *_ = ctx.saved_tensors
+    shared_by = query.shape[1] // key.shape[1]
+    if ctx.step >= key.shape[1]:
+        return _kernel_backward(query, key, value, shared_by)
+    parts: list[list[Tensor]] = [[], [], []]
+    for k, v in zip(key.split(ctx.step, 1), value.split(ctx.step, 1), strict=True):
+        of_turn = _kernel_backward(query[:, : k.shape[1] * shared_by], k, v, shared_by)
+        for of_tensor in parts:
+            of_tensor.append(of_turn.pop(0))
     grads = []
-    for number in range(3):
-        of_turns = [part[number] for part in parts]
-        for part in parts:
-            part[number] = of_turns[0][:, :0]
-        grads.append(torch.cat(of_turns, dim=1) if len(of_turns) > 1 else of_turns[0])
-        del of_turns
+    for like, of_tensor in zip((query, key, value), parts, strict=True):
+        grads.append(torch.empty_like(like))
+        of_tensor.clear()
+    return grads
+
+
+def _kernel_backward(query: Tensor, key: Tensor, value: Tensor, shared_by: int) -> list[Tensor]:
+    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    sums = torch.empty_like(grads[0], dtype=torch.float32)
+    of_heads = [t.new_empty(1, query.shape[1], *t.shape[2:]) for t in (key, value)] if shared_by > 1 else []
+    del sums, of_heads
     return grads
 
 

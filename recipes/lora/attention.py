@@ -1,9 +1,8 @@
 """Variable-length attention: the recipe's attention function, which Transformers reaches by the name `varlen`.
 
-A batch is one row of documents end to end. One document runs through PyTorch's scaled_dot_product_attention. Several,
-and those of layers with a sliding window or sinks, run through `varlen_attn`, without the (tokens x tokens) mask that
-Transformers' `sdpa` would build. A very long one runs a few heads at a time, because what backward needs beside its
-results grows with the heads in flight.
+A batch is one row of documents end to end. One document runs through PyTorch's scaled_dot_product_attention, see
+`attention_turns`. Several, and those of layers with a sliding window or sinks, run through `varlen_attn`, without the
+(tokens x tokens) mask that Transformers' `sdpa` would build.
 """
 
 from collections.abc import Callable
@@ -12,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lora.attention_turns import causal_attention
 from lora.kept_results import ATTENTION, keeping, watch_attention
 from lora.sink_attention import attend_documents, masked_attention
 
@@ -27,10 +26,6 @@ UNKNOWN = {"softcap": "cap on the scores", "position_bias": "bias by position"}
 
 # Families whose layers look into the mask; read in Transformers 5.24.
 READ_MASKS = frozenset(("axk2", "deepseek_v32", "doge", "dots3_note_text", "glm_moe_dsa", "hy_v4"))
-
-# Tokens times key-value heads that one kernel call works on: more fill the card no better and take memory.
-TOKEN_HEADS_IN_FLIGHT = 131_072
-
 
 # The kernel that ran the first attention of training, for a report.
 kernels_run: set[str] = set()
@@ -133,9 +128,8 @@ def _attend(
         lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]  # `fill_up` adds empty documents
         documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
         return torch.cat([_kept(alone, module, q, k, v, None, **options)[0] for q, k, v in documents], dim=1)
-    is_plain = attention_mask is None and not is_windowed
-    if is_plain and (_is_long(query, key) or _is_plain(module, query, key, value, options)):
-        return heads_in_turn(query, key, value, options.get("scaling"))
+    if attention_mask is None and not is_windowed and _is_plain(module, query, key, value, options):
+        return _kept(causal_attention, query, key, value, options.get("scaling")).transpose(1, 2)
     return _kept(alone, module, query, key, value, attention_mask, **options)[0]
 
 
@@ -148,14 +142,10 @@ def _has_kernel(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-def _is_long(query: Tensor, key: Tensor) -> bool:
-    tokens = query.shape[2]
-    return _has_kernel(query) and key.shape[2] == tokens and tokens * key.shape[1] > TOKEN_HEADS_IN_FLIGHT
-
-
 def _is_plain(module: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
-    """Whether Transformers' function would do no more than call the kernel for grouped heads, of a whole row."""
-    fits = key.shape == value.shape and key.shape[2] == query.shape[2] and key.shape[3] <= 256
+    """Whether Transformers' function would do no more than call the kernel, of a whole row."""
+    takes_groups = key.shape == value.shape and key.shape[3] <= 256
+    fits = key.shape[2] == query.shape[2] and (takes_groups or key.shape[1] == query.shape[1])
     changed = (options.get(name) is not None for name in ("softcap", "position_bias", "is_causal"))
     return fits and not options.get("dropout") and getattr(module, "is_causal", True) and not any(changed)
 
@@ -165,27 +155,3 @@ def _kept(attend: Callable[..., Any], *args: Any, **options: Any) -> Any:
     notes = torch.is_grad_enabled() and not kernels_run
     with keeping(), _NoteKernel() if notes else nullcontext():
         return attend(*args, **options)
-
-
-def heads_in_turn(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention a few key-value heads at a time, so that one turn's float32 sums exist in backward at a time.
-
-    Each turn's output is kept for backward beside the joined one: 8 KiB a token with 32 heads of 128, 2 GiB in one
-    layer at 262,144 tokens. A kernel call over all heads would take 8 GiB there in backward, a turn takes 2.
-
-    Args:
-        query: (1, heads, tokens, head_dim).
-        key: (1, key-value heads, tokens, head_dim).
-        value: (1, key-value heads, tokens, head_dim).
-        scale: of the scores; None for 1 / sqrt(head_dim).
-
-    Returns:
-        (1, tokens, heads, head_dim).
-    """
-    step, shared_by = max(1, TOKEN_HEADS_IN_FLIGHT // query.shape[2]), query.shape[1] // key.shape[1]
-    kernel = {"is_causal": True, "scale": scale, "enable_gqa": shared_by > 1}
-    if step >= key.shape[1]:
-        return _kept(scaled_dot_product_attention, query, key, value, **kernel).transpose(1, 2)
-    turns = zip(query.split(step * shared_by, 1), key.split(step, 1), value.split(step, 1), strict=True)
-    parts = [_kept(scaled_dot_product_attention, *turn, **kernel) for turn in turns]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=2)

@@ -53,10 +53,10 @@ def estimate_activations(module: nn.Module, ranks: Mapping[str, int], *, recompu
     routing = 2 * torch.long.itemsize + size
     adapts_up, adapts_down = spec.up_name in ranks, "down_proj" in ranks
     trained_rows = (up.requires_grad or adapts_up) * hidden + (down.requires_grad or adapts_down) * intermediate
-    pre_activation = 0 if recompute_gate_up else width
+    projected = 0 if recompute_gate_up else width + ranks.get(spec.up_name, 0)
     experts = torch.long.itemsize if spec.has_bias else 0  # the bias's term needs them by slot
     return ActivationEstimate(
         baseline_per_row=sum(storage.nbytes() for storage in storages) + (hidden + trained_rows) * size + routing,
-        saved_per_row=(pre_activation + sum(ranks.values())) * size + routing + experts,
+        saved_per_row=projected * size + routing + experts,
         baseline_merged=(adapts_up * up.numel() + adapts_down * down.numel()) * size,
     )

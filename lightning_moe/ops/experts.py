@@ -14,11 +14,11 @@ what backward computes anyway. With G = dOut gathered to the rows, not multiplie
 Low-rank updates of the weights stay unmerged: with x A1ᵀ, a A2ᵀ and G B2, all (S, r), and the scalings in B1 and B2,
 
     h += (x A1ᵀ) B1ᵀ      y += (a A2ᵀ) B2ᵀ      da' += (G B2) A2      dx += Σ_k (dh B1) A1
-    dB2 = Gᵀ (g · a A2ᵀ)      dA2 = (G B2)ᵀ (g·a)      dB1 = dhᵀ (x A1ᵀ)      dA1 = (dh B1)ᵀ x
+    dB2 = Gᵀ ((g·a) A2ᵀ)      dA2 = (G B2)ᵀ (g·a)      dB1 = dhᵀ (x A1ᵀ)      dA1 = (dh B1)ᵀ x
 
-Exact for any gate: nothing is divided by it. Kept for backward: h (or x, to make h again), the routing, the gates, the
-(S, r) products, and x at token level where W1 or A1 wants a gradient. Not kept: gathered x, a, y, g·y. The `down_proj`
-bias is linear at token level too, so it never touches a row.
+Exact for any gate: nothing is divided by it. Kept for backward: the routing, the gates, h, x A1ᵀ where B1 wants a
+gradient (or x, to make h and x A1ᵀ again), and x at token level where W1 or A1 wants one. Not kept: gathered x, a,
+a A2ᵀ, y, g·y. The `down_proj` bias is linear at token level too, so it never touches a row.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class _UntilActivation(torch.autograd.Function):
 
     Returns a placeholder, which stands for the output and hands its gradient on, and the intermediates.
     `_FromActivation` saves nothing: activation checkpointing, whose second forward ends when everything saved has been
-    made again, does not run the down projection a second time.
+    made again, runs neither the activation nor the down projection a second time.
     """
 
     @staticmethod

@@ -124,7 +124,7 @@ def _experts(
     recomputes_h: bool,
     is_expert_parallel: bool,
     bytes_saved: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and what backward needs beside the arguments, in the order of `Saved`."""
     plan = _plan(
         top_k_index.numel(), down_weight, up_scalings, down_scalings, needs, activation, is_transposed,
@@ -144,10 +144,7 @@ def _(
     up_scalings, _, flags, _, is_transposed, _, recomputes_h, *_ = options
     needs, num_rows, experts = Needs._make(flags), top_k_index.numel(), down_weight.shape[0]
     dtype, device = down_weight.dtype, down_weight.device
-    up_rank, down_rank = (
-        padded_rank((a.shape[1] for a in found), dtype)
-        for found in (factors[: 2 * len(up_scalings) : 2], factors[2 * len(up_scalings) :: 2])
-    )
+    up_rank = padded_rank((a.shape[1] for a in factors[: 2 * len(up_scalings) : 2]), dtype)
 
     def made(*shape: int, of: torch.dtype = dtype, if_: bool = True) -> Tensor:
         return torch.empty(shape if if_ else (0,), dtype=of if if_ else hidden_states.dtype, device=device)
@@ -160,7 +157,6 @@ def _(
         made(2, num_tiles(num_rows, experts), of=torch.int32, if_=has_grouped_linear(dtype, device)),
         made(num_rows, up_weight.shape[2 if is_transposed else 1], if_=any(flags) and not recomputes_h),
         made(num_rows, up_rank, if_=needs.up_b and not recomputes_h),
-        made(num_rows, down_rank, if_=needs.down_b),
     )
 
 

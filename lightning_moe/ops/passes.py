@@ -106,7 +106,6 @@ class Saved(NamedTuple):
     tiles: Tensor | None
     h: Tensor | None
     up_in_rank: Tensor | None
-    down_in_rank: Tensor | None
 
 
 class Intermediates(NamedTuple):
@@ -114,10 +113,9 @@ class Intermediates(NamedTuple):
 
     Attributes:
         routing: the rows.
-        h: (S, N); None where `a` is there already.
-        a: (S, I); None where it is still to be made of h.
-        down: the projection.
-        down_in_rank: a A2ᵀ (S, R); None where it is still to be made of a.
+        h: of one tensor, (S, N). `from_activation` takes it out: only backward may hold it for longer.
+        down_weight: W2.
+        down_updates: its updates.
         down_bias: (E, H).
         routing_weights: (T, K).
         top_k_index: (T, K).
@@ -125,10 +123,9 @@ class Intermediates(NamedTuple):
     """
 
     routing: Routing
-    h: Tensor | None
-    a: Tensor | None
-    down: Projection
-    down_in_rank: Tensor | None
+    h: list[Tensor]
+    down_weight: Tensor
+    down_updates: list[LowRank]
     down_bias: Tensor | None
     routing_weights: Tensor
     top_k_index: Tensor
@@ -161,18 +158,9 @@ def until_activation(
     routing_weights = routing_weights.contiguous()
     x = hidden_states.to(dtype).contiguous()
     up_updates, down_updates = plan.updates(factors)
-    a = down_in_rank = None
     with without_autocast(x.device.type):
         up = Projection.of(up_weight, up_updates, plan.is_transposed)
         h, up_in_rank = pre_activation(x, up, up_bias, routing)
-        del x, up
-        down = Projection.of(down_weight, down_updates, plan.is_transposed)
-        saved_h = h if plan.records and not plan.recomputes_h else None
-        if saved_h is None or needs.down_b:
-            a = _activated(plan, h, down)
-        if needs.down_b:
-            assert a is not None
-            down_in_rank = down.to_rank(a, routing)
     uses_x = needs.up_weight or plan.recomputes_h or needs.up_a
     saved = Saved(
         hidden_states if uses_x else None,
@@ -186,36 +174,30 @@ def until_activation(
         routing.inverse,
         routing.offsets,
         routing.tiles,
-        saved_h,
+        h if plan.records and not plan.recomputes_h else None,
         up_in_rank if needs.up_b and not plan.recomputes_h else None,
-        down_in_rank,
     )
     return saved, Intermediates(
-        routing, h if a is None else None, a, down, down_in_rank, down_bias, routing_weights, top_k_index,
-        hidden_states.dtype,
-    )  # fmt: skip
+        routing, [h], down_weight, down_updates, down_bias, routing_weights, top_k_index, hidden_states.dtype
+    )
 
 
 def from_activation(made: Intermediates, plan: Plan) -> Tensor:
     """The forward pass from the activation on: the output (T, H)."""
     with without_autocast(made.routing_weights.device.type):
-        a, in_rank = made.a, made.down_in_rank
-        if a is None:
-            a = _activated(plan, made.h, made.down)
-        if in_rank is None:
-            in_rank = made.down.to_rank(a, made.routing)
+        down = Projection.of(made.down_weight, made.down_updates, plan.is_transposed)
+        a = _activated(plan, made.h.pop(), down)
+        in_rank = down.to_rank(a, made.routing)
         dtype = made.out_dtype if made.down_bias is None else torch.float32  # rounded once, the bias added
-        output = project_and_combine(
-            a, made.down, in_rank, made.routing, made.routing_weights, plan.buffer_columns, dtype
-        )
-        del a, in_rank
+        output = project_and_combine(a, down, in_rank, made.routing, made.routing_weights, plan.buffer_columns, dtype)
+        del a, in_rank, down
         if made.down_bias is not None:
             _add_biases(output, made.routing_weights, made.top_k_index, made.down_bias, plan)
             output = output.to(made.out_dtype)
     return output
 
 
-def _activated(plan: Plan, h: Any, down: Projection) -> Tensor:
+def _activated(plan: Plan, h: Tensor, down: Projection) -> Tensor:
     """A (S, I) of h (S, N)."""
     a, intermediate = activate(plan.activation, h).to(h.dtype), down.weight.shape[1]
     if a.shape != (h.shape[0], intermediate):
@@ -248,13 +230,14 @@ def backward(
         choices: see `counting.count`.
     """
     hidden_states, routing_weights, up_weight, up_bias, down_weight, down_bias, top_k_index, *made = saved
-    permutation, inverse, offsets, tiles, h, up_in_rank, down_in_rank = made
+    permutation, inverse, offsets, tiles, h, up_in_rank = made
     del saved[:], made
     top_k, dtype, is_transposed = routing_weights.shape[1], down_weight.dtype, plan.is_transposed
     routing = Routing(permutation, inverse, offsets, tiles, top_k, plan.is_expert_parallel)
     up_updates, down_updates = plan.updates(factors)
 
     up: Any
+    a: Any
     grad_x = grad_routing_weights = grad_up = grad_up_bias = grad_up_a = grad_up_b = None
     with without_autocast(grad_output.device.type):
         up = Projection.of(up_weight, up_updates, is_transposed) if up_weight is not None else None
@@ -267,21 +250,24 @@ def backward(
             scales = _excess(grad_output)
             grad, scaled_weights = grad_output / scales, routing_weights * scales
         grad = grad.to(dtype).contiguous()
-        back = Projection.of(down_weight, down_updates, is_transposed).mT
-        down_grad_in_rank: Any = back.to_rank(grad, routing, gather=True)
-        grad_a = back.project(grad, down_grad_in_rank, routing, gather=True)
+        down = Projection.of(down_weight, down_updates, is_transposed)
+        down_grad_in_rank: Any = down.mT.to_rank(grad, routing, gather=True)
+        grad_a = down.mT.project(grad, down_grad_in_rank, routing, gather=True)
         is_exact = scales is None and down_bias is None  # nothing is to come before it is rounded
+        needs_a = needs.down_weight or needs.down_a or needs.down_b
         grad_h, inner, a = activation_backward(
             plan.activation,
             h,
             grad_a,
             scaled_weights.flatten(),
-            needs=("a" if dtype == torch.float16 else "gated a") if needs.down_weight or needs.down_a else None,
+            needs=("a" if dtype == torch.float16 else "gated a") if needs_a else None,
             overwrite=plan.recomputes_h or may_overwrite(h),
             pairs=permutation,
             inner_dtype=routing_weights.dtype if is_exact else torch.float32,
         )
-        del grad_a, h, back
+        del grad_a, h
+        down_in_rank = down.to_rank(a, routing) if needs.down_b else None
+        del down
         if needs.routing_weights:
             grad_routing_weights = inner.view_as(routing_weights)
             if scales is not None:
@@ -291,7 +277,7 @@ def backward(
             grad_output, grad, a, routing, routing_weights, scaled_weights, down_in_rank, down_grad_in_rank, needs,
             None if down_bias is None else down_bias.dtype, is_transposed=is_transposed,
         )  # fmt: skip
-        del a, grad, down_grad_in_rank
+        del a, grad, down_in_rank, down_grad_in_rank
 
         if needs.up_bias:
             assert up_bias is not None
@@ -351,7 +337,7 @@ def _down_gradients(
         routing: the rows.
         routing_weights: (T, K).
         scaled_weights: the same, times what `grad` was divided by.
-        in_rank: a A2ᵀ (S, R).
+        in_rank: `a` A2ᵀ (S, R).
         grad_in_rank: G B2 (S, R), of `grad`.
         needs: which of them.
         bias_dtype: of the bias.
@@ -361,28 +347,27 @@ def _down_gradients(
     if not (needs.down_weight or needs.down_bias or needs.down_a or needs.down_b):
         return grad_weight, grad_bias, grad_a, grad_b
     dtype, offsets, tokens = grad.dtype, routing.offsets, routing.tokens
-    weight_column = routing_weights.flatten().index_select(0, routing.permutation).unsqueeze(-1)
+
+    def by_row(weights: Tensor) -> Tensor:
+        return weights.flatten().index_select(0, routing.permutation).unsqueeze(-1)
+
     # Small gates leave float16's range sooner in g·a, whose a is small too, than in g·G, as the default has them.
     weighs_the_gradient = dtype == torch.float16
     rows_grad, rows_tokens = grad, tokens
     if weighs_the_gradient and (needs.down_weight or needs.down_b or needs.down_bias):
-        rows_grad, rows_tokens = (grad_output[tokens] * weight_column).to(dtype), None  # type: ignore[assignment]
+        rows_grad, rows_tokens = (grad_output[tokens] * by_row(routing_weights)).to(dtype), None  # type: ignore[assignment]
     if needs.down_weight:
         rows = rows_grad if rows_tokens is None else rows_grad[tokens]
         grad_weight = _grad_weight(a, rows, offsets, is_transposed=is_transposed)
         del rows
     if needs.down_a:
-        gated = grad_in_rank
-        if weighs_the_gradient:
-            scaled = scaled_weights.flatten().index_select(0, routing.permutation).unsqueeze(-1)
-            gated = (gated * scaled).to(dtype)
+        gated = (grad_in_rank * by_row(scaled_weights)).to(dtype) if weighs_the_gradient else grad_in_rank
         grad_a = grouped_outer(gated, a, offsets, out_dtype=torch.float32)
     if needs.down_b:
-        gated = in_rank if weighs_the_gradient else (in_rank * weight_column).to(dtype)
-        grad_b = grouped_outer(rows_grad, gated, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
+        grad_b = grouped_outer(rows_grad, in_rank, offsets, left_tokens=rows_tokens, out_dtype=torch.float32)
     if needs.down_bias:
-        factor = torch.ones_like(weight_column) if weighs_the_gradient else weight_column
-        grad_bias = grouped_sum(rows_grad, factor, offsets, tokens=rows_tokens).to(bias_dtype)
+        factors = grad.new_ones(routing.num_rows, 1) if weighs_the_gradient else by_row(routing_weights)
+        grad_bias = grouped_sum(rows_grad, factors, offsets, tokens=rows_tokens).to(bias_dtype)
     return grad_weight, grad_bias, grad_a, grad_b
 
 

@@ -1,5 +1,6 @@
 """What the operation `moe_experts` allocates on a GPU, as functions that do nothing else; see stand_ins.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS, Activation, activate, activation_backward, rows_at_a_time
-from lightning_moe.ops.low_rank import LowRank, join, split_gradients
+from lightning_moe.ops.low_rank import Factors, LowRank, join, split_gradients
 from lightning_moe.ops.passes import num_buffer_columns
 from lightning_moe.ops.quantized import QuantizedView
 from lightning_moe.planning.parts import GRADIENTS, LAYER_INPUTS, WORKSPACE
@@ -54,18 +55,13 @@ class _Until(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, shape: ExpertsShape, run: LayerRun, *factors: Tensor) -> Any:  # type: ignore[override]
         num_rows = weights.numel()
         permutation, inverse = (weights.new_empty(num_rows, dtype=torch.long) for _ in range(2))
-        up_factors, down_factors = _joined(factors, shape)
-        up_in_rank = _in_rank(num_rows, up_factors)
+        up = _joined(factors[:2], shape.up.dtype)
+        in_rank = _in_rank(num_rows, up)
         h = _project(hidden, num_rows, shape.up, shape, run.counter, bias=shape.has_bias)
-        down_in_rank = a = None
-        if down_factors:
-            a = _activated(shape, h)
-            down_in_rank = _in_rank(num_rows, down_factors)
-        saved = [t for t in (up_in_rank, down_in_rank, hidden if factors else None) if t is not None]
         ctx.shape, ctx.run = shape, run
-        ctx.save_for_backward(weights, h, permutation, inverse, *factors, *saved)
+        ctx.save_for_backward(weights, h, permutation, inverse, *factors, *((in_rank, hidden) if factors else ()))
         placeholder = hidden.new_empty(1, 1).expand(hidden.shape)
-        return placeholder, (h if a is None else None, a, permutation, inverse, run.counter)
+        return placeholder, ([h], factors[2:], permutation, inverse, run.counter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -74,34 +70,33 @@ class _Until(torch.autograd.Function):
         num_rows, top_k, factors = len(h), weights.shape[1], rest[2:6]
         grads: list[Tensor] = []
         with counter.during("the experts' backward"):
-            up_factors, down_factors = _joined(factors, shape) if factors else (None, None)
-            down_rank = _in_rank(num_rows, down_factors)
+            up, down = (_joined(of, shape.up.dtype) for of in (factors[:2], factors[2:]))
+            grad_in_rank = _in_rank(num_rows, down)
             grad_a = _project(grad, num_rows, shape.down.mT, shape, counter)
             grad_h = _differentiated(shape, h, grad_a, weights.flatten())
             grad_weights = torch.empty_like(weights)
             if not factors:
                 del grad_a
             del h
-            if down_factors is not None:
-                gated = torch.empty_like(down_rank)  # type: ignore[arg-type]
+            if down is not None:
+                in_rank, shapes = _in_rank(num_rows, down), [factor.shape for factor in down]
+                del down
                 with counter.tagged(GRADIENTS):
-                    grads += [torch.empty_like(factor, dtype=torch.float32) for factor in down_factors]
-                del gated, grad_a, down_rank
-            up_rank = _in_rank(num_rows, up_factors)
-            if up_factors is not None:
+                    grads += [grad.new_empty(of, dtype=torch.float32) for of in shapes]
+                del in_rank, grad_a, grad_in_rank
+            up_rank = _in_rank(num_rows, up)
+            if up is not None:
                 with counter.tagged(GRADIENTS):
-                    grads = [torch.empty_like(factor, dtype=torch.float32) for factor in up_factors] + grads
+                    grads = [torch.empty_like(factor, dtype=torch.float32) for factor in up] + grads
             grad_x = _combined(grad, num_rows, top_k, shape.up.mT, shape, counter, grad.dtype)
             del grad_h, up_rank
             if shape.has_bias:
                 wide = grad.float() @ grad.new_empty(grad.shape[1], shape.up.shape[0], dtype=torch.float32)
                 del wide
             if factors:
-                up, down = LowRank(factors[0], factors[1], 2.0), LowRank(factors[2], factors[3], 2.0)
                 with counter.tagged(GRADIENTS):
                     of_up, of_down = (
-                        split_gradients(grads[0], grads[1], [up]),
-                        split_gradients(grads[2], grads[3], [down]),
+                        split_gradients(grads[at], grads[at + 1], [_update(factors[at : at + 2])]) for at in (0, 2)
                     )
                     grads = [grad for of in (of_up, of_down) for pair in of for grad in pair]  # type: ignore[misc]
         return grad_x, grad_weights, None, None, *grads
@@ -112,11 +107,14 @@ class _From(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, placeholder: Tensor, made: Any, shape: ExpertsShape, top_k: int) -> Tensor:  # type: ignore[override]
-        h, a, _, _, counter = made
+        h, factors, _, _, counter = made
         num_rows = placeholder.shape[0] * top_k
-        a = _activated(shape, h) if a is None else a
+        down = _joined(factors, shape.down.dtype)
+        a = _activated(shape, h.pop())
+        in_rank = _in_rank(num_rows, down)
         dtype = torch.float32 if shape.has_bias else placeholder.dtype
         output = _combined(placeholder, num_rows, top_k, shape.down, shape, counter, dtype)
+        del a, in_rank, down
         if shape.has_bias:
             output.addcmul_(torch.empty_like(output), torch.empty_like(output[:, :1]))
         return output.to(placeholder.dtype)
@@ -126,15 +124,16 @@ class _From(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _joined(factors: Any, shape: ExpertsShape) -> tuple[Any, Any]:
-    if not factors:
-        return None, None
-    updates: list[LowRank] = [LowRank(factors[at], factors[at + 1], 2.0) for at in (0, 2)]
-    up, down = (join([update], shape.up.dtype) for update in updates)
-    return up, down
+def _update(factors: Sequence[Tensor]) -> LowRank:
+    a, b = factors
+    return LowRank(a, b, 2.0)
 
 
-def _in_rank(num_rows: int, factors: Any) -> Tensor | None:
+def _joined(factors: Sequence[Tensor], dtype: torch.dtype) -> Factors | None:
+    return join([_update(factors)], dtype) if factors else None
+
+
+def _in_rank(num_rows: int, factors: Factors | None) -> Tensor | None:
     return None if factors is None else factors[0].new_empty(num_rows, factors[0].shape[1])
 
 

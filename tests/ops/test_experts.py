@@ -1,7 +1,7 @@
 """Tests of the operation: against a float64 loop, against Transformers' own, and of what it saves for backward."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -35,6 +35,7 @@ from helpers.reference import (
     run_loop,
 )
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import LowRank, moe_experts
@@ -631,20 +632,103 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
     assert all(torch.equal(results[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("ranks", [{}, {"down_ranks": (4,)}, {"gate_up_ranks": (4,), "down_ranks": (4,)}], ids=str)
-def test_the_second_forward_of_checkpointing_does_not_project_down_again(ranks, monkeypatch):
-    projections = []
-    project = passes.project_and_combine
+@pytest.fixture
+def steps(monkeypatch):
+    """The activations and the products with weights, each product by its widths, in order."""
+    found, multiply = [], projection.grouped_linear
 
-    def counting(*args):
-        projections.append(args)
-        return project(*args)
+    def noting(rows, weight, *args, **options):
+        found.append(tuple(weight.shape[1:]))
+        return multiply(rows, weight, *args, **options)
 
-    monkeypatch.setattr(passes, "project_and_combine", counting)
-    problem = make_problem("default", **ranks, requires_grad=(*FROZEN_WEIGHTS, *FACTORS))
+    def noted(function):
+        return lambda *args, **options: found.append(function.__name__) or function(*args, **options)
+
+    monkeypatch.setattr(projection, "grouped_linear", noting)
+    for function in (passes.activate, passes.activation_backward):
+        monkeypatch.setattr(passes, function.__name__, noted(function))
+    return found
+
+
+# Each in order: what comes before the activation, from it on, and of backward until after its derivative.
+STEPS = {
+    "plain": ({}, [(16, 56)], ["activate", (28, 16)], [(16, 28), "activation_backward"]),
+    "down": (
+        {"down_ranks": (8,)},
+        [(16, 56)],
+        ["activate", (28, 8), (28, 16)],
+        [(16, 8), (16, 28), "activation_backward", (28, 8)],
+    ),
+    "both": (
+        {"gate_up_ranks": (4,), "down_ranks": (8,)},
+        [(16, 4), (16, 56)],
+        ["activate", (28, 8), (28, 16)],
+        [(16, 8), (16, 28), "activation_backward", (28, 8), (56, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+@pytest.mark.parametrize("ranks", STEPS)
+def test_the_second_forward_of_checkpointing_ends_before_the_activation(ranks, layout, steps):
+    options, until, since, backward = STEPS[ranks]
+    problem = make_problem(layout, **TAPE_SIZES, **options, requires_grad=(*FROZEN_WEIGHTS, *FACTORS))
     leaves = problem.leaves()
     checkpoint(lambda: call(problem, leaves) + 1.0, use_reentrant=False).sum().backward()
-    assert len(projections) == 2  # of the activations, and of dh
+    assert steps == [*until, *since, *until, *backward, (56, 16)]
+    steps.clear()
+    (call(problem, leaves) + 1.0).sum().backward()
+    assert steps == [*until, *since, *backward, (56, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS])
+def test_the_gates_are_in_the_gradient_of_b_once(dtype, monkeypatch):
+    """B2 alone wants a gradient: backward has a, or g·a, for nothing else."""
+    options = {"dtype": dtype, "gate_dtype": torch.float32, "down_ranks": (8,), "update_size": 0.1}
+    problems = [problem.wanting("down_b0") for problem in low_precision_problems(**options)]
+    baseline, truths = [*map(run_baseline, problems)], [*map(run_loop, problems)]
+    assert_no_worse([*map(run, problems)], baseline, truths)
+
+    def other(*args, needs, **options):
+        return kernels_module.activation_backward(*args, needs="gated a" if needs == "a" else "a", **options)
+
+    monkeypatch.setattr(passes, "activation_backward", other)
+    with pytest.raises(AssertionError, match="down_b0 is off"):
+        assert_no_worse([*map(run, problems)], baseline, truths)
+
+
+@pytest.mark.parametrize(
+    ("forward", "is_held"),
+    [
+        (call, True),
+        (partial(call, recompute_gate_up=True), False),
+        (torch.no_grad()(call), False),
+        (partial(checkpoint, call, use_reentrant=False), False),
+    ],
+    ids=["kept", "recompute_gate_up", "no_grad", "checkpoint"],
+)
+@pytest.mark.parametrize("ranks", [{}, RANKS["both"]], ids=["plain", "low_rank"])
+def test_the_pre_activation_is_held_beside_the_down_projection_only_where_backward_has_it(
+    ranks, forward, is_held, monkeypatch
+):
+    made, held = [], []
+    pre_activation, project = passes.pre_activation, passes.project_and_combine
+
+    def making(*args):
+        h, in_rank = pre_activation(*args)
+        made.append(StorageWeakRef(h.untyped_storage()))
+        return h, in_rank
+
+    def projecting(*args):
+        held.append(not made[-1].expired())
+        return project(*args)
+
+    monkeypatch.setattr(passes, "pre_activation", making)
+    monkeypatch.setattr(passes, "project_and_combine", projecting)
+    problem = make_problem("gpt_oss", **ranks)
+    output = forward(problem, problem.leaves())
+    assert output.shape == (7, 16)
+    assert held == [is_held]
 
 
 # What is saved for backward
@@ -720,24 +804,25 @@ def test_hidden_states_are_kept_only_where_the_first_weight_wants_a_gradient(wan
     assert ("hidden_states" in inputs) == ("gate_up_proj" in names)
 
 
-def test_low_rank_updates_keep_their_small_products_and_no_row_of_x_or_a():
+def test_low_rank_updates_keep_one_small_product_and_no_row_of_x_or_a():
     problem = make_problem("gpt_oss", **TAPE_SIZES, gate_up_ranks=(4,), down_ranks=(8,))
     rows = problem.top_k_index.numel()
     inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS, *FACTORS))
-    assert made == sorted([pre_activation_size(problem), rows * 4, rows * 8])
+    assert made == sorted([pre_activation_size(problem), rows * 4])
     assert {"hidden_states", *FACTORS} & problem.tensors.keys() <= inputs
     inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS, "gate_up_a0"))
     assert made == [pre_activation_size(problem)]
-    inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS))
-    assert made == [pre_activation_size(problem)]
-    assert "hidden_states" not in inputs
+    for names in ((), ("down_a0",), ("down_b0",)):
+        inputs, made = kept_for(call, problem.wanting(*FROZEN_WEIGHTS, *names))
+        assert made == [pre_activation_size(problem)]
+        assert "hidden_states" not in inputs
 
 
 @pytest.mark.parametrize("ranks", [{}, RANKS["both"]], ids=["plain", "low_rank"])
 def test_recompute_gate_up_keeps_the_input_instead_of_the_pre_activation(ranks):
     problem = make_problem("gpt_oss", **TAPE_SIZES, **ranks).wanting(*FROZEN_WEIGHTS, *FACTORS)
     inputs, made = kept_for(lambda problem, leaves: call(problem, leaves, recompute_gate_up=True), problem)
-    assert made == ([problem.top_k_index.numel() * 8] if ranks else [])
+    assert made == []
     assert "hidden_states" in inputs
 
 

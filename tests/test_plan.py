@@ -16,6 +16,7 @@ from lora.checkpointing import kept_bytes
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from lightning_moe import PlanOptions, gategrad, plan_memory, quantize_experts
 from lightning_moe.cli import main
@@ -165,6 +166,23 @@ def test_a_layer_saves_for_backward_what_the_real_one_saves(experts):
 def qwen3_with(config):
     torch.manual_seed(0)
     return type(qwen3())(config)
+
+
+@pytest.mark.parametrize("liger", [True, False, None])
+def test_in_a_process_with_ligers_kernels_none_of_them_runs(liger, monkeypatch):
+    """They would read the meta device's addresses on the GPU, which ends the process."""
+
+    def run(*_, **__):
+        raise AssertionError("a kernel of Liger's ran")
+
+    config = qwen3_config()
+    options = replace(PLAIN, tokens=64, liger=liger)
+    want = plan_memory(config, replace(options, liger=True)).parts
+    norm = type("LigerRMSNorm", (modeling_qwen3_moe.Qwen3MoeRMSNorm,), {"forward": run})
+    norm.__module__ = "liger_kernel.transformers.rms_norm"
+    monkeypatch.setattr(modeling_qwen3_moe, "Qwen3MoeRMSNorm", norm)
+    monkeypatch.setattr(modeling_qwen3_moe, "apply_rotary_pos_emb", run)
+    assert plan_memory(config, options).parts == want
 
 
 def test_the_counter_follows_storages():

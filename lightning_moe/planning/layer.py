@@ -85,6 +85,8 @@ class LayerCounter:
         self.num_layers = len(layers)
         self.layer_name = next(name for name in layers if runs[-1].name.startswith(f"{name}."))
         self._layer, self._experts_name = layers[self.layer_name], runs[-1].name[len(self.layer_name) + 1 :]
+        # In a process that trains with Liger, Transformers builds models with its norms, which run on a GPU alone.
+        self._has_ligers = any(type(module).__module__.startswith("liger_kernel") for module in model.modules())
         AttentionInterface.register(ATTENTION, _attend)
         AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
         model.set_attn_implementation(ATTENTION)
@@ -97,7 +99,7 @@ class LayerCounter:
         has_two_blocks = options.checkpointing == "selective" and self.model.config.model_type in TWO_BLOCKS
         layer = self._prepared(options, run, has_two_blocks)
         arguments = self._arguments(tokens)
-        with counter, ligers_rotary_embedding() if options.liger else nullcontext():
+        with counter, ligers_rotary_embedding() if options.liger or self._has_ligers else nullcontext():
             with counter.tagged(LAYER_INPUTS):
                 x = self._hidden(tokens).requires_grad_()
             output = layer(x, **arguments)
@@ -120,7 +122,7 @@ class LayerCounter:
         counter = AllocationCounter(LAYER_IN_FLIGHT)
         norm = copy.deepcopy(self._decoder.norm)
         _freeze(norm)
-        _replace_norms(norm, options)
+        self._replace_norms(norm, options)
         head = self.model.get_output_embeddings().weight.detach()
         trained = head.numel() * ("lm_head" in options.modules_to_save)
         with counter:
@@ -151,6 +153,7 @@ class LayerCounter:
             return hidden_states
 
         layers, self._decoder.layers = self._decoder.layers, nn.ModuleList([self._layer])
+        norm, self._decoder.norm = self._decoder.norm, nn.Identity()
         self._layer.forward = take
         ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
         positions = ids.clone()
@@ -159,7 +162,7 @@ class LayerCounter:
         try:
             self._decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         finally:
-            self._decoder.layers = layers
+            self._decoder.layers, self._decoder.norm = layers, norm
             del self._layer.forward
         return taken
 
@@ -167,7 +170,7 @@ class LayerCounter:
         """A copy of the layer, frozen but for adapters, with stand-ins, which computes again what the options say."""
         layer = copy.deepcopy(self._layer)
         _freeze(layer)
-        _replace_norms(layer, options)
+        self._replace_norms(layer, options)
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in options.target_modules:
                 module.forward = _adapted(module, options.rank, run)  # type: ignore[method-assign]
@@ -189,6 +192,12 @@ class LayerCounter:
             tile = partial(checkpoint, layer.mlp.forward, use_reentrant=False, preserve_rng_state=False)
             layer.mlp.forward = partial(_in_tiles, tile, options.tile_tokens)
         return layer.forward if options.checkpointing == "none" else recomputed(layer.forward)
+
+
+    def _replace_norms(self, module: nn.Module, options: PlanOptions) -> None:
+        for each in module.modules():
+            if (options.liger or self._has_ligers) and type(each).__name__.endswith("RMSNorm"):
+                each.forward = liger_norm  # type: ignore[method-assign]
 
 
 class _Recomputing:
@@ -249,12 +258,6 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **o
 def _freeze(module: nn.Module) -> None:
     module.requires_grad_(False)
     module.train()
-
-
-def _replace_norms(module: nn.Module, options: PlanOptions) -> None:
-    for each in module.modules():
-        if options.liger and type(each).__name__.endswith("RMSNorm"):
-            each.forward = liger_norm  # type: ignore[method-assign]
 
 
 def _adapted(linear: nn.Linear, rank: int, run: LayerRun) -> Any:

@@ -184,15 +184,14 @@ class LayerCounter:
         if has_two_blocks:
             _move_norm(layer.input_layernorm, layer.self_attn)
             _move_norm(layer.post_attention_layernorm, layer.mlp)
-            layer.self_attn.forward = recomputed(layer.self_attn.forward)
+            layer.self_attn.forward = recomputed(layer.self_attn.forward, fetches=True)
             tile_tokens = options.tile_tokens or options.row_tokens
             layer.mlp.forward = partial(_in_tiles, recomputed(_noted(layer.mlp.forward, run)), tile_tokens)
             return layer.forward  # type: ignore[no-any-return]
         if 0 < options.tile_tokens < options.row_tokens and hasattr(layer, "mlp"):
             tile = partial(checkpoint, layer.mlp.forward, use_reentrant=False, preserve_rng_state=False)
             layer.mlp.forward = partial(_in_tiles, tile, options.tile_tokens)
-        return layer.forward if options.checkpointing == "none" else recomputed(layer.forward)
-
+        return layer.forward if options.checkpointing == "none" else recomputed(layer.forward, fetches=True)
 
     def _replace_norms(self, module: nn.Module, options: PlanOptions) -> None:
         for each in module.modules():
@@ -201,25 +200,27 @@ class LayerCounter:
 
 
 class _Recomputing:
-    """Around a layer's recomputation."""
+    """Around a layer's recomputation, or a block's."""
 
-    def __init__(self, run: LayerRun) -> None:
-        self._run = run
+    def __init__(self, run: LayerRun, fetches: bool) -> None:
+        self._run, self._fetches = run, fetches
 
     def __enter__(self) -> None:
         self._run.is_recomputing = True
+        if self._fetches:
+            self._run.fetch()
 
     def __exit__(self, *_: object) -> None:
         self._run.is_recomputing = False
 
 
-def _recomputed(run: LayerRun, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer or a block, computed again in backward."""
+def _recomputed(run: LayerRun, forward: Callable[..., Any], fetches: bool = False) -> Callable[..., Any]:
+    """A layer or a block, computed again in backward; with the fetch of what the block before it kept."""
 
     def checkpointed(hidden_states: Tensor, **arguments: Any) -> Any:
         return checkpoint(
             forward, hidden_states, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _Recomputing(run)), **arguments,
+            context_fn=lambda: (nullcontext(), _Recomputing(run, fetches)), **arguments,
         )  # fmt: skip
 
     return checkpointed

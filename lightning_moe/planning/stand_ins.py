@@ -40,7 +40,7 @@ class LayerRun:
         kept: attention's results.
         choice: the router's.
         inputs: bytes that the second block took, tile by tile, where it is computed again by itself.
-        fetched: what the block before kept and backward needs after attention's, (tag, bytes) each.
+        fetched: what the block before attention's kept, (tag, bytes) each.
         on_device: that, on the device again.
     """
 
@@ -55,7 +55,7 @@ class LayerRun:
     on_device: list[Tensor] = field(default_factory=list)
 
     def fetch(self) -> None:
-        """Brings back what the block before kept."""
+        """Brings back what the block before attention's kept, as that one's recomputation begins."""
         for tag, size in self.fetched:
             with self.counter.tagged(tag):
                 self.on_device.append(torch.empty(size, dtype=torch.uint8, device="meta"))
@@ -93,7 +93,6 @@ class _Attention(torch.autograd.Function):
         with run.counter.during("attention's backward"):
             with run.counter.tagged(ATTENTION_BACKWARD):
                 grads = _attention_backward(ctx)
-            run.fetch()
         return *grads, None, None
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora.attention_turns import causal_attention
-from lora.kept_results import ATTENTION, keeping, watch_attention
+from lora.kept_results import ATTENTION, keeping
 from lora.sink_attention import attend_documents, masked_attention
 
 NAME = "varlen"
@@ -93,9 +93,7 @@ def varlen_attention(
             f"model.attention {NAME!r} sees whole documents, for the model's layers do not hand over their window of "
             f"{window} tokens: set --model.attention sdpa"
         )
-    output = _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options)
-    watch_attention(query)
-    return output, None
+    return _attend(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, options), None
 
 
 def _attend(

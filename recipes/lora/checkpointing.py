@@ -122,8 +122,11 @@ def enable_checkpointing(
         if mode == "selective" and has_two_blocks:
             _move_norm(layer.input_layernorm, layer.self_attn)
             _move_norm(layer.post_attention_layernorm, layer.mlp)
-            layer.self_attn.forward = partial(recomputed, layer.self_attn.forward, offloading, keeps_attention=True)
-            experts = partial(recomputed, layer.mlp.forward, offloading, has_attention=False)
+            layer.self_attn.forward = partial(
+                recomputed, layer.self_attn.forward, offloading,
+                keeps_attention=True, ends_with=getattr(layer.self_attn, "o_proj", None),
+            )  # fmt: skip
+            experts = partial(recomputed, layer.mlp.forward, offloading)
             layer.mlp.forward = partial(_in_tiles, experts, experts, tile_tokens)
             continue
         tile = partial(recomputed, layer.mlp.forward, None)
@@ -155,21 +158,17 @@ def _recomputed(
     hidden_states: Tensor,
     *args: Any,
     keeps_attention: bool = False,
-    has_attention: bool = True,
+    ends_with: nn.Module | None = None,
     **kwargs: Any,
 ) -> Any:
     """A layer, a block or a tile of one, computed again in backward."""
     if not torch.is_grad_enabled():
         return forward(hidden_states, *args, **kwargs)
+    contexts = partial(keep_and_reuse, attention=keeps_attention, ends_with=ends_with)
     if offloading is None:
-        contexts = partial(keep_and_reuse, attention=keeps_attention)
         return checkpointing(forward, hidden_states, *args, context_fn=contexts, **kwargs)
     block = offloading.next_block()
-    # What is needed next is not fetched while attention's backward has memory at its peak.
-    contexts = partial(
-        keep_and_reuse, attention=keeps_attention, pack=block.pack, unpack=block.unpack,
-        before_recomputation=None if has_attention else block.fetch_before, after_attention=block.fetch_before,
-    )  # fmt: skip
+    contexts = partial(contexts, pack=block.pack, unpack=block.unpack, before_recomputation=block.fetch_before)
     with block.hooks():
         return checkpointing(forward, hidden_states, *args, context_fn=contexts, **kwargs)
 

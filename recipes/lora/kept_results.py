@@ -1,4 +1,4 @@
-"""What a checkpointed layer keeps of its forward's results, so that its recomputation need not compute them again.
+"""What a checkpointed layer, or block, keeps of its forward's results, so that they are not computed again.
 
 The experts that the router chose, which computed again could be others; and attention's output and log-sum-exp, which
 take long to compute. A router runs within `keeping_choice()` and attention within `keeping()`: in a checkpointed
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # whose operation is among these
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,7 +43,7 @@ def keep_and_reuse(
     pack: Callable[[Tensor], Any] = lambda tensor: tensor,
     unpack: Callable[[Any], Any] = lambda packed: packed,
     before_recomputation: Callable[[], None] | None = None,
-    after_attention: Callable[[], None] | None = None,
+    ends_with: nn.Module | None = None,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The two contexts that torch.utils.checkpoint asks of its `context_fn`: around forward, and the recomputation.
 
@@ -52,11 +52,11 @@ def keep_and_reuse(
         pack: what becomes of a tensor that is kept, such as being brought to the host.
         unpack: undoes that; what was not packed it gives back as it is.
         before_recomputation: called when it is about to begin.
-        after_attention: called when attention's backward is done.
+        ends_with: the module whose output is the last of the forward's and goes nowhere else within.
     """
     kept: Kept = defaultdict(list)
-    forward = _Forward(kept, attention, pack, after_attention)
-    return _Within(forward), _Within(_Recomputation(kept, attention, unpack, before_recomputation))
+    recomputation = _Recomputation(kept, attention, unpack, before_recomputation, ends_with)
+    return _Within(_Forward(kept, attention, pack)), _Within(recomputation)
 
 
 def keeping() -> AbstractContextManager[Any]:
@@ -70,33 +70,20 @@ def keeping_choice() -> AbstractContextManager[Any]:
     return _WatchChoice(list(_thread.layers)) if _thread.layers else _NOTHING
 
 
-def watch_attention(query: Tensor) -> None:
-    """Has a checkpointed layer know when backward is done with attention."""
-    for layer in _thread.layers:
-        if isinstance(layer, _Forward) and query.requires_grad:
-            layer.watch_attention(query)
+def is_output_needed(module: nn.Module) -> bool:
+    """Whether a module has to compute its output: not where a recomputation ends with it."""
+    return not any(isinstance(layer, _Recomputation) and layer.ends_with is module for layer in _thread.layers)
 
 
 class _Forward:
     """A layer's forward: keeps results as they come."""
 
-    def __init__(
-        self,
-        kept: Kept,
-        attention: bool,
-        pack: Callable[[Tensor], Any],
-        after_attention: Callable[[], None] | None,
-    ) -> None:
+    def __init__(self, kept: Kept, attention: bool, pack: Callable[[Tensor], Any]) -> None:
         self.attention = attention
-        self._kept, self._pack, self._after_attention = kept, pack, after_attention
+        self._kept, self._pack = kept, pack
 
     def start(self) -> None:
         """Forward begins."""
-
-    def watch_attention(self, query: Tensor) -> None:
-        """Has the callback called."""
-        if (after := self._after_attention) is not None:
-            query.register_hook(lambda _: after())
 
     def choose(self, run: Run, scores: Tensor, dim: int) -> Any:
         """Runs `topk`, and keeps the choice: the values are a gather away, and routers normalize them in place."""
@@ -116,9 +103,14 @@ class _Recomputation:
     """A layer's recomputation: gives back what was kept, in its order."""
 
     def __init__(
-        self, kept: Kept, attention: bool, unpack: Callable[[Any], Any], before: Callable[[], None] | None
+        self,
+        kept: Kept,
+        attention: bool,
+        unpack: Callable[[Any], Any],
+        before: Callable[[], None] | None,
+        ends_with: nn.Module | None,
     ) -> None:
-        self.attention = attention
+        self.attention, self.ends_with = attention, ends_with
         self._kept, self._unpack, self._before = kept, unpack, before
         self._calls: Counter[Any] = Counter()
 

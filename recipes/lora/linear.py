@@ -8,11 +8,13 @@ three times 128 MiB for q_proj alone. Here y is rounded once less, too.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+
+from lora.kept_results import is_output_needed
 
 
 def fuse_updates(model: nn.Module) -> None:
@@ -36,42 +38,37 @@ def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tens
     base, device = layer.base_layer, x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    placeholder, made = _UntilProduct.apply(x, base.weight, a, b, layer.scaling[name], dtype)
-    return _Product.apply(placeholder, made, base.bias)
+    return _LoRALinear.apply(x, base.weight, a, b, base.bias, layer.scaling[name], dtype, is_output_needed(layer))  # type: ignore[return-value]
 
 
-class _Made(NamedTuple):
-    """What `_Product` continues with."""
-
-    rows: Tensor
-    weight: Tensor
-    in_rank: Tensor
-    b: Tensor
-    scaling: float
-
-
-class _UntilProduct(torch.autograd.Function):
-    """The layer but for y. Saves what backward needs; returns a placeholder, which hands on the gradient of y.
-
-    `_Product` saves nothing: activation checkpointing, whose second forward ends when everything saved has been made
-    again, does not compute the y that a block ends with. Casts its tensors itself, which costs the host half of what
-    autograd's own casts do.
-    """
+class _LoRALinear(torch.autograd.Function):
+    """Casts its tensors itself, which costs the host half of what autograd's own casts do."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor, _Made]:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+        needs_output: bool,
+    ) -> Tensor:
         weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
         rows = x.to(dtype).flatten(0, -2)
         in_rank = rows @ a.t()
         ctx.scaling = scaling
         ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, weight, a, b, in_rank)
-        placeholder = rows.new_empty(1).expand(*x.shape[:-1], len(weight))
-        return placeholder, _Made(rows, weight, in_rank, b, scaling)
+        if not needs_output:
+            return rows.new_empty(1).expand(*x.shape[:-1], len(weight))
+        y = nn.functional.linear(rows, weight, bias if bias is None else bias.to(dtype))
+        y.addmm_(in_rank, b.t(), alpha=scaling)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, a, b, in_rank = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
@@ -83,17 +80,4 @@ class _UntilProduct(torch.autograd.Function):
             grad_b = (rows.t() @ in_rank).mul_(ctx.scaling)
         if needs_x:
             grad_x = (rows @ weight).addmm_(grad_in_rank, a).view(*grad.shape[:-1], -1)
-        return grad_x, None, grad_a, grad_b, None, None  # autograd casts them to their tensors' dtypes
-
-
-class _Product(torch.autograd.Function):
-    """The y of a layer."""
-
-    @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, made: _Made, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        y = nn.functional.linear(made.rows, made.weight, None if bias is None else bias.to(made.rows.dtype))
-        return y.addmm_(made.in_rank, made.b.t(), alpha=made.scaling).view(placeholder.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad, None, None
+        return grad_x, None, grad_a, grad_b, None, None, None, None  # autograd casts them to their tensors' dtypes

@@ -18,6 +18,8 @@ from lora.checkpointing import (
     kept_bytes,
 )
 from lora.kept_results import ATTENTION
+from lora.linear import fuse_updates
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +81,10 @@ def family(name):
 
 def family_results(name, **options):
     network = family(name)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, target_modules=r".*self_attn\.(q|k|v|o)_proj", init_lora_weights=False)
+    inject_adapter_in_model(lora, network)
+    fuse_updates(network)
     if options:
         enable_checkpointing(network.get_decoder().layers, "selective", **options)
     return results(network)

@@ -1,7 +1,10 @@
 """Tests of LoRA on linear layers: PEFT's outputs and gradients, nearer to float64 than PEFT's where bits are few."""
 
+from functools import partial
+
 import pytest
 import torch
+from lora.kept_results import keep_and_reuse
 from lora.linear import fuse_updates
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -100,14 +103,25 @@ def test_disabled_and_merged_adapters_run_pefts_forward(change):
     assert not torch.equal(outputs[0], adapted(fused=True)(torch.ones(3, IN)))
 
 
-def test_a_recomputation_that_ends_with_the_layer_does_not_compute_its_output():
+@pytest.mark.parametrize("ends_with_it", [True, False])
+def test_a_recomputation_that_ends_with_the_layer_does_not_compute_its_output(ends_with_it):
     layer = adapted(fused=True)
+    contexts = partial(keep_and_reuse, attention=False, ends_with=layer if ends_with_it else None)
     x = torch.randn(30, IN, requires_grad=True)
     with Products() as products:
-        output = checkpoint(lambda x: layer(x.sin()), x, use_reentrant=False)
+        output = checkpoint(lambda x: layer(x.sin()), x, use_reentrant=False, context_fn=contexts)
         output.sum().backward()
     once = adapted(fused=True)(x.sin())
-    assert products.count == 2  # y, and the gradient of x
+    assert products.count == 3 - ends_with_it  # y, again, and the gradient of x
     assert torch.equal(output, once)
     (want,) = torch.autograd.grad(once.sum(), x)
     assert torch.equal(x.grad, want)
+
+
+def test_that_comparison_sees_a_block_that_goes_on_after_the_layer():
+    layer = adapted(fused=True)
+    contexts = partial(keep_and_reuse, attention=False, ends_with=layer)
+    x = torch.randn(30, IN, requires_grad=True)
+    checkpoint(lambda x: layer(x.sin()).square(), x, use_reentrant=False, context_fn=contexts).sum().backward()
+    (want,) = torch.autograd.grad(adapted(fused=True)(x.sin()).square().sum(), x)
+    assert not torch.allclose(x.grad, want, rtol=0.1)

@@ -62,15 +62,15 @@ def test_a_block_is_fetched_at_once_and_again_for_another_backward():
     assert first.stride() == tensors[0].stride()
 
 
-def test_the_block_before_is_fetched_whole():
+def test_a_block_waits_on_the_host_from_the_next_but_one_on_and_is_fetched_whole():
     offload = ActivationOffload()
-    blocks = [offload.next_block() for _ in range(2)]
-    packed = [blocks[0].pack(torch.randn(2**20, device="cuda")) for _ in range(2)]
-    offload.next_block()
+    first = offload.next_block()
+    packed = [first.pack(torch.randn(2**20, device="cuda")) for _ in range(2)]
+    second = offload.next_block()
     assert [one.is_on_device for one in packed] == [True, True]
     offload.next_block()
     assert [one.is_on_device for one in packed] == [False, False]
-    blocks[1].fetch_before()
+    second.fetch_before()
     assert [one.is_on_device for one in packed] == [True, True]
 
 

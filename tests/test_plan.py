@@ -392,7 +392,7 @@ def test_a_checkpoint_with_quantized_experts_trains_as_it_is(capsys, tmp_path):
 def test_a_recipe_with_another_on_top_and_options():
     _, given = read_recipe(f"{QWEN3},{CONFIGS / 'nf4.yaml'}")
     assert (given["quantize"], given["optimizer"], given["tokens"]) == ("nf4", "adamw_8bit", 4096)
-    assert (given["checkpointing"], given["offload"], given["output_buffer_mib"]) == ("auto", None, 64)
+    assert (given["checkpointing"], given["offload"], given["output_buffer_mib"]) == ("auto", None, 256)
     config, given = read_recipe(f"{CONFIGS / 'gpt_oss_20b.yaml'},{CONFIGS / 'gpt_oss_120b.yaml'}")
     assert (config.num_hidden_layers, given["router_module"]) == (36, "mlp.router")
     _, given = read_recipe(f"{QWEN3},{CONFIGS / 'fsdp.yaml'}")

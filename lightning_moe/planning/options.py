@@ -60,7 +60,7 @@ class PlanOptions:
     offload: bool = False
     optimizer: Optimizer = "adamw"
     tile_tokens: int = 32_768
-    output_buffer_mib: float = 64
+    output_buffer_mib: float = 256
     liger: bool | None = None
     gpus: int = 1
     strategy: Strategy = "ddp"

@@ -90,9 +90,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         run: LayerRun = ctx.run
-        with run.counter.during("attention's backward"):
-            with run.counter.tagged(ATTENTION_BACKWARD):
-                grads = _attention_backward(ctx)
+        with run.counter.during("attention's backward"), run.counter.tagged(ATTENTION_BACKWARD):
+            grads = _attention_backward(ctx)
         return *grads, None, None
 
 

@@ -40,7 +40,7 @@ HEADERS = [
     "card GiB", "tokens", "variant", "s per step", "above weights GiB", "planned", "peak GiB", "planned", "losses",
 ]  # fmt: skip
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
-BUFFER_MIB = 64  # of the callback
+BUFFER_MIB = 256  # of the callback
 LONG = 8192  # from here on the host runs ahead within one step
 # What each part of a variant's name sets. Transformers' own checkpointing is put on by the benchmark.
 PARTS: dict[str, dict[str, Any]] = {

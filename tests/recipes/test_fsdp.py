@@ -88,7 +88,8 @@ def test_bfloat16_is_no_further_from_float32_than_on_one_rank(runs, tmp_path):
         ours = values(tmp_path / kind / LAST)
         assert {value.dtype for value in ours.values()} == {torch.float32}
         errors[kind] = deviation(ours, exact)
-    assert errors["fsdp"] < 1.2 * errors["auto"]
+    # One draw of roundings each, which Adam's first steps enlarge: alike within a factor of two, far from other steps.
+    assert errors["fsdp"] < 2 * errors["auto"] < deviation(values(runs / "auto" / HALFWAY), exact)
 
 
 @pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])

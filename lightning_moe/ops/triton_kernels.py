@@ -405,6 +405,10 @@ def grouped_linear(
     return out
 
 
+# Of a product over rows: features of the wide side and rows at a time; warps and stages.
+OUTER = 128, 64, 4, 3
+
+
 @triton.jit
 def _grouped_outer_kernel(
     wide, tokens, narrow, out, offsets, wide_stride, narrow_stride, out_expert, out_wide, out_narrow, WIDE, NARROW,
@@ -449,11 +453,12 @@ def grouped_outer(
         wide, narrow, tokens, view = right, left, right_tokens, out.mT
     num_experts, width, rank = view.shape
     block = _block(rank, 64)
-    grid = (_cdiv(width, 128), num_experts, _cdiv(rank, block))
+    features, rows, num_warps, num_stages = OUTER
+    grid = (_cdiv(width, features), num_experts, _cdiv(rank, block))
     _run(
         _grouped_outer_kernel, grid, wide, offsets if tokens is None else tokens, narrow, view, offsets,
         wide.stride(0), narrow.stride(0), *view.stride(), width, rank,
-        constants=(tokens is not None, 128, block, 64),
+        constants=(tokens is not None, features, block, rows), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

@@ -29,8 +29,8 @@ def runs(tmp_path_factory):
     """The folders of one rank, and of two."""
     folder = tmp_path_factory.mktemp("runs")
     train(folder / "auto", "auto")
-    for kind in ("ddp", "fsdp"):
-        together(train, folder / kind, kind, checkpointing="full")
+    for kind, mode in (("ddp", "full"), ("fsdp", "selective")):
+        together(train, folder / kind, kind, checkpointing=mode)
     return folder
 
 

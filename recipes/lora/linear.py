@@ -42,7 +42,10 @@ def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tens
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Casts its tensors itself, which costs the host half of what autograd's own casts do."""
+    """Casts its tensors itself, which costs the host half of what autograd's own casts do.
+
+    Where the output is not needed, it is a placeholder of its shape, without values.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]

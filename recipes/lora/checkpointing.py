@@ -26,7 +26,7 @@ Recomputing = Literal["selective", "full"]
 Mode = Recomputing | Literal["none"]
 
 # Families whose layers are r = x + self_attn(input_layernorm(x)) and r + mlp(post_attention_layernorm(r)); read in
-# Transformers 5.24. Other families' layers are computed again whole.
+# Transformers 5.17 and 5.24, where attention ends with o_proj. Other families' layers are computed again whole.
 TWO_BLOCKS = frozenset((
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss",
     "hunyuan_v1_moe", "hy_v3", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",

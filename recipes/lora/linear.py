@@ -18,13 +18,13 @@ from lora.kept_results import is_output_needed
 
 
 def fuse_updates(model: nn.Module) -> None:
-    """Has PEFT's adapted linear layers add their updates this way, where they are adapted once, without dropout.
+    """Has PEFT's adapted linear layers add their updates this way, where they are plain LoRA's, without dropout.
 
     Where its adapters are disabled or merged, a layer runs PEFT's own forward.
     """
     layer: Any
     for layer in model.modules():
-        if type(layer) is not Linear or any(layer.lora_bias.values()):
+        if type(layer) is not Linear or any(layer.lora_bias.values()) or layer.lora_variant:
             continue
         drops = not all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
         if type(layer.base_layer) is nn.Linear and not drops:
@@ -42,7 +42,10 @@ def _adapted(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tens
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Casts its tensors itself, which costs the host half of what autograd's own casts do."""
+    """Casts its tensors itself, which costs the host half of what autograd's own casts do.
+
+    Where the output is not needed, it is a placeholder of its shape, without values.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]

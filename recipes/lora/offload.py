@@ -2,9 +2,12 @@
 
 Copies run on a stream of their own. A block's tensors stay on the device until the next but one begins, when their
 copies are waited for: device memory belongs to the stream that computes. In backward they are asked for block by block,
-last first; each is fetched while there is still enough to compute before it is used.
+last first; each is fetched while there is still enough to compute before it is used. A block that backward does not
+reach is not fetched: nobody would wait for that copy, which would be written over what has its memory next.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +46,9 @@ class OffloadedBlock:
     """What one execution of a block keeps."""
 
     def __init__(self, offload: ActivationOffload, before: "OffloadedBlock | None") -> None:
-        self._offload, self._before = offload, before
+        self._offload = offload
+        # The graph holds a block: one that no gradient passes, or whose forward failed, is gone.
+        self._before: Callable[[], OffloadedBlock | None] = (lambda: None) if before is None else weakref.ref(before)
         self._tensors: list[_Offloaded] = []
 
     def hooks(self) -> saved_tensors_hooks:
@@ -81,12 +86,13 @@ class OffloadedBlock:
 
     def free_copies_before(self) -> None:
         """Frees the tensors of the block before on the device."""
-        if self._before is not None:
-            self._before.free_device_copies()
+        before = self._before()
+        if before is not None:
+            before.free_device_copies()
 
     def fetch_before(self) -> None:
         """Starts the copies of all that the block before kept."""
-        before, self._before = self._before, None
+        before = self._before()
         if before is not None:
             before.fetch()
 

@@ -19,6 +19,7 @@ from lora.checkpointing import (
 )
 from lora.kept_results import ATTENTION
 from lora.linear import fuse_updates
+from lora.offload import OffloadedBlock
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -214,6 +215,39 @@ def test_on_the_cpu_offload_changes_nothing(mode, has_two_blocks):
     loss, grads = step(network)
     assert torch.equal(loss, want_loss)
     assert all(map(torch.equal, grads, want))
+
+
+@pytest.mark.parametrize(("trained", "unfetched"), [("q_proj", 1), ("mlp.gate", 2)])
+def test_a_block_that_backward_does_not_come_to_is_not_fetched(trained, unfetched, monkeypatch):
+    """With what precedes the first gate frozen, backward ends before the first layer's attention."""
+    fetched = []
+    monkeypatch.setattr(OffloadedBlock, "fetch", lambda block: fetched.append(block))
+    network = model()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trained in name)
+    enable_checkpointing(network.model.layers, "selective", has_two_blocks=True, offload=True)
+    for _ in range(2):  # the second step's blocks are not after the first one's, either
+        fetched.clear()
+        step(network, balances=False)
+        assert len(set(fetched)) == len(fetched) == 2 * len(network.model.layers) - unfetched
+
+
+def test_a_step_that_failed_in_forward_leaves_nothing_to_fetch(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(OffloadedBlock, "fetch", lambda block: fetched.append(block))
+    network = model()
+    enable_checkpointing(network.model.layers, "selective", has_two_blocks=True, offload=True)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = network.model.layers[-1].mlp.experts.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(network)
+    handle.remove()
+    _, grads = step(network)
+    assert len(fetched) == 2 * len(network.model.layers) - 1
+    assert all(map(torch.equal, grads, step(model())[1]))
 
 
 def test_kept_bytes_are_those_of_a_step():

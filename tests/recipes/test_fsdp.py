@@ -29,8 +29,8 @@ def runs(tmp_path_factory):
     """The folders of one rank, and of two."""
     folder = tmp_path_factory.mktemp("runs")
     train(folder / "auto", "auto")
-    for kind in ("ddp", "fsdp"):
-        together(train, folder / kind, kind, checkpointing="full")
+    for kind, mode in (("ddp", "full"), ("fsdp", "selective")):
+        together(train, folder / kind, kind, checkpointing=mode)
     return folder
 
 
@@ -88,8 +88,10 @@ def test_bfloat16_is_no_further_from_float32_than_on_one_rank(runs, tmp_path):
         ours = values(tmp_path / kind / LAST)
         assert {value.dtype for value in ours.values()} == {torch.float32}
         errors[kind] = deviation(ours, exact)
-    # One draw of roundings each, which Adam's first steps enlarge: alike within a factor of two, far from other steps.
-    assert errors["fsdp"] < 2 * errors["auto"] < deviation(values(runs / "auto" / HALFWAY), exact)
+    # The largest of some fifty errors each, which rounding spreads: the ratio was 1.26, and 1.0 for other random bases.
+    limit = 2 * errors["auto"]
+    assert errors["fsdp"] < limit
+    assert deviation(values(tmp_path / "fsdp" / HALFWAY), exact) > 3 * limit
 
 
 @pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])

@@ -89,6 +89,15 @@ def test_that_comparison_sees_a_missing_update_and_another_scaling():
         assert all(a > 2 * b for a, b in zip(wrong, right, strict=True))
 
 
+def test_doras_magnitudes_train():
+    network = nn.ModuleDict({"proj": nn.Linear(IN, OUT)})
+    config = LoraConfig(r=RANK, target_modules=["proj"], use_dora=True, init_lora_weights=False)
+    inject_adapter_in_model(config, network)
+    fuse_updates(network)
+    network["proj"](torch.randn(3, IN)).sum().backward()
+    assert network["proj"].lora_magnitude_vector["default"].weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("change", ["disable", "merge"])
 def test_disabled_and_merged_adapters_run_pefts_forward(change):
     outputs = []

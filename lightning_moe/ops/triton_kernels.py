@@ -406,7 +406,7 @@ def grouped_linear(
 
 
 # Of a product over rows: features of the wide side and rows at a time; warps and stages.
-OUTER = 128, 64, 4, 3
+OUTER = 128, 64, 4, 4
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.integrations.transformers_experts import read_spec
+from lightning_moe.ops.grouped import FUSED_ACTIVATIONS
 from lightning_moe.planning.experts import ExpertsShape, experts
 from lightning_moe.planning.options import PlanOptions
 from lightning_moe.planning.parts import ATTENTION_KEPT, LAYER_IN_FLIGHT, LAYER_INPUTS, LOSS
@@ -85,6 +86,8 @@ class LayerCounter:
         self.num_layers = len(layers)
         self.layer_name = next(name for name in layers if runs[-1].name.startswith(f"{name}."))
         self._layer, self._experts_name = layers[self.layer_name], runs[-1].name[len(self.layer_name) + 1 :]
+        experts = model.get_submodule(runs[-1].name)
+        self.has_fused_activation = read_spec(experts).activation in FUSED_ACTIVATIONS
         # In a process that trains with Liger, Transformers builds models with its norms, which run on a GPU alone.
         self._has_ligers = any(type(module).__module__.startswith("liger_kernel") for module in model.modules())
         AttentionInterface.register(ATTENTION, _attend)

@@ -81,8 +81,10 @@ def make_report(planner: Planner, given: dict[str, Any], card: Card | None) -> R
     plan = planner.plan(options)
     longest = None
     if card is not None:
+        is_left = given.get("checkpointing") == "auto" and given.get("offload") is None
+        offloaded = given | ({"offload": True} if is_left else {})
         longest = longest_tokens(
-            planner, lambda tokens: settle(planner, given | {"tokens": tokens}, card), card,
+            planner, lambda tokens: settle(planner, offloaded | {"tokens": tokens}, card), card,
             MOST_TOKENS // options.batch,
         )  # fmt: skip
     return Report(

@@ -215,36 +215,40 @@ def test_the_stand_ins_know_the_recipes_sizes():
     assert stand_ins.SMALLEST_OFFLOADED_BYTES == offload.SMALLEST_OFFLOADED_BYTES
 
 
-# GiB above what is held between steps, measured: recipes/benchmarks/2026-11-29-*.md.
+# GiB above what is held between steps, measured: recipes/benchmarks/2026-11-30-blocks-on-an-h200.md.
 MEASURED = [
-    ({"tokens": 16_384}, None, 10.34),
-    ({"tokens": 16_384, "offload": True}, None, 1.52),
-    ({"tokens": 16_384, "experts": True}, None, 10.39),
-    ({"tokens": 16_384, "experts": True, "offload": True}, None, 3.82),
-    ({"tokens": 16_384, "quantize": "nf4"}, None, 10.44),
-    ({"tokens": 4096, "offload": True, "quantize": "nf4"}, None, 0.62),
-    ({"tokens": 65_536, "offload": True, "quantize": "fp8"}, None, 5.05),
-    ({"tokens": 262_144, "offload": True}, 4, 16.16),
+    ("qwen3_30b_a3b", {"tokens": 16_384}, None, 13.03),
+    ("qwen3_30b_a3b", {"tokens": 16_384, "offload": True}, None, 1.27),
+    ("qwen3_30b_a3b", {"tokens": 16_384, "experts": True}, None, 13.08),
+    ("qwen3_30b_a3b", {"tokens": 16_384, "experts": True, "offload": True}, None, 3.57),
+    ("qwen3_30b_a3b", {"tokens": 32_768, "checkpointing": "full", "offload": True}, None, 2.71),
+    ("qwen3_30b_a3b", {"tokens": 4096, "offload": True, "quantize": "nf4"}, None, 0.56),
+    ("qwen3_30b_a3b", {"tokens": 131_072, "offload": True}, 8, 8.38),
+    ("gpt_oss_20b", {"tokens": 65_536, "offload": True, "quantize": "mxfp4"}, None, 6.53),
 ]
 
 
-@pytest.mark.parametrize(("chosen", "layers", "above"), MEASURED)
-def test_a_step_takes_what_was_measured(chosen, layers, above):
-    planner = planner_of("qwen3_30b_a3b", layers)
+@pytest.mark.parametrize(("recipe", "chosen", "layers", "above"), MEASURED)
+def test_a_step_takes_what_was_measured(recipe, chosen, layers, above):
+    planner = planner_of(recipe, layers)
     plan = planner.plan(PlanOptions(**chosen))
-    # The longest two were measured when the down projection still had h beside it: 0.04 and 0.24 GiB, as planned.
-    assert plan.above / GIB == pytest.approx(above, rel=0.025)
+    assert plan.above / GIB == pytest.approx(above, rel=0.02)
     other = planner.plan(replace(plan.options, offload=not plan.options.offload))
     assert other.above / GIB != pytest.approx(above, rel=0.05)
 
 
-def test_cards_hold_what_was_measured_beside_tensors():
-    planner = planner_of("qwen3_30b_a3b")
-    offloaded = PlanOptions(tokens=16_384, offload=True)
-    for chosen, card in (({"quantize": "nf4"}, 19.86), ({"quantize": "fp8"}, 32.70), ({"experts_on": "host"}, 7.95)):
-        plan = planner.plan(replace(offloaded, **chosen))
-        assert 0.98 < plan.peak / GIB / card < 1.05
-        assert plan.peak == sum(plan.parts.values()) > plan.allocated == plan.held + plan.above
+@pytest.mark.parametrize(
+    ("recipe", "chosen", "card"),
+    [
+        ("qwen3_30b_a3b", {"quantize": "nf4"}, 19.44),
+        ("qwen3_30b_a3b", {"tokens": 32_768, "experts": True}, 69.88),
+        ("gpt_oss_20b", {"quantize": "mxfp4"}, 17.66),
+    ],
+)
+def test_cards_hold_what_was_measured_beside_tensors(recipe, chosen, card):
+    plan = planner_of(recipe).plan(PlanOptions(**{"tokens": 16_384, "offload": True} | chosen))
+    assert 0.98 < plan.peak / GIB / card < 1.05
+    assert plan.peak == sum(plan.parts.values()) > plan.allocated == plan.held + plan.above
 
 
 def test_host_memory_is_rounded_up_to_powers_of_two():
@@ -252,9 +256,9 @@ def test_host_memory_is_rounded_up_to_powers_of_two():
     assert experts.host["experts"] / GIB == 72  # for 54
     four = planner_of("qwen3_30b_a3b", 4)
     kept = four.plan(PlanOptions(tokens=262_144, offload=True)).host["kept by layers"]
-    assert kept / GIB == pytest.approx(12.16, abs=0.01)
+    assert kept / GIB == pytest.approx(16.16, abs=0.01)
     more = four.plan(PlanOptions(tokens=262_145, offload=True)).host["kept by layers"]
-    assert more > 1.9 * kept
+    assert more > 1.7 * kept
 
 
 def test_shards_and_replicas():
@@ -358,7 +362,7 @@ def test_json(capsys):
     plan = planner_of("qwen3_30b_a3b").plan(PlanOptions(tokens=16_384, offload=True))
     assert found["peak_gib"] == pytest.approx(plan.peak / GIB, abs=0.001)
     assert sum(found["parts_gib"].values()) == pytest.approx(found["peak_gib"], abs=0.01)
-    assert found["host_gib"] == pytest.approx(9.09, abs=0.01)
+    assert found["host_gib"] == pytest.approx(12.09, abs=0.01)
     assert found["fits"] is True
     assert found["cards_gb"]["24"]["fits_with"] == ["--experts-on host"]  # which is the recipe's own choice there
     assert found["cards_gb"]["24"]["host_gib"] > 72

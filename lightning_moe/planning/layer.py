@@ -5,12 +5,10 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -18,6 +16,7 @@ from lightning_moe.discovery import find_moe_layers
 from lightning_moe.integrations.allocations import AllocationCounter
 from lightning_moe.integrations.transformers_experts import read_spec
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS
+from lightning_moe.planning.blocks import recompute
 from lightning_moe.planning.experts import ExpertsShape, experts
 from lightning_moe.planning.options import PlanOptions
 from lightning_moe.planning.parts import ATTENTION_KEPT, LAYER_IN_FLIGHT, LAYER_INPUTS, LOSS
@@ -183,68 +182,12 @@ class LayerCounter:
                 module.lightning_moe_plan = run  # type: ignore[assignment]
         module = layer.get_submodule(self._experts_name)
         module.forward = _experts(module, options, run)  # type: ignore[method-assign]
-        recomputed = partial(_recomputed, run)
-        if has_two_blocks:
-            _move_norm(layer.input_layernorm, layer.self_attn)
-            _move_norm(layer.post_attention_layernorm, layer.mlp)
-            layer.self_attn.forward = recomputed(layer.self_attn.forward, fetches=True)
-            tile_tokens = options.tile_tokens or options.row_tokens
-            layer.mlp.forward = partial(_in_tiles, recomputed(_noted(layer.mlp.forward, run)), tile_tokens)
-            return layer.forward  # type: ignore[no-any-return]
-        if 0 < options.tile_tokens < options.row_tokens and hasattr(layer, "mlp"):
-            tile = partial(checkpoint, layer.mlp.forward, use_reentrant=False, preserve_rng_state=False)
-            layer.mlp.forward = partial(_in_tiles, tile, options.tile_tokens)
-        return layer.forward if options.checkpointing == "none" else recomputed(layer.forward, fetches=True)
+        return recompute(layer, options, run, has_two_blocks)
 
     def _replace_norms(self, module: nn.Module, options: PlanOptions) -> None:
         for each in module.modules():
             if (options.liger or self._has_ligers) and type(each).__name__.endswith("RMSNorm"):
                 each.forward = liger_norm  # type: ignore[method-assign]
-
-
-class _Recomputing:
-    """Around a layer's recomputation, or a block's."""
-
-    def __init__(self, run: LayerRun, fetches: bool) -> None:
-        self._run, self._fetches = run, fetches
-
-    def __enter__(self) -> None:
-        self._run.is_recomputing = True
-        if self._fetches:
-            self._run.fetch()
-
-    def __exit__(self, *_: object) -> None:
-        self._run.is_recomputing = False
-
-
-def _recomputed(run: LayerRun, forward: Callable[..., Any], fetches: bool = False) -> Callable[..., Any]:
-    """A layer or a block, computed again in backward; with the fetch of what the block before it kept."""
-
-    def checkpointed(hidden_states: Tensor, **arguments: Any) -> Any:
-        return checkpoint(
-            forward, hidden_states, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _Recomputing(run, fetches)), **arguments,
-        )  # fmt: skip
-
-    return checkpointed
-
-
-def _noted(forward: Callable[[Tensor], Any], run: LayerRun) -> Callable[[Tensor], Any]:
-    """The second block, of whose forward the input is noted."""
-
-    def noting(hidden_states: Tensor) -> Any:
-        if not run.is_recomputing:
-            run.inputs.append(hidden_states.numel() * hidden_states.element_size())
-        return forward(hidden_states)
-
-    return noting
-
-
-def _move_norm(norm: Any, block: Any) -> None:
-    """Makes a block's norm a part of it."""
-    normalize, forward = norm.forward, block.forward
-    block.forward = lambda hidden_states, **arguments: forward(normalize(hidden_states), **arguments)
-    norm.forward = lambda hidden_states: hidden_states
 
 
 def _kept(run: LayerRun, x: Tensor) -> tuple[tuple[str, int], ...]:
@@ -297,15 +240,6 @@ def _experts(module: Any, options: PlanOptions, run: LayerRun) -> Callable[..., 
         return experts(shape, run, hidden_states, top_k_index, top_k_weights, tuple(factors))
 
     return forward
-
-
-def _in_tiles(tile: Callable[[Tensor], Any], tile_tokens: int, hidden_states: Tensor) -> Any:
-    outputs: list[Any] = [tile(part) for part in hidden_states.split(tile_tokens, dim=1)]
-    if len(outputs) == 1:
-        return outputs[0]
-    if isinstance(outputs[0], tuple):
-        return tuple(torch.cat(parts, dim=0 if parts[0].ndim == 2 else 1) for parts in zip(*outputs, strict=True))
-    return torch.cat(outputs, dim=1)
 
 
 def router_module(model: PreTrainedModel, options: PlanOptions) -> str:

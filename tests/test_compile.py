@@ -204,4 +204,4 @@ def test_what_pytorch_asks_of_an_operator(activation, wants, has_biases):
     name = FUSED_ACTIVATIONS[activation]
     probe = operator.new_probe(torch.device("cpu"))
     options = ([1.0, 2.0], [], needs, name, False, 512.0, False, False, 3)
-    opcheck(torch.ops.lightning_moe.experts.default, (*inputs, index, factors, probe, *options))
+    opcheck(torch.ops.lightning_moe.experts_2.default, (*inputs, index, factors, probe, *options))

@@ -68,7 +68,7 @@ def call(
     for updates in (up_updates, down_updates):
         wants += [any(u.a.requires_grad for u in updates), any(u.b.requires_grad for u in updates)]
     needs = [torch.is_grad_enabled() and want for want in wants]
-    return torch.ops.lightning_moe.experts(
+    return torch.ops.lightning_moe.experts_2(
         *inputs, top_k_index, factors, probe if any(needs) else None,
         [u.scaling for u in up_updates], [u.scaling for u in down_updates], needs, FUSED_ACTIVATIONS[activation],
         is_transposed, float(output_buffer_mib), recompute_gate_up, is_expert_parallel, bytes_saved,
@@ -104,7 +104,9 @@ def _plan(
     )
 
 
-@torch.library.custom_op("lightning_moe::experts", mutates_args=())
+# PyTorch keeps compiled graphs from run to run by their operators' names, whatever these return by then: another number
+# in both names where what they take or return changes.
+@torch.library.custom_op("lightning_moe::experts_2", mutates_args=())
 def _experts(
     hidden_states: Tensor,
     routing_weights: Tensor,
@@ -160,7 +162,7 @@ def _(
     )
 
 
-@torch.library.custom_op("lightning_moe::experts_backward", mutates_args=())
+@torch.library.custom_op("lightning_moe::experts_backward_2", mutates_args=())
 def _experts_backward(
     grad_output: Tensor,
     saved: Sequence[Tensor | None],
@@ -224,7 +226,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     factors = saved[len(Saved._fields) :]
     del saved[len(Saved._fields) :]
-    *found, counts = torch.ops.lightning_moe.experts_backward(grad_output, saved, factors, *ctx.options)
+    *found, counts = torch.ops.lightning_moe.experts_backward_2(grad_output, saved, factors, *ctx.options)
     up_scalings, _, flags, *_ = ctx.options
     at = iter(found)
     num_inputs = len(Inputs._fields)
@@ -235,4 +237,4 @@ def _backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Any, ...]:
     return *of_inputs, None, of_factors, counts if ctx.counts else None, *none
 
 
-torch.library.register_autograd("lightning_moe::experts", _backward, setup_context=_setup_context)
+torch.library.register_autograd("lightning_moe::experts_2", _backward, setup_context=_setup_context)

@@ -35,15 +35,10 @@ class AllocationCounter(TorchDispatchMode):
     def __init__(self, tag: str) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
+        self.peak, self.at_peak, self.moment = 0, Counter(self.live), "forward"
         self.traffic = 0
-        self._tag, self._moment = tag, "forward"
+        self._tag, self._moment = tag, self.moment
         self._known: dict[int, Any] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """Looks for a new peak from now on."""
-        self.peak, self.at_peak, self.moment = 0, Counter(self.live), self._moment
-        self._note()
 
     @contextmanager
     def tagged(self, tag: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Activation checkpointing as the recipe has it, of a layer on the meta device: whole, or block by block, in tiles."""
+"""The recipe's activation checkpointing on the meta device: of a layer, or of each of its blocks, in tiles."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -192,7 +192,7 @@ class LayerCounter:
 
 def _kept(run: LayerRun, x: Tensor) -> tuple[tuple[str, int], ...]:
     """What is held after a layer's forward: its input first."""
-    outputs = [tensor for kept in run.kept for tensors in kept for tensor in tensors]
+    outputs = [tensor for results in run.kept for tensor in results]
     tags = [LAYER_INPUTS] * (1 + len(run.inputs)) + [ATTENTION_KEPT] * len(outputs) + [LAYER_INPUTS] * len(run.choice)
     sizes = [x.nbytes, *run.inputs, *(tensor.nbytes for tensor in (*outputs, *run.choice))]
     return tuple(zip(tags, sizes, strict=True))

@@ -48,7 +48,7 @@ class LayerRun:
     keeps_attention: bool
     offloads: bool
     is_recomputing: bool = False
-    kept: list[Any] = field(default_factory=list)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     choice: list[Tensor] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     fetched: tuple[tuple[str, int], ...] = ()
@@ -73,13 +73,13 @@ class _Attention(torch.autograd.Function):
         (_, heads, tokens, _), kv_heads = query.shape, key.shape[1]
         ctx.run, ctx.step = run, kv_heads if has_sinks else max(1, TOKEN_HEADS_IN_FLIGHT // tokens)
         if run.keeps_attention and run.is_recomputing:
-            [(output, sums)] = run.kept.pop() if run.offloads else run.kept[-1]
+            output, sums = run.kept.pop() if run.offloads else run.kept[-1]
         else:
             with run.counter.tagged(ATTENTION_KEPT):
                 output = query.new_empty(1, tokens, heads, value.shape[3])
                 sums = query.new_empty(heads, tokens, dtype=torch.float32)
             if run.keeps_attention:
-                run.kept.append([(output, sums)])
+                run.kept.append((output, sums))
         output = output.detach()
         if has_sinks:  # the output without them is kept, the one with them is made of it by a float32 product
             sums = torch.empty_like(sums)

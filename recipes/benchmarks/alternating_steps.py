@@ -12,7 +12,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from itertools import groupby, product
 from pathlib import Path
 from statistics import median
@@ -27,12 +26,12 @@ from tables import provenance, show, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_moe import GraphedFunction, MemoryPlan, PlanOptions, patch_moe, plan_memory, replayed_bytes
+from lightning_moe import GraphedFunction, MemoryPlan, patch_moe, plan_memory, replayed_bytes
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.attention import register
 from lora.base_model import read_config
-from lora.module import MoELoRA
+from lora.module import MoELoRA, plan_options
 from qwen3_lora import ALLOCATOR
 
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
@@ -81,13 +80,9 @@ def plan_of(variant: str, tokens: int, options: dict[str, Any]) -> MemoryPlan | 
     if not variant.startswith("lightning_moe") or variant.endswith("graph"):
         return None
     chosen = options | options_of(variant)
-    names = {field.name for field in fields(PlanOptions)} & chosen.keys()
-    given: dict[str, Any] = {
-        name: tuple(chosen[name]) if isinstance(chosen[name], list) else chosen[name] for name in names
-    }
-    given["experts_on"] = "host" if chosen.get("experts_on") == "host" else "device"
-    config = read_config(None, chosen["architecture"], chosen.get("quantize") is not None)
-    return plan_memory(config, PlanOptions(**given | {"tokens": tokens, "output_buffer_mib": BUFFER_MIB}))
+    place = "host" if chosen.get("experts_on") == "host" else "device"
+    planned = plan_options(chosen, tokens=tokens, experts_on=place, output_buffer_mib=BUFFER_MIB)
+    return plan_memory(read_config(None, chosen["architecture"], chosen.get("quantize") is not None), planned)
 
 
 class OnSharedBase(MoELoRA):

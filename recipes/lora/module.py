@@ -1,6 +1,8 @@
 """MoELoRA: a Mixture-of-Experts language model with LoRA adapters as a LightningModule."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from types import MethodType
 from typing import Any, Literal, Self
 
@@ -265,20 +267,13 @@ class MoELoRA(LightningModule):
 
     def planned_memory(self, data: InstructionData, output_buffer_mib: float) -> MemoryPlan | None:
         """What a step of the data's longest batch takes on a GPU by `lightning-moe plan`; None where it has no plan."""
-        options = self.hparams
-        names = (
-            "dtype", "experts", "rank", "target_modules", "router", "router_module", "modules_to_save", "quantize",
-            "quantize_linear", "optimizer", "tile_tokens",
-        )  # fmt: skip
-        mode, offload = self.checkpointing
-        chosen = {name: options[name] for name in names}
-        chosen |= {name: tuple(chosen[name]) for name in ("target_modules", "modules_to_save")}
+        options, (mode, offload) = self.hparams, self.checkpointing
         try:
-            planned = PlanOptions(
-                tokens=data.max_length, batch=data.batch_size, checkpointing=mode, offload=offload,
+            planned = plan_options(
+                options, tokens=data.max_length, batch=data.batch_size, checkpointing=mode, offload=offload,
                 experts_on="host" if self._experts_on_host else "device", gpus=self.trainer.world_size,
                 strategy="ddp" if self.device_mesh is None else "fsdp", output_buffer_mib=output_buffer_mib,
-                liger=self._description["norms and rotary embedding"] == "Liger", **chosen,
+                liger=self._description["norms and rotary embedding"] == "Liger",
             )  # fmt: skip
             return plan_memory(
                 read_config(self._name, options["architecture"], options["quantize"] is not None), planned
@@ -445,3 +440,10 @@ class MoELoRA(LightningModule):
         base = self.build_base()
         base.set_attn_implementation("eager")
         return str(verify_adapter(folder, base))
+
+
+def plan_options(options: Mapping[str, Any], **known: Any) -> PlanOptions:
+    """A plan's options: those of the module, and what is known of the step, which goes before them."""
+    named = {field.name: options[field.name] for field in fields(PlanOptions) if field.name in options}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    return PlanOptions(**given | known)

@@ -43,7 +43,7 @@ from lightning_moe.ops.passes import (
     until_activation,
     without_foreign,
 )
-from lightning_moe.ops.quantized import QuantizedWeight
+from lightning_moe.ops.quantized import QuantizedWeight, may_stay_dense
 from lightning_moe.ops.validation import check_output_buffer, shape_problem, unsupported_weights
 
 _NUM_INPUTS, _NUM_SAVED = len(Inputs._fields), len(Saved._fields)
@@ -67,6 +67,9 @@ class _UntilActivation(torch.autograd.Function):
         ctx.owner = Owner(has_hooks=has_saved_tensors_hooks())
         # Where hooks have all this made again, what is saved is the recomputation's choice, and this the forward's.
         keeps_choice = plan.health is not None and ctx.owner.has_hooks
+        if ctx.owner.has_hooks and ctx.needs.hidden_states and may_stay_dense(inputs.up_weight):
+            # h is made again in any case: in backward W1 is dense once for h and for dx.
+            plan = plan._replace(recomputes_h=True)
         saved, made = until_activation(inputs, top_k_index, factors, plan, ctx.needs, keeps_choice=keeps_choice)
         placeholder = inputs.hidden_states.new_empty(1, 1).expand(inputs.hidden_states.shape)
         ctx.plan, ctx.anchor, ctx.chosen, ctx.is_interrupted = plan, anchor, made.routing.chosen, False

@@ -16,6 +16,7 @@ from lightning_moe.ops.counting import count
 from lightning_moe.ops.grouped import Activation, activate, activation_backward, grouped_outer, grouped_sum
 from lightning_moe.ops.low_rank import LowRank, split_gradients
 from lightning_moe.ops.projection import Projection, pre_activation, project_and_combine
+from lightning_moe.ops.quantized import may_stay_dense
 from lightning_moe.ops.routing import Routing, sort_by_expert
 
 # The fewest hidden features that the output buffer takes at a time: the width of a product's tile.
@@ -113,7 +114,9 @@ class Intermediates(NamedTuple):
 
     Attributes:
         routing: the rows.
-        h: of one tensor, (S, N). `from_activation` takes it out: only backward may hold it for longer.
+        h: of one tensor, (S, N). `from_activation` takes it out: only backward may hold it for longer. Empty where
+            backward makes its own,
+        unprojected: and this is of what h is made of: x, W1, and its bias.
         down_weight: W2.
         down_updates: its updates.
         down_bias: (E, H).
@@ -124,6 +127,7 @@ class Intermediates(NamedTuple):
 
     routing: Routing
     h: list[Tensor]
+    unprojected: list[tuple[Tensor, Projection, Tensor | None]]
     down_weight: Tensor
     down_updates: list[LowRank]
     down_bias: Tensor | None
@@ -148,7 +152,8 @@ def until_activation(
 ) -> tuple[Saved, Intermediates]:
     """The forward pass up to the activation: what backward needs of it, and what the pass continues with.
 
-    With `keeps_choice` its routing has the experts' ids, for `backward` to compare with those of another forward.
+    With `keeps_choice` its routing has the experts' ids, for `backward` to compare with those of another forward. Where
+    h is not saved it is not made: activation checkpointing's second forward, which ends here, makes none.
     """
     hidden_states, routing_weights, up_weight, up_bias, down_weight, down_bias = inputs
     dtype, num_experts, is_expert_parallel = down_weight.dtype, down_weight.shape[0], plan.is_expert_parallel
@@ -160,7 +165,7 @@ def until_activation(
     up_updates, down_updates = plan.updates(factors)
     with without_autocast(x.device.type):
         up = Projection.of(up_weight, up_updates, plan.is_transposed)
-        h, up_in_rank = pre_activation(x, up, up_bias, routing)
+        h, up_in_rank = (None, None) if plan.recomputes_h else pre_activation(x, up, up_bias, routing)
     uses_x = needs.up_weight or plan.recomputes_h or needs.up_a
     saved = Saved(
         hidden_states if uses_x else None,
@@ -174,18 +179,22 @@ def until_activation(
         routing.inverse,
         routing.offsets,
         routing.tiles,
-        h if plan.records and not plan.recomputes_h else None,
-        up_in_rank if needs.up_b and not plan.recomputes_h else None,
+        h if plan.records else None,
+        up_in_rank if needs.up_b else None,
     )
+    made, unprojected = ([], [(x, up, up_bias)]) if h is None else ([h], [])
     return saved, Intermediates(
-        routing, [h], down_weight, down_updates, down_bias, routing_weights, top_k_index, hidden_states.dtype
-    )
+        routing, made, unprojected, down_weight, down_updates, down_bias, routing_weights, top_k_index,
+        hidden_states.dtype,
+    )  # fmt: skip
 
 
 def from_activation(made: Intermediates, plan: Plan) -> Tensor:
     """The forward pass from the activation on: the output (T, H)."""
     with without_autocast(made.routing_weights.device.type):
         down = Projection.of(made.down_weight, made.down_updates, plan.is_transposed)
+        if made.unprojected:
+            made.h.append(pre_activation(*made.unprojected.pop(), made.routing)[0])
         a = _activated(plan, made.h.pop(), down)
         in_rank = down.to_rank(a, made.routing)
         dtype = made.out_dtype if made.down_bias is None else torch.float32  # rounded once, the bias added
@@ -243,6 +252,8 @@ def backward(
         up = Projection.of(up_weight, up_updates, is_transposed) if up_weight is not None else None
         x: Any = None if hidden_states is None else hidden_states.to(dtype).contiguous()
         if plan.recomputes_h:
+            if needs.hidden_states and may_stay_dense(up_weight):
+                up = up.dense()
             h, up_in_rank = pre_activation(x, up, up_bias, routing)
 
         grad, scales, scaled_weights = grad_output, None, routing_weights

@@ -40,6 +40,11 @@ class Projection(NamedTuple):
         """What takes a gradient back through the projection."""
         return Projection(self.weight.mT, None if self.b is None else self.b.mT, None if self.a is None else self.a.mT)
 
+    def dense(self) -> "Projection":
+        """With a quantized weight made dense as a whole."""
+        weight = self.weight
+        return self if isinstance(weight, Tensor) else self._replace(weight=weight.dense(slice(0, weight.shape[2])))
+
     def to_rank(self, rows: Tensor, routing: Routing, *, gather: bool = False) -> Tensor | None:
         """The rows' (S, R) part in the updates; `gather` where the rows are one per token."""
         if self.a is None:

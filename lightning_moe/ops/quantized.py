@@ -16,6 +16,8 @@ from torch import Tensor
 
 # What a weight that is made dense for a product may take at a time.
 WORKSPACE_BYTES = 256 * 2**20
+# And, if that is more, one that is made dense once for two products, of the device's memory.
+SHARE_OF_DEVICE = 0.01
 # The fewest features at a time: the width of a product's tile, so that results are the same bits.
 MIN_FEATURES = 256
 
@@ -189,6 +191,18 @@ class QuantizedWeight(Tensor):
 
     def _with(self, parts: dict[str, Tensor], dtype: torch.dtype | None = None) -> "QuantizedWeight":
         return QuantizedWeight(self.format, parts, tuple(self.shape), dtype or self.dtype)
+
+
+def may_stay_dense(weight: Tensor) -> bool:
+    """Whether a quantized weight may be made dense once, as a whole, for two products of a backward."""
+    if not isinstance(weight, QuantizedWeight):
+        return False
+    most = WORKSPACE_BYTES
+    if weight.device.type == "cuda":
+        given = torch.cuda.get_per_process_memory_fraction(weight.device)
+        total = torch.cuda.get_device_properties(weight.device).total_memory
+        most = max(most, int(SHARE_OF_DEVICE * given * total))
+    return weight.numel() * weight.dtype.itemsize <= most
 
 
 def _each_quantized(arguments: Any, function: Callable[["QuantizedWeight"], Any]) -> Any:

@@ -407,18 +407,43 @@ def grouped_linear(
 
 # Of a product over rows: features of the wide side and rows at a time; warps and stages.
 OUTER = 128, 64, 4, 4
+# The rows that a program works through, at least: where an expert has more, others take them, piece by piece, so that
+# an expert with many times the mean does not keep the device waiting.
+OUTER_PIECE = 2048
+
+
+@triton.jit
+def _later_pieces(offsets, piece_rows, num_experts, E2: tl.constexpr):
+    """How many pieces of rows each expert has after its first."""
+    expert = tl.arange(0, E2)
+    known = expert < num_experts
+    ends = tl.load(offsets + expert, mask=known, other=0)
+    starts = tl.load(offsets + expert - 1, mask=known & (expert > 0), other=0)
+    return tl.maximum((ends - starts + piece_rows - 1) // piece_rows - 1, 0)
 
 
 @triton.jit
 def _grouped_outer_kernel(
-    wide, tokens, narrow, out, offsets, wide_stride, narrow_stride, out_expert, out_wide, out_narrow, WIDE, NARROW,
-    GATHER: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    wide, tokens, narrow, out, later_out, offsets, wide_stride, narrow_stride, out_expert, out_wide, out_narrow, WIDE,
+    NARROW, piece_rows, num_later, num_experts, GATHER: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr, E2: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1)
     column = tl.program_id(0) * BW + tl.arange(0, BW)
     small = tl.program_id(2) * BN + tl.arange(0, BN)
-    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets + expert)
+    program = tl.program_id(1)
+    # Later pieces come first: they are the largest.
+    if program < num_later:
+        later = _later_pieces(offsets, piece_rows, num_experts, E2)
+        expert = tl.sum((tl.cumsum(later, 0) <= program).to(tl.int32), 0)
+        piece = program - tl.sum(tl.where(tl.arange(0, E2) < expert, later, 0), 0) + 1
+        target = later_out + program.to(tl.int64) * out_expert
+    else:
+        expert = program - num_later
+        piece = 0
+        target = out + expert.to(tl.int64) * out_expert
+    known = expert < num_experts  # or the experts have fewer pieces than they might
+    start = tl.load(offsets + expert - 1, mask=known & (expert > 0), other=0) + piece * piece_rows
+    end = tl.minimum(tl.load(offsets + expert, mask=known, other=0), start + piece_rows)
     total = tl.zeros((BW, BN), tl.float32)
     for first in range(start, end, BR):
         row = first + tl.arange(0, BR)
@@ -433,8 +458,25 @@ def _grouped_outer_kernel(
             mask=valid[:, None] & (small < NARROW)[None, :], other=0.0,
         )  # fmt: skip
         total = tl.dot(left.T, right, total)
-    target = out + expert.to(tl.int64) * out_expert + column[:, None] * out_wide + small[None, :] * out_narrow
-    tl.store(target, total.to(out.dtype.element_ty), mask=(column < WIDE)[:, None] & (small < NARROW)[None, :])
+    target += column[:, None] * out_wide + small[None, :] * out_narrow
+    tl.store(target, total, mask=(column < WIDE)[:, None] & (small < NARROW)[None, :])
+
+
+@triton.jit
+def _add_later_pieces_kernel(out, later_out, offsets, size, piece_rows, num_experts, E2: tl.constexpr, B: tl.constexpr):
+    expert = tl.program_id(1)
+    later = _later_pieces(offsets, piece_rows, num_experts, E2)
+    num_its = tl.sum(tl.where(tl.arange(0, E2) == expert, later, 0), 0)
+    if num_its > 0:
+        at = tl.program_id(0) * B + tl.arange(0, B)
+        mask = at < size
+        target = out + expert.to(tl.int64) * size + at
+        source = later_out + tl.sum(tl.where(tl.arange(0, E2) < expert, later, 0), 0).to(tl.int64) * size + at
+        total = tl.load(target, mask=mask, other=0.0)
+        for _ in range(num_its):
+            total += tl.load(source, mask=mask, other=0.0)
+            source += size
+        tl.store(target, total, mask=mask)
 
 
 def grouped_outer(
@@ -446,21 +488,33 @@ def grouped_outer(
     right_tokens: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    out = left.new_empty(offsets.shape[0], left.shape[1], right.shape[1], dtype=out_dtype)
-    wide, narrow, tokens, view = left, right, left_tokens, out
+    wide, narrow, tokens, is_turned = left, right, left_tokens, False
     if right_tokens is not None or (left_tokens is None and left.shape[1] < right.shape[1]):
         assert left_tokens is None, "the kernel gathers one side's rows"
-        wide, narrow, tokens, view = right, left, right_tokens, out.mT
-    num_experts, width, rank = view.shape
-    block = _block(rank, 64)
+        wide, narrow, tokens, is_turned = right, left, right_tokens, True
+    num_experts, num_rows, width, rank = offsets.shape[0], narrow.shape[0], wide.shape[1], narrow.shape[1]
+    # No more later pieces than experts: they take no more memory than the result.
+    piece_rows = max(OUTER_PIECE, _cdiv(num_rows, num_experts))
+    num_later = max(num_rows - 1, 0) // piece_rows
+    out = left.new_empty(num_experts, left.shape[1], right.shape[1], dtype=torch.float32)
+    later_out = left.new_empty(num_later, left.shape[1], right.shape[1], dtype=torch.float32) if num_later else out
+    view = out.mT if is_turned else out
+    block, experts_block = _block(rank, 64), _power_of_2(num_experts)
     features, rows, num_warps, num_stages = OUTER
-    grid = (_cdiv(width, features), num_experts, _cdiv(rank, block))
     _run(
-        _grouped_outer_kernel, grid, wide, offsets if tokens is None else tokens, narrow, view, offsets,
-        wide.stride(0), narrow.stride(0), *view.stride(), width, rank,
-        constants=(tokens is not None, features, block, rows), num_warps=num_warps, num_stages=num_stages,
+        _grouped_outer_kernel, (_cdiv(width, features), num_later + num_experts, _cdiv(rank, block)), wide,
+        offsets if tokens is None else tokens, narrow, out, later_out, offsets, wide.stride(0), narrow.stride(0),
+        *view.stride(), width, rank, piece_rows, num_later, num_experts,
+        constants=(tokens is not None, features, block, rows, experts_block),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return out
+    if num_later:
+        size, at_a_time = out.stride(0), 4096
+        _run(
+            _add_later_pieces_kernel, (_cdiv(size, at_a_time), num_experts), out, later_out, offsets, size, piece_rows,
+            num_experts, constants=(experts_block, at_a_time),
+        )  # fmt: skip
+    return out.to(out_dtype)
 
 
 @triton.jit

@@ -55,8 +55,9 @@ def launches(kernels, torch, capability):
         )  # fmt: skip
 
     def outer(gather, wide_first, rank=64, *, dtype=bf16, out_dtype=fp32):
-        wide, narrow = empty(num_tokens if gather else num_rows, 2048, dtype=dtype), empty(num_rows, rank, dtype=dtype)
-        picked = tokens if gather else None
+        many = 2**14  # in several pieces
+        wide, narrow = empty(num_tokens if gather else many, 2048, dtype=dtype), empty(many, rank, dtype=dtype)
+        picked = empty(many, dtype=torch.int64) if gather else None
         if wide_first:
             call = partial(kernels.grouped_outer, wide, narrow, offsets, left_tokens=picked, right_tokens=None)
         else:
@@ -164,6 +165,8 @@ def compile_offline(capability, shared_memory, num_launches, settings):
         def compile_only(*args, **options):
             with redirect_stdout(StringIO()) as log:
                 made = kernel.warmup(*args, grid=grid, **options)
+            if not log.getvalue():  # compiled before
+                return
             registers, spilled = (
                 int(re.search(said, log.getvalue())[1])
                 for said in (r"Used (\d+) registers", r"(\d+) bytes spill stores")

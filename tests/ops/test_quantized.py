@@ -5,6 +5,7 @@ import io
 import pickle
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from helpers.reference import (
 )
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from lightning_moe.ops import quantized as module
 from lightning_moe.ops.quantized import QuantizedWeight
@@ -258,6 +260,35 @@ def test_nothing_dense_is_saved(make):
     assert len(of_a_size) == 2
     assert all(isinstance(tensor, QuantizedWeight) for tensor in of_a_size)
     gradients(problem, leaves, output)
+
+
+@pytest.mark.parametrize(("workspace", "times"), [(2**28, 1), (2**10, 2 + 8)], ids=["once", "in parts"])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("layout", ["default", "gpt_oss"])
+def test_checkpointing_has_the_up_projection_dense_once_where_there_is_room(
+    layout, ranks, workspace, times, make, monkeypatch
+):
+    """For h made again, of 32 features, and for the gradient of x, of 128."""
+    monkeypatch.setattr(module, "MIN_FEATURES", 16)
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
+    problem, dense = problems(layout, RANKS[ranks], make=make)
+    leaves = problem.leaves()
+    output = checkpoint(partial(call, problem, leaves), use_reentrant=False)
+    made = []
+    dequantize = QuantizedWeight.dequantize
+
+    def noted(self, *args, **options):
+        made.append(self.shape)
+        return dequantize(self, *args, **options)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    results = gradients(problem, leaves, output)
+    assert made.count(problem.tensors["gate_up_proj"].shape) == times
+    truth = run_loop(dense)
+    assert_agrees(results, truth)
+    for how in CORRUPTIONS:
+        wrong = corrupt(dense, results, "hidden_states", how)
+        assert relative_error(wrong["hidden_states"], truth["hidden_states"]) > 100 * FLOAT32_TOLERANCE, how
 
 
 def test_backward_leaves_the_up_projection_alone_where_the_input_needs_no_gradient(monkeypatch):

@@ -284,8 +284,10 @@ def test_pointers_agree_with_descriptors_on_a_gpu(gather, in_first, inner, colum
     assert relative_error(by_pointers.roll(1, 0), by_descriptors) > 0.1
 
 
+@pytest.mark.parametrize("piece", [triton_kernels.OUTER_PIECE, 64, 7], ids=["at once", "in pieces", "in uneven pieces"])
 @pytest.mark.parametrize(("dtype", "routing", "size"), with_dtypes(list(ROUTINGS), [(40, 8), (136, 72), (16, 64)]))
-def test_grouped_outer(dtype, routing, size):
+def test_grouped_outer(dtype, routing, size, piece, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "OUTER_PIECE", piece)
     width, rank = size
     offsets, num_rows = ends(routing), ROUTINGS[routing][-1]
     tokens = torch.randint(0, 50, (num_rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)

@@ -14,10 +14,9 @@ from typing import Any, NoReturn, Protocol, Self, TypeGuard
 import torch
 from torch import Tensor
 
-# What a weight that is made dense for a product may take at a time.
+# What a weight that is made dense may take at a time: so much, or this share of a GPU's memory where that is more.
 WORKSPACE_BYTES = 256 * 2**20
-# And, if that is more, one that is made dense once for two products, of the device's memory.
-SHARE_OF_DEVICE = 0.01
+SHARE_OF_GPU = 0.01
 # The fewest features at a time: the width of a product's tile, so that results are the same bits.
 MIN_FEATURES = 256
 
@@ -197,12 +196,14 @@ def may_stay_dense(weight: Tensor) -> bool:
     """Whether a quantized weight may be made dense once, as a whole, for two products of a backward."""
     if not isinstance(weight, QuantizedWeight):
         return False
-    most = WORKSPACE_BYTES
-    if weight.device.type == "cuda":
-        given = torch.cuda.get_per_process_memory_fraction(weight.device)
-        total = torch.cuda.get_device_properties(weight.device).total_memory
-        most = max(most, int(SHARE_OF_DEVICE * given * total))
-    return weight.numel() * weight.dtype.itemsize <= most
+    return weight.numel() * weight.dtype.itemsize <= _workspace_bytes(weight.device)
+
+
+def _workspace_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return WORKSPACE_BYTES
+    given = torch.cuda.get_per_process_memory_fraction(device)
+    return max(WORKSPACE_BYTES, int(SHARE_OF_GPU * given * torch.cuda.get_device_properties(device).total_memory))
 
 
 def _each_quantized(arguments: Any, function: Callable[["QuantizedWeight"], Any]) -> Any:
@@ -238,9 +239,9 @@ class QuantizedView:
         return QuantizedView(self.weight, not self.is_transposed)
 
     def features_at_a_time(self) -> int:
-        """How many of `out` a workspace of `WORKSPACE_BYTES` holds: whole tiles, at least one."""
+        """How many of `out` the workspace holds: whole tiles, at least one."""
         experts, width, _ = self.shape
-        fitting = WORKSPACE_BYTES // (experts * width * self.weight.dtype.itemsize)
+        fitting = _workspace_bytes(self.weight.device) // (experts * width * self.weight.dtype.itemsize)
         return max(fitting // MIN_FEATURES * MIN_FEATURES, MIN_FEATURES)
 
     def dense(self, features: slice) -> Tensor:

@@ -97,6 +97,7 @@ def test_a_module_moves_it_there_and_back(make):
 @pytest.mark.parametrize("workspace_mib", [256, 1], ids=["at once", "in parts"])
 def test_results_are_the_bits_of_the_dense_weights(workspace_mib, make, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace_mib * 2**20)
+    monkeypatch.setattr(module, "SHARE_OF_GPU", 0.0)
     given, factors, packed = inputs(), updates(), weights(make)
     dense = [weight.dequantize() for weight in packed]
     results, expected = run(given, *packed, factors), run(given, *dense, factors)
@@ -107,6 +108,7 @@ def test_results_are_the_bits_of_the_dense_weights(workspace_mib, make, monkeypa
 
 def test_the_workspace_is_bounded_and_gone_afterwards(make, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 2**20)
+    monkeypatch.setattr(module, "SHARE_OF_GPU", 0.0)
     given, factors, packed = inputs(), updates(), weights(make)
     run(given, *packed, factors)
     peaks = []

@@ -92,7 +92,8 @@ class MoELoRA(LightningModule):
             backward. 0 for never.
         attention: `varlen`, the recipe's own, or a name that Transformers knows: `sdpa`, `flash_attention_2`, ...
         fused_lora: have the products of adapted linear layers add their updates; PEFT's own passes where false.
-        liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had.
+        liger: Liger's RMSNorm and rotary embedding: `true`, `false`, or null for where they can be had, with PyTorch's
+            fused RMSNorm for the hidden size, which is faster there.
         cuda_graph: capture a training step's forward and backward and replay them, which for up to some 8,192 tokens
             saves most of the time: `auto` where a short trial on the GPU says that it is faster. Packs (`packing: bfd`)
             are filled up to one length then, with text of their own that counts in the experts' load and the router's

@@ -1,5 +1,6 @@
 """Tests of the base model's loading: what is checked before training starts, and what comes onto the device."""
 
+import copy
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.models import qwen3, qwen3_config
+from helpers.reference import relative_error
 from lora import base_model
 from transformers import AutoModelForCausalLM
 
@@ -183,6 +185,34 @@ def test_weights_that_do_not_fit_are_refused_with_both_sizes(monkeypatch):
     sizes = r"the weights take 3\.\d GiB \(1\.8\d billion .* torch.bfloat16\), 3\.\d GiB on cpu, which has 1.0"
     with pytest.raises(ValueError, match=sizes):
         base_model.place_experts(config, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_err_no_more_than_transformers_own(dtype):
+    model = qwen3().to(dtype)
+    norm = model.model.layers[0].input_layernorm
+    torch.nn.init.normal_(norm.weight)
+    hidden, grad = torch.randn(2, 3, 50, norm.weight.numel(), generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def results(run, dtype=dtype):
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        output = run(x)
+        output.backward(grad.to(dtype))
+        return output.detach(), x.grad
+
+    exact = copy.deepcopy(norm).double()  # which computes in float32
+    exact.forward = lambda x: exact.weight * x * (x.square().mean(-1, keepdim=True) + exact.variance_epsilon).rsqrt()
+    truth, own = results(exact.forward, torch.float64), results(norm)
+    head_norm = model.model.layers[0].self_attn.q_norm
+    base_model.use_fused_norms(model)
+    assert "forward" in vars(norm)
+    assert "forward" in vars(model.model.norm)
+    assert "forward" not in vars(head_norm)
+    for fused, stock, want in zip(results(norm), own, truth, strict=True):
+        # As much, and one more rounding of what it is compared in: both round their result.
+        assert relative_error(fused, want) <= relative_error(stock, want) + torch.finfo(dtype).eps / 4
+        assert relative_error(fused.roll(1, 0), want) > 0.1
+        assert relative_error(torch.zeros_like(fused), want) > 0.1
 
 
 def test_ligers_kernels_are_refused_where_they_cannot_be_had():

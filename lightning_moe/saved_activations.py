@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.discovery import MoELayer, find_moe_layers
 from lightning_moe.integrations.peft_experts import enclosing_names
+from lightning_moe.ops.autograd import measuring
 from lightning_moe.ops.quantized import QuantizedWeight
 from lightning_moe.patch_state import default_implementation
 
@@ -97,7 +98,7 @@ def _saved_by(
             saved.append((tensor.untyped_storage(), tuple(tensor.shape)))
 
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices), saved_tensors_hooks(record, lambda nothing: nothing):
+    with torch.random.fork_rng(devices), measuring(), saved_tensors_hooks(record, lambda nothing: nothing):
         module.forward(*_detached(args), **_detached(kwargs))  # without the hooks that others put on the module
     storages = {storage for storage, _ in saved}
     return sum(storage.nbytes() for storage in storages), tuple(shape for _, shape in saved)

@@ -3,7 +3,9 @@
 First order only; and backward may take the memory of what forward saved where nobody else can see it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 _OWNER = "_lightning_moe_owner"
 _NOTHING = nullcontext()
+_measures = ContextVar("measures", default=False)
 
 
 class FirstOrderOnly(torch.autograd.Function):
@@ -60,6 +63,21 @@ def has_saved_tensors_hooks() -> bool:
             return False
     except RuntimeError:
         return True
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Within it hooks only look at what is saved, which is then what is saved without them."""
+    before = _measures.set(True)
+    try:
+        yield
+    finally:
+        _measures.reset(before)
+
+
+def is_measuring() -> bool:
+    """Whether this is within `measuring()`."""
+    return _measures.get()
 
 
 def graph_is_kept() -> bool:

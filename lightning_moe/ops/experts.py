@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.ops import operator
-from lightning_moe.ops.autograd import FirstOrderOnly, Owner, graph_is_kept, has_saved_tensors_hooks
+from lightning_moe.ops.autograd import FirstOrderOnly, Owner, graph_is_kept, has_saved_tensors_hooks, is_measuring
 from lightning_moe.ops.grouped import Activation, silu_gated
 from lightning_moe.ops.low_rank import LowRank
 from lightning_moe.ops.passes import (
@@ -67,7 +67,8 @@ class _UntilActivation(torch.autograd.Function):
         ctx.owner = Owner(has_hooks=has_saved_tensors_hooks())
         # Where hooks have all this made again, what is saved is the recomputation's choice, and this the forward's.
         keeps_choice = plan.health is not None and ctx.owner.has_hooks
-        if ctx.owner.has_hooks and ctx.needs.hidden_states and may_stay_dense(inputs.up_weight):
+        makes_again = ctx.owner.has_hooks and not is_measuring()
+        if makes_again and ctx.needs.hidden_states and may_stay_dense(inputs.up_weight):
             # h is made again in any case: in backward W1 is dense once for h and for dx.
             plan = plan._replace(recomputes_h=True)
         saved, made = until_activation(inputs, top_k_index, factors, plan, ctx.needs, keeps_choice=keeps_choice)

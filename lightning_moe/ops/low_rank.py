@@ -68,8 +68,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 def _scaled(update: LowRank, dtype: torch.dtype) -> Tensor:
     """B times its scaling, multiplied where neither dtype rounds or overflows, and rounded to `dtype` once."""
-    b = update.b.to(torch.promote_types(update.b.dtype, dtype))
-    return torch.mul(b, update.scaling, out=b.new_empty(b.shape, dtype=dtype))  # at once, not in two passes
+    return (update.b.to(torch.promote_types(update.b.dtype, dtype)) * update.scaling).to(dtype)
 
 
 def split_gradients(

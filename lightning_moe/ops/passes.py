@@ -116,7 +116,7 @@ class Intermediates(NamedTuple):
         routing: the rows.
         h: of one tensor, (S, N). `from_activation` takes it out: only backward may hold it for longer. Empty where
             backward makes its own,
-        unprojected: and this is of what h is made of: x, W1, and its bias.
+        project: and this is of one function, which makes h and x A1ᵀ, and holds x.
         down_weight: W2.
         down_updates: its updates.
         down_bias: (E, H).
@@ -127,7 +127,7 @@ class Intermediates(NamedTuple):
 
     routing: Routing
     h: list[Tensor]
-    unprojected: list[tuple[Tensor, Projection, Tensor | None]]
+    project: list[Callable[[], tuple[Tensor, Tensor | None]]]
     down_weight: Tensor
     down_updates: list[LowRank]
     down_bias: Tensor | None
@@ -163,9 +163,13 @@ def until_activation(
     routing_weights = routing_weights.contiguous()
     x = hidden_states.to(dtype).contiguous()
     up_updates, down_updates = plan.updates(factors)
-    with without_autocast(x.device.type):
+
+    def project() -> tuple[Tensor, Tensor | None]:
         up = Projection.of(up_weight, up_updates, plan.is_transposed)
-        h, up_in_rank = (None, None) if plan.recomputes_h else pre_activation(x, up, up_bias, routing)
+        return pre_activation(x, up, up_bias, routing)
+
+    with without_autocast(x.device.type):
+        h, up_in_rank = (None, None) if plan.recomputes_h else project()
     uses_x = needs.up_weight or plan.recomputes_h or needs.up_a
     saved = Saved(
         hidden_states if uses_x else None,
@@ -182,10 +186,9 @@ def until_activation(
         h if plan.records else None,
         up_in_rank if needs.up_b else None,
     )
-    made, unprojected = ([], [(x, up, up_bias)]) if h is None else ([h], [])
     return saved, Intermediates(
-        routing, made, unprojected, down_weight, down_updates, down_bias, routing_weights, top_k_index,
-        hidden_states.dtype,
+        routing, [] if h is None else [h], [project] if h is None else [], down_weight, down_updates, down_bias,
+        routing_weights, top_k_index, hidden_states.dtype,
     )  # fmt: skip
 
 
@@ -193,8 +196,8 @@ def from_activation(made: Intermediates, plan: Plan) -> Tensor:
     """The forward pass from the activation on: the output (T, H)."""
     with without_autocast(made.routing_weights.device.type):
         down = Projection.of(made.down_weight, made.down_updates, plan.is_transposed)
-        if made.unprojected:
-            made.h.append(pre_activation(*made.unprojected.pop(), made.routing)[0])
+        if made.project:
+            made.h.append(made.project.pop()()[0])
         a = _activated(plan, made.h.pop(), down)
         in_rank = down.to_rank(a, made.routing)
         dtype = made.out_dtype if made.down_bias is None else torch.float32  # rounded once, the bias added

@@ -262,6 +262,19 @@ def test_nothing_dense_is_saved(make):
     gradients(problem, leaves, output)
 
 
+def made_dense(monkeypatch):
+    """A list that from now on gets the shape of each weight that is made dense, each time."""
+    made = []
+    dequantize = QuantizedWeight.dequantize
+
+    def noted(self, *args, **options):
+        made.append(self.shape)
+        return dequantize(self, *args, **options)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    return made
+
+
 @pytest.mark.parametrize(("workspace", "times"), [(2**28, 1), (2**10, 2 + 8)], ids=["once", "in parts"])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("layout", ["default", "gpt_oss"])
@@ -274,14 +287,7 @@ def test_checkpointing_has_the_up_projection_dense_once_where_there_is_room(
     problem, dense = problems(layout, RANKS[ranks], make=make)
     leaves = problem.leaves()
     output = checkpoint(partial(call, problem, leaves), use_reentrant=False)
-    made = []
-    dequantize = QuantizedWeight.dequantize
-
-    def noted(self, *args, **options):
-        made.append(self.shape)
-        return dequantize(self, *args, **options)
-
-    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    made = made_dense(monkeypatch)
     results = gradients(problem, leaves, output)
     assert made.count(problem.tensors["gate_up_proj"].shape) == times
     truth = run_loop(dense)
@@ -296,14 +302,7 @@ def test_backward_leaves_the_up_projection_alone_where_the_input_needs_no_gradie
     problem = replace(problem, requires_grad=frozenset({"top_k_weights"}))
     leaves = problem.leaves()
     output = call(problem, leaves)
-    made = []
-    dequantize = QuantizedWeight.dequantize
-
-    def noted(self, *args, **options):
-        made.append(self.shape)
-        return dequantize(self, *args, **options)
-
-    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    made = made_dense(monkeypatch)
     gradients(problem, leaves, output)
     assert made == [problem.tensors["down_proj"].shape]
 

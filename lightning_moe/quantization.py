@@ -1,7 +1,9 @@
 """Experts' weights in fewer bits, in memory or while a checkpoint is loaded; `ops.quantized` has what they become."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config
 
@@ -17,13 +19,16 @@ from lightning_moe.ops.quantized import QuantizedWeight
 FORMATS: dict[str, NF4 | FP8 | MXFP4] = {format.name: format for format in (NF4(), FP8(), MXFP4())}
 
 
-def quantize(weight: Tensor, format: str, is_transposed: bool = False) -> QuantizedWeight:
+def quantize(
+    weight: Tensor, format: str, is_transposed: bool = False, out: QuantizedWeight | None = None
+) -> QuantizedWeight:
     """A frozen weight in fewer bits, on its device.
 
     Args:
         weight: (E, out, in), floating.
         format: see `quantize_experts`.
         is_transposed: whether the weight is (E, in, out), as gpt-oss's. The 32 values of `mxfp4` lie along `in`.
+        out: one of that format and shape, whose memory is then the result's.
 
     Raises:
         ValueError: on another format, or a shape that it does not take.
@@ -37,6 +42,8 @@ def quantize(weight: Tensor, format: str, is_transposed: bool = False) -> Quanti
         parts = bitsandbytes_nf4.encode(weight)
     else:
         parts = chosen.encode(weight)
+    if out is not None:
+        parts = {name: part.copy_(parts[name]) for name, part in out.parts.items()}
     return QuantizedWeight(chosen, parts, tuple(weight.shape), weight.dtype)
 
 
@@ -171,6 +178,23 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
         return find_quantizable(model, self.format)
 
-    def quantize(self, weight: Tensor, is_transposed: bool) -> QuantizedWeight:
-        """What takes the weight's place."""
-        return quantize(weight, self.format, is_transposed)
+    def allocate(self, model: nn.Module, device_of: Callable[[str], torch.device]) -> dict[str, QuantizedWeight]:
+        """Memory for the parameters to quantize, side by side, before dense ones come and go and leave holes there.
+
+        Args:
+            model: on the meta device.
+            device_of: where a parameter goes, by its name.
+
+        Returns:
+            For each name a weight whose values are still to be written.
+        """
+        room = {}
+        for name in self.find_parameters(model):
+            is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
+            parameter, format = model.get_parameter(name), choose_format(self.format, is_transposed)
+            room[name] = QuantizedWeight.empty(format, tuple(parameter.shape), parameter.dtype, device_of(name))
+        return room
+
+    def quantize(self, weight: Tensor, is_transposed: bool, out: QuantizedWeight) -> QuantizedWeight:
+        """What takes the weight's place, in the memory that `allocate` gave."""
+        return quantize(weight, self.format, is_transposed, out)

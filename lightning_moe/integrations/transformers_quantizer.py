@@ -4,17 +4,20 @@
 how. It reads a checkpoint's tensors when their parameter's turn comes, fuses the experts' into one, and hands it over.
 
 Read in Transformers 5.17 to 5.24: `HfQuantizer` with its hooks `_process_model_before_weight_loading` and
-`_process_model_after_weight_loading`, and `Bnb4BitHfQuantizer`, whose hooks of the same names are called here.
+`_process_model_after_weight_loading`, `Bnb4BitHfQuantizer`, whose hooks of the same names are called here, and
+`get_device`.
 """
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.accelerate import get_device
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -59,8 +62,12 @@ class LoadedQuantizedConfig(QuantizationConfigMixin, ABC):
         """The names of the parameters to quantize, in a model on the meta device. Raises ValueError if it cannot be."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, is_transposed: bool) -> QuantizedWeight:
-        """What takes the place of a weight (E, out, in) or, transposed, (E, in, out)."""
+    def allocate(self, model: nn.Module, device_of: Callable[[str], torch.device]) -> dict[str, QuantizedWeight]:
+        """Memory for the parameters to quantize, by name."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, is_transposed: bool, out: QuantizedWeight) -> QuantizedWeight:
+        """What takes the place of a weight (E, out, in) or, transposed, (E, in, out), in the memory of `out`."""
 
 
 @register_quantizer(METHOD)
@@ -73,6 +80,8 @@ class LoadingQuantizer(HfQuantizer):
         # Not what config.json says but the tensors that are read: a dense checkpoint may have this config.
         super().__init__(quantization_config, pre_quantized=False)
         self.names: list[str] = []
+        self.room: dict[str, QuantizedWeight] = {}
+        self.device_map: dict[str, Any] = {}
         self.linear = linear_quantizer(pre_quantized=False) if quantization_config.linear else None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -118,6 +127,17 @@ class LoadingQuantizer(HfQuantizer):
             fusing(each, layout, self) if self._makes_experts(each) else each for each in weight_conversions
         ] + layout.conversions(self, self.names)
 
+    def room_for(self, name: str, model: PreTrainedModel) -> QuantizedWeight:
+        """The memory that a parameter goes to. All of them get theirs when the first one asks.
+
+        Transformers has taken what it allocates in advance by then, and given it back to PyTorch.
+        """
+        if not self.room:
+            self.room = self.quantization_config.allocate(
+                model, lambda name: torch.device(get_device(self.device_map, name, valid_torch_device=True))
+            )
+        return self.room.pop(name)
+
     def _makes_experts(self, conversion: Any) -> bool:
         """Whether a conversion's results are parameters that are quantized."""
         is_converter = isinstance(conversion, WeightConverter)
@@ -125,6 +145,7 @@ class LoadingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.names = self.quantization_config.find_parameters(model)
+        self.device_map = kwargs.get("device_map") or {"": "cpu"}
         format = self.quantization_config.format
         quantized = find_quantized(model, kwargs.get("checkpoint_files") or (), self.names, LAYOUTS, format)
         self.pre_quantized = quantized is not None
@@ -191,7 +212,8 @@ class Quantize(ConversionOps):
                 if weight.shape != wanted:
                     raise ValueError(f"{name} is {tuple(weight.shape)} in the checkpoint, {tuple(wanted)} in the model")
                 is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
-                quantized = self.quantizer.quantization_config.quantize(weight, is_transposed)
+                out = self.quantizer.room_for(name, model)
+                quantized = self.quantizer.quantization_config.quantize(weight, is_transposed, out)
                 converted[name] = nn.Parameter(quantized, requires_grad=False)
             elif self.quantizer.param_needs_quantization(model, name):
                 linear: Any = self.quantizer.linear

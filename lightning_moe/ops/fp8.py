@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_moe.ops.grouped import NO_KERNEL, launch
-from lightning_moe.ops.quantized import parts_problem
+from lightning_moe.ops.quantized import Layout, parts_problem
 
 # The largest magnitude of float8_e4m3fn.
 LARGEST = 448.0
@@ -29,17 +29,15 @@ class FP8:
         """None: a weight of any shape can be stored."""
         return None
 
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of a weight of that shape."""
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The parts of a weight of that shape."""
         experts, out, width = shape
-        return experts * (out * width + 4 * -(-out // self.block) * -(-width // self.block))
+        blocks = (experts, -(-out // self.block), -(-width // self.block))
+        return {"values": (shape, torch.float8_e4m3fn), "scales": (blocks, torch.float32)}
 
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
-        experts, out, width = shape
-        blocks = (experts, -(-out // self.block), -(-width // self.block))
-        wanted = {"values": (shape, torch.float8_e4m3fn), "scales": (blocks, torch.float32)}
-        return parts_problem(self, parts, wanted, shape)
+        return parts_problem(self, parts, self.layout(shape), shape)
 
     def dequantize(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: slice, columns: slice

@@ -1,6 +1,5 @@
 """mxfp4: weights in four bits with a power of two for each 32 of a row, as gpt-oss's checkpoints have them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.ops.grouped import NO_KERNEL, launch
-from lightning_moe.ops.quantized import parts_problem
+from lightning_moe.ops.quantized import Layout, parts_problem
 
 # What the lower three of the four bits stand for (E2M1, OCP Microscaling Formats 1.0); the fourth is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -39,20 +38,17 @@ class MXFP4:
         width = shape[1] if self.is_transposed else shape[2]
         return f"rows of {width} values are no whole number of blocks of {self.block}" if width % self.block else None
 
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of a weight of that shape."""
-        return math.prod(shape) // 2 + math.prod(shape) // self.block
-
-    def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
-        """Why these parts are no weight of that shape, in words; None if they are."""
-        if problem := self.shape_problem(shape):
-            return problem
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The parts of a weight of that shape."""
         experts, out, width = (shape[0], shape[2], shape[1]) if self.is_transposed else shape
-        wanted = {
+        return {
             "packed": ((experts, out, width // 2), torch.uint8),
             "scales": ((experts, out, width // self.block), torch.uint8),
         }
-        return parts_problem(self, parts, wanted, shape)
+
+    def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
+        """Why these parts are no weight of that shape, in words; None if they are."""
+        return self.shape_problem(shape) or parts_problem(self, parts, self.layout(shape), shape)
 
     def dequantize(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, rows: slice, columns: slice

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.ops.grouped import NO_KERNEL, launch
-from lightning_moe.ops.quantized import parts_problem
+from lightning_moe.ops.quantized import Layout, parts_problem
 
 # The quantiles of a normal distribution that the four bits stand for (Dettmers et al., QLoRA, 2023, appendix E).
 NF4_LEVELS = (
@@ -40,26 +40,25 @@ class NF4:
             return f"an expert of {out} x {width} values is no whole number of blocks of {self.block}"
         return None
 
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of a weight of that shape, its absmax nested."""
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The parts of a weight of that shape, its absmax nested."""
         experts, out, width = shape
         blocks = out * width // self.block
-        return experts * (out * width // 2 + blocks + 8 * -(-blocks // self.nested_block))
+        nested = (experts, -(-blocks // self.nested_block)), torch.float32
+        return {
+            "packed": ((experts, out * width // 2), torch.uint8),
+            "absmax": ((experts, blocks), torch.uint8),
+            "absmax_scale": nested,
+            "absmax_offset": nested,
+        }
 
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
         if problem := self.shape_problem(shape):
             return problem
-        experts, out, width = shape
-        blocks = out * width // self.block
-        is_nested = "absmax" in parts and parts["absmax"].dtype == torch.uint8
-        wanted = {
-            "packed": ((experts, out * width // 2), torch.uint8),
-            "absmax": ((experts, blocks), torch.uint8 if is_nested else torch.float32),
-        }
-        if is_nested:
-            nested = (experts, -(-blocks // self.nested_block)), torch.float32
-            wanted |= {"absmax_scale": nested, "absmax_offset": nested}
+        wanted = self.layout(shape)
+        if "absmax" not in parts or parts["absmax"].dtype != torch.uint8:
+            wanted = {"packed": wanted["packed"], "absmax": (wanted["absmax"][0], torch.float32)}
         return parts_problem(self, parts, wanted, shape)
 
     def dequantize(

@@ -118,9 +118,12 @@ def project_and_combine(
     """Each row projected, summed over the slots: (S, in) to (T, H).
 
     The hidden features are independent here, so a bounded buffer takes some of them at a time and all rows: the
-    products stay as efficient as they were, and nothing needs to be accumulated.
+    products stay as efficient as they were, and nothing needs to be accumulated. Of a quantized weight it takes no more
+    than are made dense at a time.
     """
     num_tokens, hidden = routing.num_rows // routing.top_k, projection.weight.shape[2]
+    if not isinstance(projection.weight, Tensor):
+        buffer_columns = min(buffer_columns, projection.weight.features_at_a_time())
     inverse = routing.inverse.view(num_tokens, routing.top_k)
     output = rows.new_empty(num_tokens, hidden, dtype=out_dtype)
     for start in range(0, hidden, buffer_columns):

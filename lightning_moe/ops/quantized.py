@@ -7,6 +7,7 @@ gets a dense copy. A format is one small object: what a weight consists of, and 
 Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, and the operator `_to_copy`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, Self, TypeGuard
@@ -21,6 +22,10 @@ SHARE_OF_GPU = 0.01
 MIN_FEATURES = 256
 
 
+# Of parts, by name: their shapes and dtypes.
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 class Format(Protocol):
     """How (E, out, in) weights are stored."""
 
@@ -31,8 +36,8 @@ class Format(Protocol):
     def shape_problem(self, shape: tuple[int, ...]) -> str | None:
         """Why no weight of that shape can be stored, in words; None if one can."""
 
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of a weight of that shape."""
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The parts of a weight of that shape."""
 
     def problem(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         """Why these parts are no weight of that shape, in words; None if they are."""
@@ -43,12 +48,12 @@ class Format(Protocol):
         """The values of some rows and columns of each expert, (E, rows, columns)."""
 
 
-def parts_problem(
-    format: Format,
-    parts: Mapping[str, Tensor],
-    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    shape: tuple[int, ...],
-) -> str | None:
+def num_bytes(format: Format, shape: tuple[int, ...]) -> int:
+    """Of a weight of that shape."""
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in format.layout(shape).values())
+
+
+def parts_problem(format: Format, parts: Mapping[str, Tensor], wanted: Layout, shape: tuple[int, ...]) -> str | None:
     """Why parts are not the wanted ones, contiguous and each of a shape and a dtype, in words; None if they are."""
     if missing := wanted.keys() - parts.keys():
         return f"{format.name} lacks {', '.join(sorted(missing))}"
@@ -94,6 +99,15 @@ class QuantizedWeight(Tensor):
 
     def __init__(self, format: Format, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.format, self.parts = format, dict(parts)
+
+    @classmethod
+    def empty(
+        cls, format: Format, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> "QuantizedWeight":
+        """Memory for a weight, whose values are whatever that holds."""
+        layout = format.layout(shape)
+        parts = {name: torch.empty(size, dtype=of, device=device) for name, (size, of) in layout.items()}
+        return QuantizedWeight(format, parts, shape, dtype)
 
     @property  # type: ignore[override]
     def nbytes(self) -> int:  # type: ignore[override]

@@ -150,7 +150,7 @@ def _project(
     width = width or weight.shape[2]
     product = like.new_empty(num_rows, width, dtype=weight.dtype)
     if shape.is_quantized:
-        step = QuantizedView(weight, is_transposed=False).features_at_a_time()  # type: ignore[arg-type]
+        step = _features_at_a_time(weight)
         with counter.tagged(WORKSPACE):
             for start in range(0, width, step):
                 weight.new_empty(*weight.shape[:2], min(step, width - start))
@@ -161,6 +161,10 @@ def _project(
             product = product + of_row
         del expert, of_row
     return product
+
+
+def _features_at_a_time(weight: Tensor) -> int:
+    return QuantizedView(weight, is_transposed=False).features_at_a_time()  # type: ignore[arg-type]
 
 
 def _combined(
@@ -175,6 +179,8 @@ def _combined(
     """`project_and_combine`."""
     hidden = weight.shape[2]
     columns = num_buffer_columns(shape.buffer_mib, num_rows, hidden, weight.element_size())
+    if shape.is_quantized:
+        columns = min(columns, _features_at_a_time(weight))
     output = like.new_empty(num_rows // top_k, hidden, dtype=dtype)
     for start in range(0, hidden, columns):
         _project(like, num_rows, weight, shape, counter, min(columns, hidden - start))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_moe.integrations.transformers_experts import read_flags
 from lightning_moe.ops.nf4 import NF4
+from lightning_moe.ops.quantized import num_bytes
 from lightning_moe.planning.options import PlanOptions
 from lightning_moe.quantization import choose_format, find_quantizable
 
@@ -88,9 +89,9 @@ def read_weights(model: PreTrainedModel, options: PlanOptions, layer: str, route
         if name in quantized:
             assert options.quantize is not None
             format = choose_format(options.quantize, read_flags(module).is_transposed)
-            size = format.num_bytes(tuple(parameter.shape))
+            size = num_bytes(format, tuple(parameter.shape))
         elif options.quantize_linear and _is_plain_linear(module, name, router, embeddings):
-            size = NF4().num_bytes((1, *parameter.shape))
+            size = num_bytes(NF4(), (1, *parameter.shape))
         of = name[len(layers) :].partition(".")[0] if name.startswith(layers) else ""
         if of and parameter.ndim == 3:
             experts.setdefault(of, []).append(size)

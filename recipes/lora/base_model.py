@@ -204,6 +204,7 @@ def _make_by_module(
 ) -> None:
     """Draws the weights module by module: the dense experts of one layer are on the device at a time."""
     names = names_of_experts(model) if quantization is None else quantization.find_parameters(model)
+    room = {} if quantization is None or experts_on_host else quantization.allocate(model, lambda _: device)
     experts: dict[str, list[str]] = {}
     for name in names:
         path, _, stem = name.rpartition(".")
@@ -218,8 +219,12 @@ def _make_by_module(
             model._init_weights(module)
         if name in experts and quantization is not None:
             quantize_experts(module, quantization.format)
-        for stem in experts.get(name, ()) if experts_on_host else ():
-            setattr(module, stem, on_host(getattr(module, stem), device))
+        for stem in experts.get(name, ()):
+            weight = getattr(module, stem).detach()
+            if experts_on_host:
+                setattr(module, stem, on_host(weight, device))
+            elif quantization is not None:
+                setattr(module, stem, nn.Parameter(room.pop(f"{name}.{stem}").copy_(weight), requires_grad=False))
     model.tie_weights()
 
 

@@ -33,7 +33,9 @@ from lightning_moe import QuantizedExpertsConfig
 sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.base_model import read_config
 
-HEADERS = ["checkpoint GiB", "shard GiB", "s", "device: stays GiB", "device: peak above", "host: peak GiB"]
+HEADERS = [
+    "checkpoint GiB", "shard GiB", "s", "device: stays GiB", "device: peak above", "device: holes", "host: peak GiB",
+]  # fmt: skip
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 
@@ -171,8 +173,13 @@ def main(
         seconds = perf_counter() - start
     stays = torch.cuda.memory_allocated() - held if on_gpu else sum(p.nbytes for p in model.parameters())
     above = torch.cuda.max_memory_allocated() - held - stays if on_gpu else float("nan")
-    numbers = [size / 2**30, shard / 2**30, seconds, stays / 2**30, above / 2**30, host.bytes / 2**30]
-    rows = [[f"{number:.3g}" for number in numbers]]
+    holes = float("nan")
+    if on_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        holes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    sizes = [f"{number / 2**30:.3g}" for number in (size, shard, stays, above, holes, host.bytes)]
+    rows = [[*sizes[:2], f"{seconds:.3g}", *sizes[2:]]]
     table = (f"Loading with experts in {format}, {recipe.stem}", provenance(__file__, "transformers"), HEADERS, rows)
     show(*table)
     if out is not None:

@@ -128,6 +128,28 @@ def test_one_projection_is_dense_at_a_time(tmp_path, monkeypatch, is_fused):
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("format", quantization.FORMATS)
+def test_experts_are_written_to_memory_that_was_allocated_for_all_at_once(tmp_path, monkeypatch, format):
+    """Allocated one by one they would stand where dense tensors were, and leave holes between them."""
+    folder = write(small_qwen3().to(torch.bfloat16), tmp_path)
+    given, allocate = [], QuantizedExpertsConfig.allocate
+
+    def noted(self, *args):
+        given.append(allocate(self, *args))
+        return dict(given[-1])
+
+    monkeypatch.setattr(QuantizedExpertsConfig, "allocate", noted)
+    model = load(folder, format=format)
+    (room,) = given
+    assert len(room) == 2 * NUM_LAYERS
+    for name, weight in room.items():
+        parts = model.get_parameter(name).parts
+        assert {part: tensor.data_ptr() for part, tensor in parts.items()} == {
+            part: tensor.data_ptr() for part, tensor in weight.parts.items()
+        }
+
+
+@needs_bitsandbytes
 def test_what_is_allocated_in_advance_is_the_quantized_size(tmp_path):
     model = load(write(small_qwen3().to(torch.bfloat16), tmp_path), linear=True)
     quantizer = model.hf_quantizer

@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lightning_moe.ops import projection
 from lightning_moe.ops import quantized as module
 from lightning_moe.ops.quantized import QuantizedWeight
 
@@ -242,6 +243,18 @@ def test_a_small_workspace_takes_some_features_at_a_time(layout, ranks, make, mo
     for how in CORRUPTIONS:
         wrong = corrupt(dense, results, "output", how)
         assert relative_error(wrong["output"], truth["output"]) > 100 * FLOAT32_TOLERANCE, how
+
+
+def test_no_more_columns_are_buffered_than_are_made_dense_at_a_time(make, monkeypatch):
+    monkeypatch.setattr(module, "MIN_FEATURES", 16)
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", 5 * 32 * 16 * 4)
+    combine, widths = projection.combine, []
+    monkeypatch.setattr(projection, "combine", lambda rows, *args: (widths.append(rows.shape[1]), combine(rows, *args)))
+    pair = problems("default", RANKS["frozen"], make=make)
+    for problem, at_a_time in zip(pair, (16, SIZES["hidden_size"]), strict=True):
+        run(problem)
+        assert set(widths) == {at_a_time}
+        widths.clear()
 
 
 def test_nothing_dense_is_saved(make):

@@ -58,12 +58,14 @@ def quantizable_config(**options):
 
 def test_a_random_base_is_quantized_layer_by_layer(monkeypatch):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    made = []
+    made, allocate = [], NF4.allocate
     monkeypatch.setattr(base_model, "quantize_experts", lambda *args: made.append(quantize_experts(*args)))
+    monkeypatch.setattr(NF4, "allocate", lambda *args: made.append("room for all") or allocate(*args))
     one, again, other = (
         base_model.build(None, quantizable_config(), torch.bfloat16, CPU, "sdpa", seed, NF4) for seed in (0, 0, 1)
     )
-    assert len(made) == 3 * one.config.num_hidden_layers
+    layers = [[".down_proj", ".gate_up_proj"]] * one.config.num_hidden_layers
+    assert [each if isinstance(each, str) else sorted(each) for each in made] == ["room for all", *layers] * 3
     experts = one.model.layers[0].mlp.experts
     assert isinstance(experts.down_proj, QuantizedWeight)
     assert experts.down_proj.dequantize().float().std() == pytest.approx(one.config.initializer_range, rel=0.05)

@@ -254,10 +254,13 @@ def backward(
     with without_autocast(grad_output.device.type):
         up = Projection.of(up_weight, up_updates, is_transposed) if up_weight is not None else None
         x: Any = None if hidden_states is None else hidden_states.to(dtype).contiguous()
+        del hidden_states
         if plan.recomputes_h:
             if needs.hidden_states and may_stay_dense(up_weight):
                 up = up.dense()
             h, up_in_rank = pre_activation(x, up, up_bias, routing)
+        if not needs.up_weight and not needs.up_a:
+            x = None
 
         grad, scales, scaled_weights = grad_output, None, routing_weights
         if dtype == torch.float16:  # G W2 leaves its range sooner than (g·G) W2: what divides G goes with g

@@ -210,14 +210,20 @@ def may_stay_dense(weight: Tensor) -> bool:
     """Whether a quantized weight may be made dense once, as a whole, for two products of a backward."""
     if not isinstance(weight, QuantizedWeight):
         return False
-    return weight.numel() * weight.dtype.itemsize <= _workspace_bytes(weight.device)
+    return weight.numel() * weight.dtype.itemsize <= workspace_bytes(memory_of(weight.device))
 
 
-def _workspace_bytes(device: torch.device) -> int:
+def workspace_bytes(memory: int) -> int:
+    """What a weight may be made dense to at a time, of so many bytes of a GPU; 0 for no GPU."""
+    return max(WORKSPACE_BYTES, int(SHARE_OF_GPU * memory))
+
+
+def memory_of(device: torch.device) -> int:
+    """The bytes of a GPU that PyTorch may have; 0 of another device."""
     if device.type != "cuda":
-        return WORKSPACE_BYTES
+        return 0
     given = torch.cuda.get_per_process_memory_fraction(device)
-    return max(WORKSPACE_BYTES, int(SHARE_OF_GPU * given * torch.cuda.get_device_properties(device).total_memory))
+    return int(given * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _each_quantized(arguments: Any, function: Callable[["QuantizedWeight"], Any]) -> Any:
@@ -227,6 +233,12 @@ def _each_quantized(arguments: Any, function: Callable[["QuantizedWeight"], Any]
     if isinstance(arguments, dict):
         return {name: _each_quantized(one, function) for name, one in arguments.items()}
     return function(arguments) if isinstance(arguments, QuantizedWeight) else arguments
+
+
+def features_in(num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """How many of the features `out` of a view (E, in, out) so many bytes hold: whole tiles, at least one."""
+    experts, width, _ = shape
+    return max(num_bytes // (experts * width * dtype.itemsize) // MIN_FEATURES, 1) * MIN_FEATURES
 
 
 @dataclass(frozen=True)
@@ -254,9 +266,7 @@ class QuantizedView:
 
     def features_at_a_time(self) -> int:
         """How many of `out` the workspace holds: whole tiles, at least one."""
-        experts, width, _ = self.shape
-        fitting = _workspace_bytes(self.weight.device) // (experts * width * self.weight.dtype.itemsize)
-        return max(fitting // MIN_FEATURES * MIN_FEATURES, MIN_FEATURES)
+        return features_in(workspace_bytes(memory_of(self.weight.device)), self.shape, self.weight.dtype)
 
     def dense(self, features: slice) -> Tensor:
         """(E, in, features)."""

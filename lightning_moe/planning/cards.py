@@ -104,6 +104,7 @@ def settle(planner: Planner, given: dict[str, Any], card: Card | None) -> PlanOp
     options = PlanOptions(**given | fixed)
     if card is None:
         return options
+    options = replace(options, gpu_gib=card.gib)
     may_wait = auto_experts and options.gpus == 1 and options.checkpointing != "none"
     if may_wait and planner.weights(options).base.total() > (card.gib - 1) * GIB:
         options = replace(options, experts_on="host")

@@ -1,17 +1,18 @@
 """What the operation `moe_experts` allocates on a GPU, as functions that do nothing else; see stand_ins.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_moe.integrations.allocations import AllocationCounter
+from lightning_moe.ops.autograd import has_saved_tensors_hooks
 from lightning_moe.ops.grouped import FUSED_ACTIVATIONS, Activation, activate, activation_backward, rows_at_a_time
 from lightning_moe.ops.low_rank import Factors, LowRank, join, split_gradients
 from lightning_moe.ops.passes import num_buffer_columns
-from lightning_moe.ops.quantized import QuantizedView
+from lightning_moe.ops.quantized import features_in
 from lightning_moe.planning.parts import GRADIENTS, LAYER_INPUTS, WORKSPACE
 from lightning_moe.planning.stand_ins import LayerRun
 
@@ -25,7 +26,7 @@ class ExpertsShape:
         down: and of the second.
         activation: between them.
         has_bias: whether both have one.
-        is_quantized: whether they are made dense for each product.
+        workspace_bytes: what one is made dense to at a time, where they are quantized; 0 where they are dense.
         buffer_mib: bounds the buffer of projected rows.
     """
 
@@ -33,7 +34,7 @@ class ExpertsShape:
     down: Tensor
     activation: Activation
     has_bias: bool
-    is_quantized: bool
+    workspace_bytes: int
     buffer_mib: float
 
 
@@ -57,9 +58,14 @@ class _Until(torch.autograd.Function):
         permutation, inverse = (weights.new_empty(num_rows, dtype=torch.long) for _ in range(2))
         up = _joined(factors[:2], shape.up.dtype)
         in_rank = _in_rank(num_rows, up)
-        h = _project(hidden, num_rows, shape.up, shape, run.counter, bias=shape.has_bias)
-        ctx.shape, ctx.run = shape, run
-        ctx.save_for_backward(weights, h, permutation, inverse, *factors, *((in_rank, hidden) if factors else ()))
+        # Then backward makes it, of weights that it has dense once.
+        leaves_h = has_saved_tensors_hooks() and shape.up.nbytes <= shape.workspace_bytes
+        h: Any = None
+        if not (leaves_h and run.is_recomputing):
+            h = _project(hidden, num_rows, shape.up, shape, run.counter, bias=shape.has_bias)
+        ctx.shape, ctx.run, ctx.leaves_h = shape, run, leaves_h
+        kept = hidden if leaves_h else h
+        ctx.save_for_backward(weights, kept, permutation, inverse, *factors, *((in_rank, hidden) if factors else ()))
         placeholder = hidden.new_empty(1, 1).expand(hidden.shape)
         return placeholder, ([h], factors[2:], permutation, inverse, run.counter)
 
@@ -67,9 +73,15 @@ class _Until(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         shape, counter = ctx.shape, ctx.run.counter
         weights, h, *rest = ctx.saved_tensors
-        num_rows, top_k, factors = len(h), weights.shape[1], rest[2:6]
+        num_rows, top_k, factors = weights.numel(), weights.shape[1], rest[2:6]
         grads: list[Tensor] = []
         with counter.during("the experts' backward"):
+            dense, shape_of_up = None, shape
+            if ctx.leaves_h:
+                shape_of_up = replace(shape, workspace_bytes=0)
+                with counter.tagged(WORKSPACE):
+                    dense = torch.empty_like(shape.up)
+                h = _project(grad, num_rows, shape.up, shape_of_up, counter, bias=shape.has_bias)
             up, down = (_joined(of, shape.up.dtype) for of in (factors[:2], factors[2:]))
             grad_in_rank = _in_rank(num_rows, down)
             grad_a = _project(grad, num_rows, shape.down.mT, shape, counter)
@@ -88,8 +100,8 @@ class _Until(torch.autograd.Function):
             if up is not None:
                 with counter.tagged(GRADIENTS):
                     grads = [torch.empty_like(factor, dtype=torch.float32) for factor in up] + grads
-            grad_x = _combined(grad, num_rows, top_k, shape.up.mT, shape, counter, grad.dtype)
-            del grad_h, up_rank
+            grad_x = _combined(grad, num_rows, top_k, shape.up.mT, shape_of_up, counter, grad.dtype)
+            del grad_h, up_rank, dense
             if shape.has_bias:
                 wide = grad.float() @ grad.new_empty(grad.shape[1], shape.up.shape[0], dtype=torch.float32)
                 del wide
@@ -149,22 +161,18 @@ def _project(
     """`Projection.project`: the product, beside it what it is made dense to, and the bias of each row."""
     width = width or weight.shape[2]
     product = like.new_empty(num_rows, width, dtype=weight.dtype)
-    if shape.is_quantized:
-        step = _features_at_a_time(weight)
+    if shape.workspace_bytes:
+        step = features_in(shape.workspace_bytes, weight.shape, weight.dtype)
         with counter.tagged(WORKSPACE):
             for start in range(0, width, step):
                 weight.new_empty(*weight.shape[:2], min(step, width - start))
     if bias:
         expert = like.new_empty(num_rows, dtype=torch.long)
         of_row = torch.empty_like(product)
-        if shape.is_quantized:
+        if shape.workspace_bytes:
             product = product + of_row
         del expert, of_row
     return product
-
-
-def _features_at_a_time(weight: Tensor) -> int:
-    return QuantizedView(weight, is_transposed=False).features_at_a_time()  # type: ignore[arg-type]
 
 
 def _combined(
@@ -179,8 +187,8 @@ def _combined(
     """`project_and_combine`."""
     hidden = weight.shape[2]
     columns = num_buffer_columns(shape.buffer_mib, num_rows, hidden, weight.element_size())
-    if shape.is_quantized:
-        columns = min(columns, _features_at_a_time(weight))
+    if shape.workspace_bytes:
+        columns = min(columns, features_in(shape.workspace_bytes, weight.shape, weight.dtype))
     output = like.new_empty(num_rows // top_k, hidden, dtype=dtype)
     for start in range(0, hidden, columns):
         _project(like, num_rows, weight, shape, counter, min(columns, hidden - start))

@@ -222,8 +222,8 @@ def _experts(module: Any, options: PlanOptions, run: LayerRun) -> Callable[..., 
     weights = spec.weights(module)
     up, down = (w if spec.is_transposed else w.mT for w in (weights.gate_up_proj, weights.down_proj))
     shape = ExpertsShape(
-        up.detach(), down.detach(), spec.activation, spec.has_bias, options.quantize is not None,
-        options.output_buffer_mib,
+        up.detach(), down.detach(), spec.activation, spec.has_bias,
+        options.workspace_bytes, options.output_buffer_mib,
     )  # fmt: skip
     num, rank = up.shape[0], options.rank
     leaves = [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_moe.ops.quantized import workspace_bytes
 from lightning_moe.quantization import check_format
 
 Router = Literal["frozen", "trained", "lora"]
@@ -30,6 +31,8 @@ class PlanOptions:
         modules_to_save: modules that train in full, in float32.
         quantize: `nf4`, `fp8` or `mxfp4` for the experts' weights; None for `dtype`.
         quantize_linear: the other linear layers in nf4 too.
+        gpu_gib: of a GPU's memory that PyTorch may have: what quantized weights are made dense to at a time grows with
+            it. None for one of 24 GB or less.
         experts_on: where the experts' weights wait.
         checkpointing: what layers compute again: `selective` all but attention, `full` all, `none` nothing.
         offload: what layers keep waits in host memory.
@@ -55,6 +58,7 @@ class PlanOptions:
     modules_to_save: tuple[str, ...] = ()
     quantize: str | None = None
     quantize_linear: bool = False
+    gpu_gib: float | None = None
     experts_on: Literal["device", "host"] = "device"
     checkpointing: Checkpointing = "selective"
     offload: bool = False
@@ -94,6 +98,11 @@ class PlanOptions:
     def row_tokens(self) -> int:
         """Tokens of a step, on each GPU."""
         return self.tokens * self.batch
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What a quantized weight is made dense to at a time; 0 where the weights are dense."""
+        return workspace_bytes(int((self.gpu_gib or 0) * 2**30)) if self.quantize else 0
 
     @property
     def is_sharded(self) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -119,8 +119,9 @@ class Planner:
 
     def plan(self, options: PlanOptions) -> MemoryPlan:
         """See `plan_memory`."""
+        options = self._completed(options)
         if options not in self._plans:
-            self._plans[options] = _Step(self, self._completed(options)).plan()
+            self._plans[options] = _Step(self, options).plan()
         return self._plans[options]
 
     def counter(self, dtype: str) -> LayerCounter:
@@ -158,9 +159,10 @@ class Planner:
             ) from error
 
     def _completed(self, options: PlanOptions) -> PlanOptions:
-        if options.liger is not None:
-            return options
-        return PlanOptions(**vars(options) | {"liger": self.config.model_type == "qwen3_moe"})
+        if options.liger is None:
+            options = replace(options, liger=self.config.model_type == "qwen3_moe")
+        smallest = replace(options, gpu_gib=None)  # one plan for all GPUs that make no difference
+        return smallest if smallest.workspace_bytes == options.workspace_bytes else options
 
 
 class _Step:

@@ -31,7 +31,7 @@ from lightning_moe import GraphedFunction, MemoryPlan, patch_moe, plan_memory, r
 sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.attention import register
 from lora.base_model import ligers_obstacle, read_config
-from lora.module import MoELoRA, plan_options
+from lora.module import MoELoRA, gpu_gib, plan_options
 from qwen3_lora import ALLOCATOR
 
 WARMUP_OF_GRAPHS = 4  # three steps by themselves, and the capture
@@ -75,13 +75,15 @@ def base_of(variant: str) -> tuple[Any, ...]:
     return tuple(options_of(variant).get(name) for name in BASE_OPTIONS)
 
 
-def plan_of(variant: str, tokens: int, options: dict[str, Any]) -> MemoryPlan | None:
+def plan_of(variant: str, tokens: int, options: dict[str, Any], device: torch.device) -> MemoryPlan | None:
     """What `lightning-moe plan` says of a variant's step; None of those that it does not know."""
     if not variant.startswith("lightning_moe") or variant.endswith("graph"):
         return None
     chosen = options | options_of(variant)
     place = "host" if chosen.get("experts_on") == "host" else "device"
-    planned = plan_options(chosen, tokens=tokens, experts_on=place, output_buffer_mib=BUFFER_MIB)
+    planned = plan_options(
+        chosen, tokens=tokens, experts_on=place, output_buffer_mib=BUFFER_MIB, gpu_gib=gpu_gib(device)
+    )
     return plan_memory(read_config(None, chosen["architecture"], chosen.get("quantize") is not None), planned)
 
 
@@ -315,7 +317,7 @@ def main(
                     found = {}
                 for variant, measured in found.items():
                     to = first.setdefault((card, tokens), measured)
-                    plan = plan_of(variant, tokens, options)
+                    plan = plan_of(variant, tokens, options, device)
                     above, peak = (f"{plan.above / 2**30:.2f}", f"{plan.peak / 2**30:.2f}") if plan else ("", "")
                     rows.append([
                         *named, variant + measured.missing,

@@ -274,7 +274,7 @@ class MoELoRA(LightningModule):
                 options, tokens=data.max_length, batch=data.batch_size, checkpointing=mode, offload=offload,
                 experts_on="host" if self._experts_on_host else "device", gpus=self.trainer.world_size,
                 strategy="ddp" if self.device_mesh is None else "fsdp", output_buffer_mib=output_buffer_mib,
-                liger=self._description["norms and rotary embedding"] == "Liger",
+                liger=self._description["norms and rotary embedding"] == "Liger", gpu_gib=gpu_gib(self.device),
             )  # fmt: skip
             return plan_memory(
                 read_config(self._name, options["architecture"], options["quantize"] is not None), planned
@@ -441,6 +441,14 @@ class MoELoRA(LightningModule):
         base = self.build_base()
         base.set_attn_implementation("eager")
         return str(verify_adapter(folder, base))
+
+
+def gpu_gib(device: torch.device) -> float | None:
+    """What PyTorch may have of a GPU's memory; None of another device."""
+    if device.type != "cuda":
+        return None
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return share * torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def plan_options(options: Mapping[str, Any], **known: Any) -> PlanOptions:

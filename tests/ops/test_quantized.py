@@ -26,9 +26,10 @@ from helpers.reference import (
 )
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from lightning_moe.ops import projection
+from lightning_moe.ops import passes, projection
 from lightning_moe.ops import quantized as module
 from lightning_moe.ops.quantized import QuantizedWeight
 
@@ -308,6 +309,27 @@ def test_checkpointing_has_the_up_projection_dense_once_where_there_is_room(
     for how in CORRUPTIONS:
         wrong = corrupt(dense, results, "hidden_states", how)
         assert relative_error(wrong["hidden_states"], truth["hidden_states"]) > 100 * FLOAT32_TOLERANCE, how
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_backward_lets_go_of_x_once_h_is_made_unless_a_factor_needs_it(ranks, make, monkeypatch):
+    problem, _ = problems("default", RANKS[ranks], make=make)
+    leaves, given, is_gone = problem.leaves(), [], []
+    pre_activation, activation_backward = passes.pre_activation, passes.activation_backward
+
+    def note_x(x, *args):
+        given.append(StorageWeakRef(x.untyped_storage()))
+        return pre_activation(x, *args)
+
+    def note_whether_it_is_gone(*args, **options):
+        is_gone.append(given[-1].expired())
+        return activation_backward(*args, **options)
+
+    monkeypatch.setattr(passes, "pre_activation", note_x)
+    monkeypatch.setattr(passes, "activation_backward", note_whether_it_is_gone)
+    x = leaves["hidden_states"]
+    checkpoint(lambda x: call(problem, leaves | {"hidden_states": 1 * x}), x, use_reentrant=False).sum().backward()
+    assert is_gone == [ranks == "frozen"]
 
 
 def test_backward_leaves_the_up_projection_alone_where_the_input_needs_no_gradient(monkeypatch):

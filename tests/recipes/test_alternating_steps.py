@@ -74,7 +74,7 @@ def test_the_table(recipe, tmp_path, capsys):
 def test_the_plan_of_a_variant_is_of_its_options():
     options = yaml.safe_load(alternating_steps.TINY.read_text())["model"]
     plans = {
-        variant: alternating_steps.plan_of(variant, 4096, options)
+        variant: alternating_steps.plan_of(variant, 4096, options, torch.device("cpu"))
         for variant in ("lightning_moe", "lightning_moe+full+offload", "lightning_moe+kept", "lightning_moe+experts")
     }
     chosen = {v: (p.options.checkpointing, p.options.offload, p.options.experts) for v, p in plans.items()}
@@ -86,8 +86,8 @@ def test_the_plan_of_a_variant_is_of_its_options():
         "lightning_moe+experts": ("selective", False, True),
     }
     assert plans["lightning_moe+full+offload"].above < plans["lightning_moe"].above < plans["lightning_moe+kept"].above
-    assert alternating_steps.plan_of("baseline+liger", 4096, options) is None
-    assert alternating_steps.plan_of("lightning_moe+graph", 4096, options) is None
+    assert alternating_steps.plan_of("baseline+liger", 4096, options, torch.device("cpu")) is None
+    assert alternating_steps.plan_of("lightning_moe+graph", 4096, options, torch.device("cpu")) is None
 
 
 def test_a_variant_that_runs_out_of_memory_does_not_fit(recipe, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ Imported only where a kernel runs. Each launcher takes and returns what its refe
 E experts, T tokens, K top_k, I intermediate. Row and token offsets are 64-bit throughout.
 """
 
-from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -14,62 +13,21 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lightning_moe.ops.triton_dequantize import dequantize_fp8, dequantize_mxfp4, dequantize_nf4
+from lightning_moe.ops.triton_launch import TOO_LARGE, cdiv, power_of_2, run_kernel
+
+# The launchers, as grouped.py asks for them, and what they raise on a device that is too small.
+__all__ = [
+    "TOO_LARGE", "combine", "count", "dequantize_fp8", "dequantize_mxfp4", "dequantize_nf4", "gated", "gated_backward",
+    "grouped_linear", "grouped_outer", "route",
+]  # fmt: skip
 
 # The tile of the grouped product: the fastest of those measured on an H100 at Qwen3-30B-A3B's shapes. By pointers, no
 # GPU from Ampere on spills registers for it.
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 4
-
-# What Triton has compiled, by the kernel and everything about a launch that it compiles for.
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-# What a launcher raises, before it has written anything, where the device is too small for its kernel.
-TOO_LARGE = (OutOfResources, PTXASError)
-
-
-def _run(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    constants: tuple[Any, ...],
-    num_warps: int = 4,
-    num_stages: int = 3,
-    **options: Any,
-) -> None:
-    """Launches a kernel.
-
-    Triton looks at every argument of a launch to find what it has compiled, which takes the host twice as long as the
-    launch: the second time it is asked for, what was compiled is launched as it is.
-
-    Args:
-        kernel: of this file.
-        grid: of programs.
-        args: tensors, descriptors, integers or None, by position.
-        constants: the arguments after these. Where there is a descriptor, they say what its blocks are.
-        num_warps: of Triton's options,
-        num_stages: and of these, too.
-        options: other ones of Triton's, the same at each launch of the kernel.
-    """
-    # By its id, since Triton hashes a kernel's source: those of this file live on.
-    key = (id(kernel), constants, num_warps, num_stages, args[0].get_device(), *map(_specialization, args))
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
-        return
-    compiled = kernel[grid](*args, *constants, num_warps=num_warps, num_stages=num_stages, **options)
-    if compiled is not None:  # as the interpreter has it
-        _compiled[key] = compiled
-
-
-def _specialization(arg: Any) -> Any:
-    """What Triton compiles an argument of a kernel for. What is told apart soonest comes first."""
-    if arg is None:
-        return None
-    if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg < 2**31
-    return (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg.base.dtype
 
 
 @triton.jit
@@ -258,15 +216,15 @@ def route(
     chosen = None if compact_dtype is None else torch.empty_like(top_k_index, dtype=compact_dtype)
     last = num_experts if is_expert_parallel else num_experts - 1  # other ranks' experts are one more
     # Each block reads the counts of all, which stay few; where there are fewer still, it counts them itself.
-    bins, block = max(_power_of_2(last + 1), 2), max(1024, _power_of_2(_cdiv(num_rows, 256)))
-    num_blocks, counts = max(_cdiv(num_rows, block), 1), None
+    bins, block = max(power_of_2(last + 1), 2), max(1024, power_of_2(cdiv(num_rows, 256)))
+    num_blocks, counts = max(cdiv(num_rows, block), 1), None
     if num_blocks > 32:
         counts = offsets.new_empty(num_blocks, bins)
-        _run(
+        run_kernel(
             _count_experts_kernel, (num_blocks,), top_k_index, counts, num_rows, last, constants=(bins, block)
         )  # fmt: skip
-    _run(
-        _route_kernel, (max(num_blocks, _cdiv(num_tiles, 32)),), top_k_index, counts, permutation, inverse, offsets,
+    run_kernel(
+        _route_kernel, (max(num_blocks, cdiv(num_tiles, 32)),), top_k_index, counts, permutation, inverse, offsets,
         tiles, chosen, num_rows, last, num_experts, num_blocks, num_tiles,
         constants=(counts is not None, needs_tiles, chosen is not None, bins, BLOCK_ROWS, block,
                    min(max(8192 // bins, 8), 256), 32),
@@ -274,18 +232,9 @@ def route(
     return permutation, inverse, offsets, tiles, chosen
 
 
-def _cdiv(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def _power_of_2(size: int) -> int:
-    """The next power of two."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
 def _block(width: int, most: int) -> int:
     """A tile's width for that many columns: a power of two that tl.dot takes."""
-    return min(max(_power_of_2(width), 16), most)
+    return min(max(power_of_2(width), 16), most)
 
 
 @cache
@@ -373,7 +322,7 @@ def grouped_linear(
     device, block_columns = rows.device, _block(columns, BLOCK_COLUMNS)
     small, factor = low_rank or (None, None)
     rank, block_rank = (0, 16) if small is None else (small.shape[1], _block(small.shape[1], BLOCK_INNER))
-    grid = (num_tiles * _cdiv(columns, block_columns),)
+    grid = (num_tiles * cdiv(columns, block_columns),)
     product = inner, columns, rank, start, tokens is not None, top_k
     block = BLOCK_ROWS, block_columns, BLOCK_INNER, block_rank
     num_warps = NUM_WARPS if block_columns > 64 else NUM_WARPS // 2
@@ -382,7 +331,7 @@ def grouped_linear(
         pointers = not has_tensor_memory_accelerator(device)
     if pointers:
         factor_strides = (0, 0, 0, 0) if small is None else (small.stride(0), *factor.stride())
-        _run(
+        run_kernel(
             _grouped_linear_pointers_kernel, grid, rows, tokens, weight, small, factor, out, tiles, num_tiles, offsets,
             constants=(*product, rows.stride(0), out.stride(0), *weight.stride(), *factor_strides, *block),
             num_warps=num_warps, num_stages=num_stages,
@@ -397,7 +346,7 @@ def grouped_linear(
     if small is not None:
         small_desc = _descriptor(small, (BLOCK_ROWS, block_rank))
         factor_desc, factor_in_first = _weight_descriptor(factor, block_rank, block_columns)
-    _run(
+    run_kernel(
         _grouped_linear_kernel, grid, rows, rows_desc, tokens, weight_desc, small_desc, factor_desc, out, tiles,
         num_tiles, offsets, rows.stride(0), out.stride(0),
         constants=(*product, in_first, factor_in_first, *block), num_warps=num_warps, num_stages=num_stages,
@@ -494,15 +443,15 @@ def grouped_outer(
         wide, narrow, tokens, is_turned = right, left, right_tokens, True
     num_experts, num_rows, width, rank = offsets.shape[0], narrow.shape[0], wide.shape[1], narrow.shape[1]
     # No more later pieces than experts: they take no more memory than the result.
-    piece_rows = max(OUTER_PIECE, _cdiv(num_rows, num_experts))
+    piece_rows = max(OUTER_PIECE, cdiv(num_rows, num_experts))
     num_later = max(num_rows - 1, 0) // piece_rows
     out = left.new_empty(num_experts, left.shape[1], right.shape[1], dtype=torch.float32)
     later_out = left.new_empty(num_later, left.shape[1], right.shape[1], dtype=torch.float32) if num_later else out
     view = out.mT if is_turned else out
-    block, experts_block = _block(rank, 64), _power_of_2(num_experts)
+    block, experts_block = _block(rank, 64), power_of_2(num_experts)
     features, rows, num_warps, num_stages = OUTER
-    _run(
-        _grouped_outer_kernel, (_cdiv(width, features), num_later + num_experts, _cdiv(rank, block)), wide,
+    run_kernel(
+        _grouped_outer_kernel, (cdiv(width, features), num_later + num_experts, cdiv(rank, block)), wide,
         offsets if tokens is None else tokens, narrow, out, later_out, offsets, wide.stride(0), narrow.stride(0),
         *view.stride(), width, rank, piece_rows, num_later, num_experts,
         constants=(tokens is not None, features, block, rows, experts_block),
@@ -510,8 +459,8 @@ def grouped_outer(
     )  # fmt: skip
     if num_later:
         size, at_a_time = out.stride(0), 4096
-        _run(
-            _add_later_pieces_kernel, (_cdiv(size, at_a_time), num_experts), out, later_out, offsets, size, piece_rows,
+        run_kernel(
+            _add_later_pieces_kernel, (cdiv(size, at_a_time), num_experts), out, later_out, offsets, size, piece_rows,
             num_experts, constants=(experts_block, at_a_time),
         )  # fmt: skip
     return out.to(out_dtype)
@@ -554,9 +503,9 @@ def gated(pre_activation: Tensor, kind: str) -> Tensor:
     num_rows, width = pre_activation.shape
     out = pre_activation.new_empty(num_rows, width // 2)
     if num_rows:
-        block = min(1024, _power_of_2(width // 2))
-        grid, constants = (_cdiv(num_rows, 4),), (width // 2, kind, 4, block)
-        _run(_gated_kernel, grid, pre_activation, out, num_rows, constants=constants)
+        block = min(1024, power_of_2(width // 2))
+        grid, constants = (cdiv(num_rows, 4),), (width // 2, kind, 4, block)
+        run_kernel(_gated_kernel, grid, pre_activation, out, num_rows, constants=constants)
     return out
 
 
@@ -608,9 +557,9 @@ def gated_backward(
     grad = pre_activation if overwrite else torch.empty_like(pre_activation)
     inner = row_weights.new_empty(row_weights.shape, dtype=inner_dtype)
     if num_rows:
-        block = min(1024, _power_of_2(intermediate))
-        _run(
-            _gated_backward_kernel, (_cdiv(num_rows, 2),), grad_unscaled, pre_activation, grad, row_weights, inner,
+        block = min(1024, power_of_2(intermediate))
+        run_kernel(
+            _gated_backward_kernel, (cdiv(num_rows, 2),), grad_unscaled, pre_activation, grad, row_weights, inner,
             pairs, num_rows, constants=(intermediate, kind, needs, pairs is not None, 2, block), num_warps=8,
         )  # fmt: skip
     return grad, inner, grad_unscaled if needs else None
@@ -641,9 +590,9 @@ def combine(rows: Tensor, inverse: Tensor, routing_weights: Tensor | None, out: 
     (num_tokens, top_k), columns = inverse.shape, rows.shape[1]
     if num_tokens == 0:
         return
-    block = min(512, _power_of_2(columns))
-    grid = (_cdiv(num_tokens, 4), _cdiv(columns, block))
-    _run(
+    block = min(512, power_of_2(columns))
+    grid = (cdiv(num_tokens, 4), cdiv(columns, block))
+    run_kernel(
         _combine_kernel, grid, rows, inverse, routing_weights, out, num_tokens, start, columns, rows.stride(0),
         out.stride(0), constants=(top_k, routing_weights is not None, 4, block),
     )  # fmt: skip
@@ -688,148 +637,8 @@ def count(
 ) -> None:
     num_pairs = gates.numel()
     chosen, chosen_before = choices or (None, None)
-    _run(
-        _count_kernel, (max(_cdiv(num_pairs, 1024), 1),), counters, gates, grads, inverse, offsets, chosen,
+    run_kernel(
+        _count_kernel, (max(cdiv(num_pairs, 1024), 1),), counters, gates, grads, inverse, offsets, chosen,
         chosen_before, bytes_saved, num_pairs, offsets.shape[0],
         constants=(gates.shape[1], grads is not None, choices is not None, 1024),
     )  # fmt: skip
-
-
-@triton.jit
-def _dequantize_nf4_kernel(
-    packed, absmax, scales, nested_offsets, levels, codes, out, first_row, first_pair, num_rows, num_columns, num_pairs,
-    num_groups, pairs_per_row, num_blocks, num_scales, pairs_per_expert, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
-    PAIRS: tl.constexpr, NESTED_BLOCK: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    # Of pairs in a row, as many as a block has: where they are a block, one absmax is loaded for all of them.
-    group = tl.program_id(0) * BG + tl.arange(0, BG)
-    row, first = group // num_groups, group % num_groups * PAIRS
-    start = (first_row + row) * pairs_per_row + first_pair + first
-    pair = tl.arange(0, PAIRS)[None, :]
-    valid = row < num_rows
-    mask = valid[:, None] & (first[:, None] + pair < num_pairs)
-    byte = tl.load(packed + expert * pairs_per_expert + start[:, None] + pair, mask=mask, other=0).to(tl.int32)
-    if ALIGNED:
-        block, known = start // PAIRS, valid
-    else:
-        block, known = (start[:, None] + pair) // PAIRS, mask
-    scale = tl.load(absmax + expert * num_blocks + block, mask=known, other=0)
-    if NESTED:
-        nested = expert * num_scales + block // NESTED_BLOCK
-        unit = tl.load(scales + nested, mask=known, other=0.0)
-        scale = tl.load(codes + scale.to(tl.int32)) * unit + tl.load(nested_offsets + nested, mask=known, other=0.0)
-    if ALIGNED:
-        scale = scale[:, None]
-    both = tl.join(tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale)
-    dense = both.reshape(BG, 2 * PAIRS).to(out.dtype.element_ty)
-    column = 2 * first[:, None] + tl.arange(0, 2 * PAIRS)[None, :]
-    target = out + (expert * num_rows + row)[:, None] * num_columns + column
-    tl.store(target, dense, mask=valid[:, None] & (column < num_columns))
-
-
-def dequantize_nf4(
-    parts: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    levels: Tensor,
-    codes: Tensor,
-    out: Tensor,
-    first_row: int,
-    first_column: int,
-    block: int,
-    nested_block: int,
-) -> Tensor:
-    (num_experts, num_rows, num_columns), is_nested = out.shape, "absmax_scale" in parts
-    packed, absmax, at_a_time = parts["packed"], parts["absmax"], 16
-    scales, offsets = (parts["absmax_scale"], parts["absmax_offset"]) if is_nested else (None, None)
-    num_groups = _cdiv(num_columns, block)
-    _run(
-        _dequantize_nf4_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), packed, absmax, scales,
-        offsets, levels, codes, out, first_row, first_column // 2, num_rows, num_columns, _cdiv(num_columns, 2),
-        num_groups, shape[2] // 2, absmax.shape[1], scales.shape[1] if is_nested else 0, packed.shape[1],
-        constants=(is_nested, shape[2] % block == 0 and first_column % block == 0, block // 2, nested_block, at_a_time),
-        num_warps=1, enable_fp_fusion=False,  # nested: bitsandbytes rounds each step
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _row_blocks(first_column, num_rows, num_columns, num_groups, BLOCK: tl.constexpr, BG: tl.constexpr):
-    """What a program makes dense: of some of an expert's rows a block each, its columns, and which of them are wanted.
-
-    A row's values in a block share a scale.
-    """
-    group = tl.program_id(0) * BG + tl.arange(0, BG)
-    row, block = group // num_groups, first_column // BLOCK + group % num_groups
-    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    valid = row < num_rows
-    mask = valid[:, None] & (column >= first_column) & (column < first_column + num_columns)
-    return row, block, valid, column, mask
-
-
-@triton.jit
-def _dequantize_fp8_kernel(
-    values, scales, out, first_row, first_column, num_rows, num_columns, num_groups, rows_per_expert, row_width,
-    scale_rows, scale_columns, BLOCK: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    row, block, valid, column, mask = _row_blocks(first_column, num_rows, num_columns, num_groups, BLOCK, BG)
-    its_row = first_row + row
-    source = values + (expert * rows_per_expert + its_row)[:, None] * row_width
-    byte = tl.load(source + column, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(scales + (expert * scale_rows + its_row // BLOCK) * scale_columns + block, mask=valid, other=0.0)
-    # By integers, as GPUs before Ada have it: the exponent and the fraction where float32 has its own, 120 too low.
-    magnitude = byte & 127
-    value = (((byte & 128) << 24) | (magnitude << 20)).to(tl.float32, bitcast=True) * 2.0**120
-    value = tl.where(magnitude == 127, float("nan"), value)
-    dense = (value * scale[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (expert * num_rows + row)[:, None] * num_columns + (column - first_column), dense, mask=mask)
-
-
-def dequantize_fp8(
-    values: Tensor, scales: Tensor, out: Tensor, first_row: int, first_column: int, block: int
-) -> Tensor:
-    (num_experts, num_rows, num_columns), at_a_time = out.shape, 8
-    num_groups = _cdiv(first_column + num_columns, block) - first_column // block
-    _run(
-        _dequantize_fp8_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), values, scales, out, first_row,
-        first_column, num_rows, num_columns, num_groups, *values.shape[1:], *scales.shape[1:],
-        constants=(block, at_a_time), num_warps=1,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _e2m1(code):
-    """The exponent and the fraction of four bits where float32 has its own, 126 too low."""
-    return (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 2.0**126
-
-
-@triton.jit
-def _dequantize_mxfp4_kernel(
-    packed, scales, out, first_row, first_column, num_rows, num_columns, num_groups, rows_per_expert, pairs_per_row,
-    blocks_per_row, BLOCK: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    row, block, valid, column, mask = _row_blocks(first_column, num_rows, num_columns, num_groups, BLOCK, BG)
-    its_row = expert * rows_per_expert + first_row + row
-    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    byte = tl.load(packed + its_row[:, None] * pairs_per_row + pair, mask=valid[:, None], other=0).to(tl.int32)
-    scale = tl.load(scales + its_row * blocks_per_row + block, mask=valid, other=0).to(tl.int32)
-    power = tl.where(scale == 255, float("nan"), tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True))[:, None]
-    both = tl.join(_e2m1(byte & 15) * power, _e2m1(byte >> 4) * power)
-    dense = both.reshape(BG, BLOCK).to(out.dtype.element_ty)
-    tl.store(out + (expert * num_rows + row)[:, None] * num_columns + (column - first_column), dense, mask=mask)
-
-
-def dequantize_mxfp4(
-    packed: Tensor, scales: Tensor, out: Tensor, first_row: int, first_column: int, block: int
-) -> Tensor:
-    (num_experts, num_rows, num_columns), at_a_time = out.shape, 64
-    num_groups = _cdiv(first_column + num_columns, block) - first_column // block
-    _run(
-        _dequantize_mxfp4_kernel, (_cdiv(num_rows * num_groups, at_a_time), num_experts), packed, scales, out,
-        first_row, first_column, num_rows, num_columns, num_groups, *packed.shape[1:], scales.shape[2],
-        constants=(block, at_a_time), num_warps=2,
-    )  # fmt: skip
-    return out

@@ -231,7 +231,7 @@ def test_less_shared_memory_gives_the_same_bits(dtype, in_first, columns, pointe
 
 def test_descriptors_are_left_to_devices_that_load_by_them(monkeypatch):
     launched = []
-    monkeypatch.setattr(triton_kernels, "_run", lambda kernel, *args, **options: launched.append(kernel))
+    monkeypatch.setattr(triton_kernels, "run_kernel", lambda kernel, *args, **options: launched.append(kernel))
     for has in (True, False):
         monkeypatch.setattr(triton_kernels, "has_tensor_memory_accelerator", lambda device, has=has: has)
         for pointers in (None, True, False):

@@ -19,16 +19,13 @@ from lightning_moe.ops.quantized import QuantizedWeight
 FORMATS: dict[str, NF4 | FP8 | MXFP4] = {format.name: format for format in (NF4(), FP8(), MXFP4())}
 
 
-def quantize(
-    weight: Tensor, format: str, is_transposed: bool = False, out: QuantizedWeight | None = None
-) -> QuantizedWeight:
+def quantize(weight: Tensor, format: str, is_transposed: bool = False) -> QuantizedWeight:
     """A frozen weight in fewer bits, on its device.
 
     Args:
         weight: (E, out, in), floating.
         format: see `quantize_experts`.
         is_transposed: whether the weight is (E, in, out), as gpt-oss's. The 32 values of `mxfp4` lie along `in`.
-        out: one of that format and shape, whose memory is then the result's.
 
     Raises:
         ValueError: on another format, or a shape that it does not take.
@@ -42,8 +39,6 @@ def quantize(
         parts = bitsandbytes_nf4.encode(weight)
     else:
         parts = chosen.encode(weight)
-    if out is not None:
-        parts = {name: part.copy_(parts[name]) for name, part in out.parts.items()}
     return QuantizedWeight(chosen, parts, tuple(weight.shape), weight.dtype)
 
 
@@ -181,12 +176,14 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
     def allocate(self, model: nn.Module, device_of: Callable[[str], torch.device]) -> dict[str, QuantizedWeight]:
         """Memory for the parameters to quantize, side by side, before dense ones come and go and leave holes there.
 
+        `from_pretrained` has it for experts that it quantizes, not for those of a checkpoint that is quantized already.
+
         Args:
             model: on the meta device.
             device_of: where a parameter goes, by its name.
 
         Returns:
-            For each name a weight whose values are still to be written.
+            For each name a weight whose values are still to be written, see `QuantizedWeight.copy_into`.
         """
         room = {}
         for name in self.find_parameters(model):
@@ -195,6 +192,6 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
             room[name] = QuantizedWeight.empty(format, tuple(parameter.shape), parameter.dtype, device_of(name))
         return room
 
-    def quantize(self, weight: Tensor, is_transposed: bool, out: QuantizedWeight) -> QuantizedWeight:
-        """What takes the weight's place, in the memory that `allocate` gave."""
-        return quantize(weight, self.format, is_transposed, out)
+    def quantize(self, weight: Tensor, is_transposed: bool) -> QuantizedWeight:
+        """What takes the weight's place."""
+        return quantize(weight, self.format, is_transposed)

@@ -223,7 +223,7 @@ MEASURED = [
     ("qwen3_30b_a3b", {"tokens": 16_384, "experts": True, "offload": True}, None, 3.57),
     ("qwen3_30b_a3b", {"tokens": 32_768, "checkpointing": "full", "offload": True}, None, 2.71),
     ("qwen3_30b_a3b", {"tokens": 4096, "offload": True, "quantize": "nf4"}, None, 0.52),
-    ("qwen3_30b_a3b", {"tokens": 16_384, "offload": True, "quantize": "nf4", "gpu_gib": 139.8}, None, 2.14),
+    ("qwen3_30b_a3b", {"tokens": 16_384, "offload": True, "quantize": "nf4", "gpu_gib": 139.8}, None, 2.07),
     ("qwen3_30b_a3b", {"tokens": 16_384, "quantize": "nf4", "gpu_gib": 139.8}, None, 13.96),
     ("qwen3_30b_a3b", {"tokens": 131_072, "offload": True}, 8, 8.38),
     ("gpt_oss_20b", {"tokens": 65_536, "offload": True, "quantize": "mxfp4"}, None, 6.53),

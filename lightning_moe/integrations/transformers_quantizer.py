@@ -66,8 +66,8 @@ class LoadedQuantizedConfig(QuantizationConfigMixin, ABC):
         """Memory for the parameters to quantize, by name."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, is_transposed: bool, out: QuantizedWeight) -> QuantizedWeight:
-        """What takes the place of a weight (E, out, in) or, transposed, (E, in, out), in the memory of `out`."""
+    def quantize(self, weight: Tensor, is_transposed: bool) -> QuantizedWeight:
+        """What takes the place of a weight (E, out, in) or, transposed, (E, in, out)."""
 
 
 @register_quantizer(METHOD)
@@ -80,8 +80,8 @@ class LoadingQuantizer(HfQuantizer):
         # Not what config.json says but the tensors that are read: a dense checkpoint may have this config.
         super().__init__(quantization_config, pre_quantized=False)
         self.names: list[str] = []
-        self.room: dict[str, QuantizedWeight] = {}
-        self.device_map: dict[str, Any] = {}
+        self.device_map: dict[str, Any] | None = None
+        self.room: dict[str, QuantizedWeight] | None = None
         self.linear = linear_quantizer(pre_quantized=False) if quantization_config.linear else None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +89,9 @@ class LoadingQuantizer(HfQuantizer):
         if self.linear is not None or self.quantization_config.format == NF4.name:
             check_installed()
         device_map = kwargs.get("device_map")
-        devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+        if isinstance(device_map, dict):  # Transformers comes again when it has made one of "auto" and the like
+            self.device_map = device_map
+        devices = set(map(str, (self.device_map or {}).values()))
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise ValueError(
                 "quantized experts stay where they are loaded, and the device map leaves some modules on the CPU or on "
@@ -127,16 +129,19 @@ class LoadingQuantizer(HfQuantizer):
             fusing(each, layout, self) if self._makes_experts(each) else each for each in weight_conversions
         ] + layout.conversions(self, self.names)
 
-    def room_for(self, name: str, model: PreTrainedModel) -> QuantizedWeight:
-        """The memory that a parameter goes to. All of them get theirs when the first one asks.
+    def place(self, name: str, weight: QuantizedWeight, model: PreTrainedModel) -> QuantizedWeight:
+        """A parameter in its memory. All of them get theirs when the first one comes.
 
         Transformers has taken what it allocates in advance by then, and given it back to PyTorch.
         """
-        if not self.room:
+        if self.room is None:
+            device_map = self.device_map or {"": weight.device}
+            self.room = {}  # tried once
             self.room = self.quantization_config.allocate(
-                model, lambda name: torch.device(get_device(self.device_map, name, valid_torch_device=True))
+                model, lambda name: torch.device(get_device(device_map, name, valid_torch_device=True))
             )
-        return self.room.pop(name)
+        room = self.room.pop(name, None)
+        return weight if room is None else weight.copy_into(room)
 
     def _makes_experts(self, conversion: Any) -> bool:
         """Whether a conversion's results are parameters that are quantized."""
@@ -145,7 +150,6 @@ class LoadingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.names = self.quantization_config.find_parameters(model)
-        self.device_map = kwargs.get("device_map") or {"": "cpu"}
         format = self.quantization_config.format
         quantized = find_quantized(model, kwargs.get("checkpoint_files") or (), self.names, LAYOUTS, format)
         self.pre_quantized = quantized is not None
@@ -212,9 +216,8 @@ class Quantize(ConversionOps):
                 if weight.shape != wanted:
                     raise ValueError(f"{name} is {tuple(weight.shape)} in the checkpoint, {tuple(wanted)} in the model")
                 is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
-                out = self.quantizer.room_for(name, model)
-                quantized = self.quantizer.quantization_config.quantize(weight, is_transposed, out)
-                converted[name] = nn.Parameter(quantized, requires_grad=False)
+                quantized = self.quantizer.quantization_config.quantize(weight, is_transposed)
+                converted[name] = nn.Parameter(self.quantizer.place(name, quantized, model), requires_grad=False)
             elif self.quantizer.param_needs_quantization(model, name):
                 linear: Any = self.quantizer.linear
                 converted |= linear.get_quantize_ops().convert({name: weight}, *args, **kwargs)

@@ -67,9 +67,9 @@ class _UntilActivation(torch.autograd.Function):
         ctx.owner = Owner(has_hooks=has_saved_tensors_hooks())
         # Where hooks have all this made again, what is saved is the recomputation's choice, and this the forward's.
         keeps_choice = plan.health is not None and ctx.owner.has_hooks
-        makes_again = ctx.owner.has_hooks and not is_measuring()
-        if makes_again and ctx.needs.hidden_states and may_stay_dense(inputs.up_weight):
-            # h is made again in any case: in backward W1 is dense once for h and for dx.
+        is_checkpointed = ctx.owner.has_hooks and not is_measuring()  # as hooks nearly always have it
+        if is_checkpointed and ctx.needs.hidden_states and may_stay_dense(inputs.up_weight):
+            # h is made again anyway: rather in backward, where W1 is then dense once for h and for dx.
             plan = plan._replace(recomputes_h=True)
         saved, made = until_activation(inputs, top_k_index, factors, plan, ctx.needs, keeps_choice=keeps_choice)
         placeholder = inputs.hidden_states.new_empty(1, 1).expand(inputs.hidden_states.shape)
@@ -178,8 +178,8 @@ def moe_experts(
             smaller, all rows take a part of the hidden features at a time, at least 256 of them (the width of a
             product's tile), so that no expert is left with few rows. Results do not depend on it beyond rounding.
         recompute_gate_up: save `hidden_states` for backward and project them a second time there, rather than save the
-            projection, (S, N). Results are the same bits. Not worth it under activation checkpointing, which projects
-            a second time anyway.
+            projection, (S, N). Results are the same bits. It gains nothing under activation checkpointing, which
+            projects a second time anyway.
         is_expert_parallel: the weights are some of the layer's experts, and ids of E and above name others', on other
             ranks: such a slot adds nothing to the output and its gate gets a gradient of zero.
         health: (7,) int64 counters on the tensors' device, `ops.counting.COUNTERS`, to which each backward adds itself.

@@ -109,6 +109,12 @@ class QuantizedWeight(Tensor):
         parts = {name: torch.empty(size, dtype=of, device=device) for name, (size, of) in layout.items()}
         return QuantizedWeight(format, parts, shape, dtype)
 
+    def copy_into(self, room: "QuantizedWeight") -> "QuantizedWeight":
+        """The weight in the memory of another one, on whatever device; as it is where that one has other parts."""
+        if not self._has_parts_like(room):
+            return self
+        return self._with({name: part.copy_(self.parts[name]) for name, part in room.parts.items()})
+
     @property  # type: ignore[override]
     def nbytes(self) -> int:  # type: ignore[override]
         """The bytes that are held."""

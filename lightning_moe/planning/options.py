@@ -39,7 +39,7 @@ class PlanOptions:
         optimizer: PyTorch's AdamW, or bitsandbytes' with moments of 8 bits.
         tile_tokens: the experts work on so many tokens at a time where there are more; 0 for never.
         output_buffer_mib: of the callback.
-        liger: Liger's RMSNorm; None for where the recipe has it, on Qwen3-MoE.
+        liger: Liger's RMSNorm and rotary embedding; None for where the recipe has them, on Qwen3-MoE.
         gpus: that train.
         strategy: how they share the work.
 

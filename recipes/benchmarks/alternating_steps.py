@@ -30,7 +30,7 @@ from lightning_moe import GraphedFunction, MemoryPlan, patch_moe, plan_memory, r
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the recipe is
 from lora.attention import register
-from lora.base_model import ligers_obstacle, read_config
+from lora.base_model import liger_unsupported_reason, read_config
 from lora.module import MoELoRA, gpu_gib, plan_options
 from qwen3_lora import ALLOCATOR
 
@@ -111,7 +111,8 @@ def make_step(
     variant: str, options: dict[str, Any], shared: PreTrainedModel, precision: str
 ) -> tuple[Callable[[dict[str, Any]], Tensor], GraphedFunction | None]:
     """A whole training step of a batch, and what is captured of it."""
-    liger = {"liger": True} if "liger" in variant.split("+") and ligers_obstacle(shared) is None else {}
+    has_liger = "liger" in variant.split("+") and liger_unsupported_reason(shared) is None
+    liger = {"liger": True} if has_liger else {}
     module = OnSharedBase(**(options | options_of(variant) | liger))
     module.__dict__["shared"] = shared
     torch.manual_seed(0)  # the same adapters in each

@@ -224,11 +224,14 @@ def _make_by_module(
             if experts_on_host:
                 setattr(module, stem, on_host(weight, device))
             elif quantization is not None:
-                setattr(module, stem, nn.Parameter(room.pop(f"{name}.{stem}").copy_(weight), requires_grad=False))
+                packed = weight.copy_into(room.pop(f"{name}.{stem}"))
+                setattr(module, stem, nn.Parameter(packed, requires_grad=False))
+                del packed
+            del weight  # or it would be there while the next ones are drawn
     model.tie_weights()
 
 
-def ligers_obstacle(model: PreTrainedModel) -> str | None:
+def liger_unsupported_reason(model: PreTrainedModel) -> str | None:
     """Why a model cannot have Liger's kernels, in words; None where it can."""
     if model.device.type != "cuda":
         return "they need a GPU"
@@ -250,21 +253,22 @@ def apply_liger(model: PreTrainedModel, wanted: bool | None) -> str:
     Raises:
         ValueError: where it is wanted and cannot be had.
     """
-    obstacle = ligers_obstacle(model)
-    if wanted and obstacle:
-        raise ValueError(f"model.liger asks for Liger's kernels: {obstacle}. Leave the option out, or: "
+    reason = liger_unsupported_reason(model)
+    if wanted and reason:
+        raise ValueError(f"model.liger asks for Liger's kernels: {reason}. Leave the option out, or: "
                          'pip install "liger-kernel>=0.8"')  # fmt: skip
-    if obstacle or wanted is False:
-        return f"Transformers' ({obstacle or 'as asked'})"
+    if reason or wanted is False:
+        return f"Transformers' ({reason or 'as asked'})"
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
     # swiglu=True would rebind the experts' forward, and go past every experts implementation.
     apply_liger_kernel_to_qwen3_moe(
         rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )
-    if wanted is None:
-        use_fused_norms(model)
-    return "Liger"
+    if wanted:
+        return "Liger's"
+    use_fused_norms(model)
+    return "Liger's, and PyTorch's fused norms of the hidden size"
 
 
 def use_fused_norms(model: PreTrainedModel) -> None:
@@ -279,4 +283,5 @@ def use_fused_norms(model: PreTrainedModel) -> None:
 
 
 def _fused_norm(norm: Any, hidden_states: Tensor) -> Tensor:
-    return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    with torch.autocast(hidden_states.device.type, enabled=False):  # which has it in float32 from PyTorch 2.12 on
+        return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)

@@ -274,7 +274,8 @@ class MoELoRA(LightningModule):
                 options, tokens=data.max_length, batch=data.batch_size, checkpointing=mode, offload=offload,
                 experts_on="host" if self._experts_on_host else "device", gpus=self.trainer.world_size,
                 strategy="ddp" if self.device_mesh is None else "fsdp", output_buffer_mib=output_buffer_mib,
-                liger=self._description["norms and rotary embedding"] == "Liger", gpu_gib=gpu_gib(self.device),
+                liger=self._description["norms and rotary embedding"].startswith("Liger's"),
+                gpu_gib=gpu_gib(self.device),
             )  # fmt: skip
             return plan_memory(
                 read_config(self._name, options["architecture"], options["quantize"] is not None), planned
@@ -447,7 +448,7 @@ def gpu_gib(device: torch.device) -> float | None:
     """What PyTorch may have of a GPU's memory; None of another device."""
     if device.type != "cuda":
         return None
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)
     return share * torch.cuda.get_device_properties(device).total_memory / 2**30
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from lightning_moe import QuantizedExpertsConfig, QuantizedWeight, patch_moe, quantization, quantize_experts
+from lightning_moe.integrations import bitsandbytes_nf4
 
 NUM_EXPERTS, NUM_LAYERS = 4, 2
 
@@ -72,7 +73,7 @@ def same_bits(actual, expected):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("device_map", [None, {"": torch.device("cpu")}], ids=["no device map", "device map"])
+@pytest.mark.parametrize("device_map", [None, {"": torch.device("cpu")}, "auto"], ids=["no device map", "one", "auto"])
 @pytest.mark.parametrize("is_fused", [False, True], ids=["per expert", "fused"])
 @pytest.mark.parametrize("build", [small_qwen3, mixtral, gpt_oss, qwen2_moe])
 def test_loaded_is_bit_for_bit_what_is_quantized_in_memory(tmp_path, build, is_fused, device_map):
@@ -147,6 +148,17 @@ def test_experts_are_written_to_memory_that_was_allocated_for_all_at_once(tmp_pa
         assert {part: tensor.data_ptr() for part, tensor in parts.items()} == {
             part: tensor.data_ptr() for part, tensor in weight.parts.items()
         }
+
+
+@needs_bitsandbytes
+def test_a_weight_of_other_parts_than_were_allocated_stays_as_it_is(tmp_path, monkeypatch):
+    """As where bitsandbytes' codes of nested absmax are not those that nf4 has here."""
+    monkeypatch.setattr(bitsandbytes_nf4, "_stay_nested", lambda matrices: False)
+    folder = write(small_qwen3().to(torch.bfloat16), tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    quantize_experts(expected)
+    assert "absmax_scale" not in expected.model.layers[0].mlp.experts.down_proj.parts
+    assert all(map(same_bits, load(folder).parameters(), expected.parameters()))
 
 
 @needs_bitsandbytes

@@ -8,14 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.models import qwen3, qwen3_config
 from helpers.reference import relative_error
 from lora import base_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from lightning_moe import QuantizedExpertsConfig, QuantizedWeight, quantize_experts
 
 CPU = torch.device("cpu")
+PYTORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 NF4 = QuantizedExpertsConfig("nf4")
 
 
@@ -75,6 +80,27 @@ def test_a_random_base_is_quantized_layer_by_layer(monkeypatch):
     assert torch.equal(one.model.norm.weight, plain.model.norm.weight)
     assert torch.equal(experts.down_proj.dequantize(), again.model.layers[0].mlp.experts.down_proj.dequantize())
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize("quantization", [NF4, None], ids=["quantized", "on the host"])
+def test_nothing_of_a_layer_s_experts_is_left_while_the_next_ones_are_drawn(quantization, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    drawn, left = [], []
+    to_empty = nn.Module.to_empty
+
+    def noted(module, **options):
+        if "Experts" not in type(module).__name__:
+            return to_empty(module, **options)
+        left.append([not storage.expired() for storage in drawn])
+        made = to_empty(module, **options)
+        drawn.extend(StorageWeakRef(weight.untyped_storage()) for weight in module.parameters())
+        return made
+
+    monkeypatch.setattr(nn.Module, "to_empty", noted)
+    monkeypatch.setattr(base_model, "on_host", lambda weight, _: nn.Parameter(weight.clone(), requires_grad=False))
+    config = quantizable_config(num_hidden_layers=3)
+    base_model.build(None, config, torch.bfloat16, CPU, "sdpa", 0, quantization, experts_on_host=quantization is None)
+    assert left == [[], [False] * 2, [False] * 4]
 
 
 def test_a_read_base_has_the_bits_of_one_that_is_quantized_in_memory(tmp_path):
@@ -214,6 +240,20 @@ def test_fused_norms_err_no_more_than_transformers_own(dtype):
         assert relative_error(fused, want) <= relative_error(stock, want) + torch.finfo(dtype).eps / 4
         assert relative_error(fused.roll(1, 0), want) > 0.1
         assert relative_error(torch.zeros_like(fused), want) > 0.1
+
+
+def test_fused_norms_keep_their_dtype_under_autocast_on_a_gpu():
+    """PyTorch's own run in float32 there, from 2.12 on."""
+    torch.set_autocast_enabled("cuda", True)  # the context asks for a GPU
+    try:
+        with FakeTensorMode():
+            weight, hidden = torch.empty(2, 64, dtype=torch.bfloat16, device="cuda:0")
+            norm = SimpleNamespace(weight=weight, variance_epsilon=1e-6)
+            fused, plain = base_model._fused_norm(norm, hidden), F.rms_norm(hidden, weight.shape, weight, 1e-6)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert fused.dtype == torch.bfloat16
+    assert PYTORCH < (2, 12) or plain.dtype == torch.float32
 
 
 def test_ligers_kernels_are_refused_where_they_cannot_be_had():

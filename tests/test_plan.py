@@ -239,6 +239,20 @@ def test_a_step_takes_what_was_measured(recipe, chosen, layers, above):
     assert other.above / GIB != pytest.approx(above, rel=0.05)
 
 
+def test_quantized_weights_are_made_dense_in_more_memory_on_larger_gpus_as_the_operation_does():
+    planner = planner_of("qwen3_30b_a3b")
+    for quantize, num_plans in ((None, 1), ("nf4", 3)):
+        given = {"tokens": 16_384, "offload": True, "quantize": quantize}
+        plans = [planner.plan(settle(planner, given, Card("", SIZES[size]))) for size in (16, 24, 40, 80)]
+        assert plans[0] is plans[1]
+        assert len({plan.above for plan in plans}) == len({id(plan) for plan in plans}) == num_plans
+        assert plans[1].above <= plans[2].above <= plans[3].above
+    weight = torch.empty(128, 1536, 2048, dtype=torch.bfloat16, device="meta")
+    for gib in (23.4, 39, 78.5):
+        num_bytes = PlanOptions(quantize="nf4", gpu_gib=gib).workspace_bytes
+        assert (weight.nbytes <= num_bytes) == (gib == 78.5)
+
+
 @pytest.mark.parametrize(
     ("recipe", "chosen", "card"),
     [

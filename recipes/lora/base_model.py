@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lightning_moe import QuantizedExpertsConfig, quantize_experts
+from lightning_moe import QuantizedExpertsConfig, QuantizedWeight, quantize_experts
 from lora import packed_masks
 from lora.attention import NAME as VARLEN
 from lora.attention import check_config, register
@@ -220,15 +220,15 @@ def _make_by_module(
         if name in experts and quantization is not None:
             quantize_experts(module, quantization.format)
         for stem in experts.get(name, ()):
-            weight = getattr(module, stem).detach()
             if experts_on_host:
-                setattr(module, stem, on_host(weight, device))
-            elif quantization is not None:
-                packed = weight.copy_into(room.pop(f"{name}.{stem}"))
-                setattr(module, stem, nn.Parameter(packed, requires_grad=False))
-                del packed
-            del weight  # or it would be there while the next ones are drawn
+                setattr(module, stem, on_host(getattr(module, stem), device))
+            else:
+                setattr(module, stem, _moved(getattr(module, stem), room.pop(f"{name}.{stem}")))
     model.tie_weights()
+
+
+def _moved(weight: Any, room: QuantizedWeight) -> nn.Parameter:
+    return nn.Parameter(weight.detach().copy_into(room), requires_grad=False)
 
 
 def liger_unsupported_reason(model: PreTrainedModel) -> str | None:

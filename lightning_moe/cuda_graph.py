@@ -93,7 +93,7 @@ class GraphedFunction:
         seen = self._look(batch)
         if isinstance(seen, Unsupported):
             (self._give_up if seen.code == "graph_ranks" else self._say)(seen)
-        if isinstance(seen, Unsupported) or seen.is_audited:
+        if isinstance(seen, Unsupported) or seen.is_by_itself:
             self._mark(None, "eager")
             return self.function(batch)
         if seen.state != self._state:  # adapters were switched, say: what is captured is of another model
@@ -151,9 +151,12 @@ class GraphedFunction:
             torch.are_deterministic_algorithms_enabled(),
         ]  # fmt: skip
         held: list[Any] = []
-        is_audited = False
+        is_by_itself = False
         for module in modules_of(self.module):
             for hook in hooks_of(module):
+                if getattr(hook, "is_for_one_step", False):
+                    is_by_itself = True
+                    continue
                 if not (getattr(hook, "is_capturable", False) or is_capturable_hook(hook)):
                     return self._hooked(hook, module)
                 held.append(hook)
@@ -163,12 +166,12 @@ class GraphedFunction:
             if (patch := patch_of(module)) is not None:
                 held.append(patch)
                 relied_on.append(is_on(module))
-                is_audited |= patch.health.audit_due
+                is_by_itself |= patch.health.audit_due
             for tensor in tensors_of(module):
                 for hook in gradient_hooks_of(tensor):
                     return self._hooked(hook, module)
                 relied_on += (id(tensor), tensor.data_ptr(), tensor.requires_grad)
-        return _Seen(hash((*relied_on, *map(id, held))), held, is_audited)
+        return _Seen(hash((*relied_on, *map(id, held))), held, is_by_itself)
 
     def _hooked(self, hook: Any, module: nn.Module) -> Unsupported:
         name = next(name for name, found in self.module.named_modules() if found is module)
@@ -239,11 +242,14 @@ class GraphedFunction:
 
 
 class _Seen(NamedTuple):
-    """What a graph relies on: a digest, and what has to live for the addresses in it to be its own."""
+    """What a graph relies on: a digest, and what has to live for the addresses in it to be its own.
+
+    `is_by_itself`: this step is for Python to run, as an audit's or a measurement's, and later ones may be replayed.
+    """
 
     state: int
     held: list[Any]
-    is_audited: bool
+    is_by_itself: bool
 
 
 class _Mark(NamedTuple):

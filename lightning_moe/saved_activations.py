@@ -83,6 +83,7 @@ def _measure_first_run(layer: MoELayer, outermost: nn.Module, measured: list[Sav
         num_tokens = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         measured.append(SavedActivations(layer.name, num_tokens, num_bytes, baseline, shapes))
 
+    measure.is_for_one_step = True  # type: ignore[attr-defined]  # CUDA graphs wait for the next one
     return outermost.register_forward_pre_hook(measure, with_kwargs=True)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers.models import experts_modules, qwen3, tokens, with_expert_lora
 from helpers.patching import equal
 from torch import nn
 
-from lightning_moe import GraphedFunction, patch_moe, replayed_bytes
+from lightning_moe import GraphedFunction, measure_moe_activations, patch_moe, replayed_bytes
 from lightning_moe.cuda_graph import MAX_SHAPES, WARMUP_STEPS, Recorder
 from lightning_moe.expert_load import ExpertLoadCounter
 from lightning_moe.patch_state import patch_of
@@ -331,6 +332,20 @@ def test_hooks_that_run_python_are_named_and_those_that_count_on_the_device_are_
     handle.remove()
     function(batch(1)).backward()
     assert function._recorder.replays == 2
+
+
+def test_a_measured_step_runs_by_itself_and_nothing_is_said_of_it():
+    model = qwen3(num_hidden_layers=1)
+    patch_moe(model)
+    function = graphed(model, lambda batch: model(**batch).loss)
+    ids = {"input_ids": tokens(), "labels": tokens()}
+    for step in range(WARMUP_STEPS + 3):
+        replays = function._recorder.replays
+        with measure_moe_activations(model) if step == WARMUP_STEPS + 1 else nullcontext([]) as measured:
+            function(ids).backward()
+        assert (function._recorder.replays > replays) == (step >= WARMUP_STEPS and not measured)
+        assert bool(measured) == (step == WARMUP_STEPS + 1)
+    assert [line for line in function.report() if "not captured" in line] == []
 
 
 def test_replays_that_are_not_faster_are_given_up():

@@ -17,9 +17,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_moe import AdapterExport, CUDAGraphCallback, ExpertLoadMonitor, MemoryMonitor, MoEGateGradCallback
+from lightning_moe import (
+    AdapterExport,
+    CUDAGraphCallback,
+    ExpertLoadMonitor,
+    MemoryMonitor,
+    MoEGateGradCallback,
+    __version__,
+)
 
-PACKAGES = ("torch", "transformers", "peft", "lightning", "lightning_moe")
+PACKAGES = ("torch", "transformers", "peft", "lightning")
 
 MIB, GIB = 2**20, 2**30
 
@@ -177,7 +184,8 @@ def _model_rows(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     yield "device", name + (f", {trainer.world_size} ranks" if trainer.world_size > 1 else "")
-    yield "versions", ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    versions = {package: version(package) for package in PACKAGES} | {"lightning_moe": __version__}
+    yield "versions", ", ".join(f"{package} {found}" for package, found in versions.items())
 
 
 def _file_rows(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:

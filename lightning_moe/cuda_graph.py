@@ -154,8 +154,8 @@ class GraphedFunction:
         is_by_itself = False
         for module in modules_of(self.module):
             for hook in hooks_of(module):
-                if getattr(hook, "is_for_one_step", False):
-                    is_by_itself = True
+                if (needs_python := getattr(hook, "needs_python", None)) is not None:
+                    is_by_itself |= needs_python
                     continue
                 if not (getattr(hook, "is_capturable", False) or is_capturable_hook(hook)):
                     return self._hooked(hook, module)

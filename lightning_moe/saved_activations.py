@@ -71,6 +71,7 @@ def _measure_first_run(layer: MoELayer, outermost: nn.Module, measured: list[Sav
         if is_measured or not torch.is_grad_enabled():
             return
         is_measured = True
+        measure.needs_python = False  # type: ignore[attr-defined]
         num_bytes, shapes = _saved_by(module, args, kwargs)
         baseline: int | None = num_bytes
         if layer.is_dispatched:
@@ -83,7 +84,7 @@ def _measure_first_run(layer: MoELayer, outermost: nn.Module, measured: list[Sav
         num_tokens = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         measured.append(SavedActivations(layer.name, num_tokens, num_bytes, baseline, shapes))
 
-    measure.is_for_one_step = True  # type: ignore[attr-defined]  # CUDA graphs wait for the next one
+    measure.needs_python = True  # type: ignore[attr-defined]  # for one step, which is no part of a CUDA graph
     return outermost.register_forward_pre_hook(measure, with_kwargs=True)
 
 

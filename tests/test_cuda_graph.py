@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -339,12 +338,18 @@ def test_a_measured_step_runs_by_itself_and_nothing_is_said_of_it():
     patch_moe(model)
     function = graphed(model, lambda batch: model(**batch).loss)
     ids = {"input_ids": tokens(), "labels": tokens()}
-    for step in range(WARMUP_STEPS + 3):
+
+    def is_replayed():
         replays = function._recorder.replays
-        with measure_moe_activations(model) if step == WARMUP_STEPS + 1 else nullcontext([]) as measured:
-            function(ids).backward()
-        assert (function._recorder.replays > replays) == (step >= WARMUP_STEPS and not measured)
-        assert bool(measured) == (step == WARMUP_STEPS + 1)
+        function(ids).backward()
+        return function._recorder.replays > replays
+
+    steps = [is_replayed() for _ in range(WARMUP_STEPS + 1)]
+    with measure_moe_activations(model) as measured:
+        steps += [is_replayed() for _ in range(2)]
+    assert steps == [*[False] * WARMUP_STEPS, True, False, True]
+    assert len(measured) == 1
+    assert is_replayed()
     assert [line for line in function.report() if "not captured" in line] == []
 
 

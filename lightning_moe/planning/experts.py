@@ -58,11 +58,9 @@ class _Until(torch.autograd.Function):
         permutation, inverse = (weights.new_empty(num_rows, dtype=torch.long) for _ in range(2))
         up = _joined(factors[:2], shape.up.dtype)
         in_rank = _in_rank(num_rows, up)
-        # Then backward makes it, of weights that it has dense once.
+        # Left to backward, which has the weights dense once, and to `_From` where that runs.
         leaves_h = has_saved_tensors_hooks() and shape.up.nbytes <= shape.workspace_bytes
-        h: Any = None
-        if not (leaves_h and run.is_recomputing):
-            h = _project(hidden, num_rows, shape.up, shape, run.counter, bias=shape.has_bias)
+        h = None if leaves_h else _pre_activation(hidden, num_rows, shape, run.counter)
         ctx.shape, ctx.run, ctx.leaves_h = shape, run, leaves_h
         kept = hidden if leaves_h else h
         ctx.save_for_backward(weights, kept, permutation, inverse, *factors, *((in_rank, hidden) if factors else ()))
@@ -81,7 +79,7 @@ class _Until(torch.autograd.Function):
                 shape_of_up = replace(shape, workspace_bytes=0)
                 with counter.tagged(WORKSPACE):
                     dense = torch.empty_like(shape.up)
-                h = _project(grad, num_rows, shape.up, shape_of_up, counter, bias=shape.has_bias)
+                h = _pre_activation(grad, num_rows, shape_of_up, counter)
             up, down = (_joined(of, shape.up.dtype) for of in (factors[:2], factors[2:]))
             grad_in_rank = _in_rank(num_rows, down)
             grad_a = _project(grad, num_rows, shape.down.mT, shape, counter)
@@ -119,10 +117,13 @@ class _From(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, placeholder: Tensor, made: Any, shape: ExpertsShape, top_k: int) -> Tensor:  # type: ignore[override]
-        h, factors, _, _, counter = made
-        num_rows = placeholder.shape[0] * top_k
+        kept, factors, _, _, counter = made
+        num_rows, h = placeholder.shape[0] * top_k, kept.pop()
+        if h is None:
+            h = _pre_activation(placeholder, num_rows, shape, counter)
         down = _joined(factors, shape.down.dtype)
-        a = _activated(shape, h.pop())
+        a = _activated(shape, h)
+        del h
         in_rank = _in_rank(num_rows, down)
         dtype = torch.float32 if shape.has_bias else placeholder.dtype
         output = _combined(placeholder, num_rows, top_k, shape.down, shape, counter, dtype)
@@ -147,6 +148,10 @@ def _joined(factors: Sequence[Tensor], dtype: torch.dtype) -> Factors | None:
 
 def _in_rank(num_rows: int, factors: Factors | None) -> Tensor | None:
     return None if factors is None else factors[0].new_empty(num_rows, factors[0].shape[1])
+
+
+def _pre_activation(like: Tensor, num_rows: int, shape: ExpertsShape, counter: AllocationCounter) -> Tensor:
+    return _project(like, num_rows, shape.up, shape, counter, bias=shape.has_bias)
 
 
 def _project(

@@ -139,9 +139,9 @@ class LayerCounter:
     def batch_bytes(self, options: PlanOptions) -> int:
         """What is held for the whole step beside: token ids, labels, positions, the rotary embedding's tables."""
         tables = self._arguments(options.row_tokens).get("position_embeddings")
-        tables = tables.values() if isinstance(tables, dict) else tables or ()
-        flat = [t for table in tables for t in (table if isinstance(table, tuple) else (table,))]
-        return 3 * 8 * options.row_tokens + sum(t.nbytes for t in flat if isinstance(t, Tensor))
+        of_kinds = tables.values() if isinstance(tables, dict) else [tables]  # of layers with windows and without
+        flat = [table for of_kind in of_kinds for table in (of_kind if isinstance(of_kind, tuple) else (of_kind,))]
+        return 3 * 8 * options.row_tokens + sum(table.nbytes for table in flat if isinstance(table, Tensor))
 
     def _hidden(self, tokens: int) -> Tensor:
         return torch.empty(1, tokens, self.model.config.hidden_size, dtype=self.model.dtype, device="meta")

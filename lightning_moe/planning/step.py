@@ -120,9 +120,11 @@ class Planner:
     def plan(self, options: PlanOptions) -> MemoryPlan:
         """See `plan_memory`."""
         options = self._completed(options)
-        if options not in self._plans:
-            self._plans[options] = _Step(self, options).plan()
-        return self._plans[options]
+        smallest = replace(options, gpu_gib=None)  # one plan for all GPUs that make no difference
+        key = smallest if smallest.workspace_bytes == options.workspace_bytes else options
+        if key not in self._plans:
+            self._plans[key] = _Step(self, key).plan()
+        return replace(self._plans[key], options=options)
 
     def counter(self, dtype: str) -> LayerCounter:
         """Of the model in a dtype."""
@@ -159,10 +161,7 @@ class Planner:
             ) from error
 
     def _completed(self, options: PlanOptions) -> PlanOptions:
-        if options.liger is None:
-            options = replace(options, liger=self.config.model_type == "qwen3_moe")
-        smallest = replace(options, gpu_gib=None)  # one plan for all GPUs that make no difference
-        return smallest if smallest.workspace_bytes == options.workspace_bytes else options
+        return options if options.liger is not None else replace(options, liger=self.config.model_type == "qwen3_moe")
 
 
 class _Step:

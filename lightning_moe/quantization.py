@@ -92,9 +92,8 @@ def find_quantizable(model: nn.Module, format: str) -> list[str]:
         raise ValueError(f"experts that would stay dense: {'; '.join(dense)}")
     names = [f"{layer.name}.{stem}" for layer in layers for stem in read_spec(layer.module).stems]
     for name in names:
-        is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
         shape = tuple(model.get_parameter(name).shape)
-        if problem := choose_format(format, is_transposed).shape_problem(shape):
+        if problem := format_of_parameter(model, name, format).shape_problem(shape):
             raise ValueError(f"{name} cannot be quantized to {format}: {problem}")
     return names
 
@@ -109,6 +108,11 @@ def check_format(format: str) -> None:
     """Raises ValueError on a format that there is not."""
     if format not in FORMATS:
         raise ValueError(f"experts can be quantized to {', '.join(FORMATS)}, not to {format!r}")
+
+
+def format_of_parameter(model: nn.Module, name: str, format: str) -> NF4 | FP8 | MXFP4:
+    """The format of that name in the layout of an experts' parameter; the model may be on meta."""
+    return choose_format(format, read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed)
 
 
 def choose_format(name: str, is_transposed: bool) -> NF4 | FP8 | MXFP4:
@@ -187,8 +191,7 @@ class QuantizedExpertsConfig(LoadedQuantizedConfig):
         """
         room = {}
         for name in self.find_parameters(model):
-            is_transposed = read_flags(model.get_submodule(name.rpartition(".")[0])).is_transposed
-            parameter, format = model.get_parameter(name), choose_format(self.format, is_transposed)
+            parameter, format = model.get_parameter(name), format_of_parameter(model, name, self.format)
             room[name] = QuantizedWeight.empty(format, tuple(parameter.shape), parameter.dtype, device_of(name))
         return room
 

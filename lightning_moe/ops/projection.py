@@ -71,7 +71,7 @@ class Projection(NamedTuple):
             biases = None if bias is None else (bias, routing.expert_of_row())
             return self._product(rows, dense, in_rank, routing, gather, columns, bias=biases, absent=routing.absent())
         first, last = (0, width) if columns is None else (columns.start, min(columns.stop, width))
-        step = weight.features_at_a_time()
+        step = weight.features_at_a_time
         out = rows.new_empty(routing.num_rows, last - first) if last - first > step else None
         for start in range(first, last, step):
             part = slice(start, min(start + step, last))
@@ -123,7 +123,7 @@ def project_and_combine(
     """
     num_tokens, hidden = routing.num_rows // routing.top_k, projection.weight.shape[2]
     if not isinstance(projection.weight, Tensor):
-        buffer_columns = min(buffer_columns, projection.weight.features_at_a_time())
+        buffer_columns = min(buffer_columns, projection.weight.features_at_a_time)
     inverse = routing.inverse.view(num_tokens, routing.top_k)
     output = rows.new_empty(num_tokens, hidden, dtype=out_dtype)
     for start in range(0, hidden, buffer_columns):

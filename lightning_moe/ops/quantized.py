@@ -10,6 +10,7 @@ Private names of PyTorch read here, in 2.11 to 2.15: `_make_wrapper_subclass`, a
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn, Protocol, Self, TypeGuard
 
 import torch
@@ -270,6 +271,7 @@ class QuantizedView:
         """What takes a gradient back."""
         return QuantizedView(self.weight, not self.is_transposed)
 
+    @cached_property
     def features_at_a_time(self) -> int:
         """How many of `out` the workspace holds: whole tiles, at least one."""
         return features_in(workspace_bytes(memory_of(self.weight.device)), self.shape, self.weight.dtype)

@@ -42,7 +42,7 @@ def run_kernel(
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
         return
     compiled = kernel[grid](*args, *constants, num_warps=num_warps, num_stages=num_stages, **options)
-    if compiled is not None:  # as the interpreter has it
+    if compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_moe.integrations.transformers_experts import read_flags
 from lightning_moe.ops.nf4 import NF4
 from lightning_moe.ops.quantized import num_bytes
 from lightning_moe.planning.options import PlanOptions
-from lightning_moe.quantization import choose_format, find_quantizable
+from lightning_moe.quantization import find_quantizable, format_of_parameter
 
 # bitsandbytes: tensors of fewer values keep 32-bit moments; a scale for each so many values of the others.
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
@@ -88,8 +87,7 @@ def read_weights(model: PreTrainedModel, options: PlanOptions, layer: str, route
         size = parameter.numel() * getattr(torch, options.dtype).itemsize
         if name in quantized:
             assert options.quantize is not None
-            format = choose_format(options.quantize, read_flags(module).is_transposed)
-            size = num_bytes(format, tuple(parameter.shape))
+            size = num_bytes(format_of_parameter(model, name, options.quantize), tuple(parameter.shape))
         elif options.quantize_linear and _is_plain_linear(module, name, router, embeddings):
             size = num_bytes(NF4(), (1, *parameter.shape))
         of = name[len(layers) :].partition(".")[0] if name.startswith(layers) else ""

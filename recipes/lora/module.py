@@ -28,7 +28,14 @@ from lightning_moe import (
 from lora.adapters import add_adapters, check_checkpoint, check_names
 from lora.attention import NAME as VARLEN
 from lora.attention import kernels_run
-from lora.base_model import apply_liger, build, check_weights, place_experts, read_config
+from lora.base_model import (
+    apply_liger,
+    build,
+    check_weights,
+    liger_unsupported_reason,
+    place_experts,
+    read_config,
+)
 from lora.checkpointing import (
     TWO_BLOCKS,
     Mode,
@@ -268,13 +275,15 @@ class MoELoRA(LightningModule):
 
     def planned_memory(self, data: InstructionData, output_buffer_mib: float) -> MemoryPlan | None:
         """What a step of the data's longest batch takes on a GPU by `lightning-moe plan`; None where it has no plan."""
+        assert self.network is not None
         options, (mode, offload) = self.hparams, self.checkpointing
+        base: Any = self.network.get_base_model()
         try:
             planned = plan_options(
                 options, tokens=data.max_length, batch=data.batch_size, checkpointing=mode, offload=offload,
                 experts_on="host" if self._experts_on_host else "device", gpus=self.trainer.world_size,
                 strategy="ddp" if self.device_mesh is None else "fsdp", output_buffer_mib=output_buffer_mib,
-                liger=self._description["norms and rotary embedding"].startswith("Liger's"),
+                liger=options["liger"] is not False and liger_unsupported_reason(base) is None,
                 gpu_gib=gpu_gib(self.device),
             )  # fmt: skip
             return plan_memory(
